@@ -1,0 +1,1 @@
+"""Lighthouse Attention for torchtitan."""
