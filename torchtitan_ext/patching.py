@@ -1,0 +1,241 @@
+"""Apply this repository's patches to torchtitan, take them back, or say whether they are there.
+
+The state of a tree is read from the blob ids that git writes into a patch (`index OLD..NEW`): it
+is clean when every file that the patches touch has its first OLD id, patched when every one has
+its last NEW id, and anything else is refused. The patches are applied to a copy of the package,
+which then takes the package's place in one system call: whatever stops a run, the tree is either.
+"""
+
+import argparse
+import ctypes
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+VERSION = "0.2.2"
+PATCHES = Path(__file__).resolve().parents[1] / "patches"
+WORK_DIR = ".torchtitan-patching"  # made beside the package: renaming stays on its file system
+
+_INDEX_LINE = re.compile(
+    r"^diff --git a/(\S+) b/\S+\n(?:(?:new|deleted) file mode .*\n)?index (\w{40})\.\.(\w{40})",
+    re.MULTILINE,
+)
+
+
+class PatchingError(Exception):
+    """Nothing was changed. The message says why, names the files, and what to do."""
+
+
+def series() -> list[Path]:
+    """The patches, in the order in which they apply."""
+    try:
+        return [PATCHES / name for name in (PATCHES / "series").read_text().split()]
+    except FileNotFoundError as error:
+        raise PatchingError(
+            f"{error.filename} is missing: the patches come with the source, not with the built "
+            "package. Run this from a clone, installed with pip install --editable."
+        ) from error
+
+
+def blob_ids() -> dict[str, list[str]]:
+    """For each file that the patches touch, its blob ids: as released, then after each patch."""
+    ids: dict[str, list[str]] = {}
+    for patch in series():
+        for name, old, new in _INDEX_LINE.findall(patch.read_text()):
+            ids.setdefault(name, [old]).append(new)
+    return ids
+
+
+def _blob_id(path: Path) -> str:
+    if not path.is_file():
+        return "0" * 40  # git's id for a file that a patch adds or deletes
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def installed_root() -> Path:
+    """The folder of the torchtitan that Python would import; found without importing it."""
+    spec = importlib.util.find_spec("torchtitan")
+    if spec and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).parent
+    for entry in map(Path, sys.path):
+        if (entry / WORK_DIR / "old").is_dir():  # a run was killed inside _swap's fallback
+            return entry
+    raise PatchingError(
+        f"torchtitan is not installed. Get it with pip install torchtitan=={VERSION}, "
+        "or name the folder that holds it with --root."
+    )
+
+
+def _found_version(root: Path) -> str | None:
+    """The version that an installation's metadata or a checkout's assets give, if any."""
+    for file in [*root.glob("torchtitan-*.dist-info/METADATA"), root / "assets" / "version.txt"]:
+        if file.is_file() and (
+            found := re.search(r"^(?:Version: )?(\d\S*)$", file.read_text(), re.M)
+        ):
+            return found[1]
+    return None
+
+
+def is_patched(root: Path) -> bool:
+    """Whether the torchtitan/ in `root` is patched (True) or as released (False).
+
+    Raises PatchingError where it is neither: missing, another version, patched in part, or
+    changed locally.
+    """
+    package = root / "torchtitan"
+    if not package.is_dir():
+        raise PatchingError(f"There is no torchtitan/ in {root}: name its folder with --root.")
+    checkout = (package.resolve().parent / ".git").exists()
+    reinstall = f"pip install --force-reinstall --no-deps torchtitan=={VERSION}"
+    if (version := _found_version(root)) not in (None, VERSION):
+        raise PatchingError(
+            f"{package} is version {version}, the patches are for {VERSION}.\n"
+            f"Get that one: {f'git checkout v{VERSION}' if checkout else reinstall}"
+        )
+    ids = blob_ids()
+    found = {name: _blob_id(root / name) for name in ids}
+    if all(found[name] == known[0] for name, known in ids.items()):
+        return False
+    if all(found[name] == known[-1] for name, known in ids.items()):
+        return True
+    changed = [name for name, known in ids.items() if found[name] not in known]
+    files = " ".join(changed or [name for name, known in ids.items() if found[name] != known[0]])
+    raise PatchingError(
+        f"{package} is {'changed locally' if changed else 'patched in part'}: {files}\n"
+        f"Restore it first: {f'git checkout -- {files}' if checkout else reinstall}"
+    )
+
+
+def change(root: Path, patched: bool) -> bool:
+    """Make the torchtitan/ in `root` patched, or as released. Returns whether it wasn't yet.
+
+    Raises PatchingError or OSError, with nothing changed.
+    """
+    package = (root / "torchtitan").resolve()
+    work = package.parent / WORK_DIR
+    lock = os.open(package.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system locks a folder; it only keeps runs apart
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (work / "old").is_dir() and not package.exists():
+            os.rename(work / "old", package)
+        if work.exists():  # left by a killed run
+            shutil.rmtree(work)
+        if is_patched(root) == patched:
+            return False
+        try:
+            _patch_copy(package, work, patched)
+            _swap(work / "torchtitan", package, work / "old")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return True
+    finally:
+        os.close(lock)
+
+
+def _patch_copy(package: Path, work: Path, patched: bool) -> None:
+    """Make work/torchtitan, a copy of `package` in the wanted state."""
+    # no bytecode: a .pyc that Python takes for valid may come from the other state
+    no_bytecode = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, work / "torchtitan", symlinks=True, ignore=no_bytecode)
+    # git must neither take `work` for a part of a repository around it (it would skip every file)
+    # nor follow anyone's settings for white space
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {
+        "GIT_CEILING_DIRECTORIES": str(work.parent),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+    }
+    patches = series() if patched else ["-R", *reversed(series())]
+    git = subprocess.run(
+        ["git", "apply", *patches], cwd=work, env=environment, capture_output=True, text=True
+    )
+    ids = blob_ids()
+    wrong = [name for name in ids if _blob_id(work / name) != ids[name][-1 if patched else 0]]
+    if git.returncode or wrong:
+        raise PatchingError(f"git apply failed on {' '.join(wrong)}:\n{git.stderr.strip()}")
+    for name in ids:  # git makes files anew, with the umask of this run
+        original = package / Path(name).relative_to("torchtitan")
+        if original.exists() and (work / name).exists():
+            shutil.copymode(original, work / name)
+
+
+def _swap(new: Path, package: Path, old: Path) -> None:
+    """Put `new` in the place of `package`, in one step where the file system can.
+
+    Elsewhere (NFS) there is an instant without a package: a run killed in it is completed by
+    `change`, which finds the package under `old`.
+    """
+    try:
+        _exchange(new, package)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        try:
+            os.rename(package, old)
+            os.rename(new, package)
+        except BaseException:
+            if not package.exists():
+                os.rename(old, package)
+            raise
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders atomically: renameat2(RENAME_EXCHANGE), or macOS's renamex_np(RENAME_SWAP)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths, exchange, here = (os.fsencode(a), os.fsencode(b)), 2, -100  # AT_FDCWD
+    try:
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(*paths, exchange)
+        else:
+            failed = libc.renameat2(here, paths[0], here, paths[1], exchange)
+    except AttributeError as error:  # an older C library
+        raise OSError(errno.ENOSYS, "the C library can't exchange two folders") from error
+    if failed:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(a), None, str(b))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code that --help documents."""
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtitan_ext.patching",
+        description=f"Patch torchtitan {VERSION}: all of the patches or none.",
+        epilog="exit code: 0, done, or it was so already (check: patched); 1, check found "
+        "torchtitan as released; 2, wrong arguments; 3, refused or failed, nothing changed",
+    )
+    parser.add_argument("action", choices=["apply", "check", "revert"])
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder that holds torchtitan/: a site-packages or a git checkout "
+        "(default: that of the installed torchtitan)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        root = options.root or installed_root()
+        if options.action == "check":
+            patched, changed = is_patched(root), False
+        else:
+            patched = options.action == "apply"
+            changed = change(root, patched)
+    except (PatchingError, OSError) as error:
+        print(f"{options.action}: {error}", file=sys.stderr)
+        return 3
+    state = f"patched ({len(series())} patches)" if patched else "as released"
+    already = "" if changed or options.action == "check" else "already "
+    print(f"{root / 'torchtitan'} is {already}{state}")
+    return 1 if options.action == "check" and not patched else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
