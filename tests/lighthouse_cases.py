@@ -1,0 +1,45 @@
+"""Shapes and inputs shared by the tests of the layer."""
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from torchtitan_ext.lighthouse import LighthouseConfig
+
+
+@st.composite
+def cases(draw, max_seq_len=256):
+    """A legal (config, seq_len) with ragged budgets: tiles at their minimum and well above it."""
+    levels = draw(st.integers(2, 4))
+    p = draw(st.sampled_from((2, 4, 8)))
+    m = draw(st.sampled_from((2, 4, 6, 8)))
+    tiles = draw(st.integers(1, 4))
+    per_tile = draw(st.integers(m, 4 * m))
+    config = LighthouseConfig(
+        levels=levels,
+        pooling_factor=p,
+        top_k=m * tiles,
+        tile_winners=m,
+        rope=draw(st.sampled_from(("selected", "base"))),
+    )
+    seq_len = per_tile * tiles * config.span(levels - 1)
+    assume(seq_len <= max_seq_len and config.gathered_len(seq_len) < seq_len)
+    return config, seq_len
+
+
+def qkv(seq_len, batch=1, n_kv_heads=1, group=1, head_dim=4, dtype=torch.float64, seed=0):
+    """Random projections that require gradients: q [B, N, H, D], k and v [B, N, H_kv, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, seq_len, heads, head_dim, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+        for heads in (n_kv_heads * group, n_kv_heads, n_kv_heads)
+    ]
+
+
+def rotary_table(seq_len, head_dim, dtype=torch.complex128):
+    """A rotary table of adjacent pairs, complex [N, D/2]."""
+    freqs = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(seq_len, dtype=torch.float64)[:, None] * freqs
+    return torch.polar(torch.ones_like(angles), angles).to(dtype)

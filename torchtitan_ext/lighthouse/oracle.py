@@ -1,0 +1,91 @@
+"""The method as loops and plain indexing, slow and obviously right: what the tests compare with."""
+
+import math
+
+import torch
+
+from .config import LighthouseConfig
+
+
+def oracle_select(
+    q_score: torch.Tensor, k_score: torch.Tensor, config: LighthouseConfig
+) -> list[tuple[int, int]]:
+    """Gathered entries (level, index), in order, of one head's base scores, each [N]."""
+    p, m, n_tiles = config.pooling_factor, config.tile_winners, config.n_tiles
+    seq_len = len(q_score)
+
+    def score_of(scores: torch.Tensor, level: int, index: int) -> float:
+        return max(scores[index * p**level : (index + 1) * p**level].tolist())
+
+    def best(scores: torch.Tensor, level: int, among: list[int]) -> list[int]:
+        return sorted(among, key=lambda index: (-score_of(scores, level, index), index))[: m // 2]
+
+    entries = []
+    coarsest = seq_len // p ** (config.levels - 1)
+    for tile in range(n_tiles):
+        per_tile = coarsest // n_tiles
+        candidates = list(range(tile * per_tile, (tile + 1) * per_tile))
+        for level in range(config.levels - 1, -1, -1):
+            entries += [(level, index) for index in candidates]
+            if level == 0:
+                break
+            by_query = best(q_score, level, candidates)
+            rest = [index for index in candidates if index not in by_query]
+            winners = by_query + best(k_score, level, rest)
+            if tile == 0 and 0 not in winners:
+                winners.remove(by_query[-1])
+                winners.append(0)
+            candidates = [p * index + child for index in sorted(winners) for child in range(p)]
+    return sorted(entries, key=lambda entry: ((entry[1] + 1) * p ** entry[0] - 1, entry[0]))
+
+
+def oracle_rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """One row [D], its adjacent pairs rotated by the complex [D/2] `angle`."""
+    pairs = [
+        (x[2 * i] * c.real - x[2 * i + 1] * c.imag, x[2 * i] * c.imag + x[2 * i + 1] * c.real)
+        for i, c in enumerate(angle)
+    ]
+    return torch.stack([value for pair in pairs for value in pair])
+
+
+def oracle_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    freqs_cis: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `lighthouse_attention` must equal with the `norm` scorer: float64 [B, N, H, D] in and out."""
+    batch, seq_len, n_heads, head_dim = q.shape
+    group = n_heads // k.shape[2]
+    p = config.pooling_factor
+
+    def entry_row(x: torch.Tensor, b: int, head: int, level: int, index: int, rotary: bool):
+        start, end = index * p**level, (index + 1) * p**level - 1
+        span = [x[b, t, head] for t in range(start, end + 1)]
+        if rotary and config.rope == "base":
+            span = [oracle_rotate(row, freqs_cis[t]) for t, row in enumerate(span, start)]
+        row = sum(span) / len(span)
+        return oracle_rotate(row, freqs_cis[end]) if rotary and config.rope == "selected" else row
+
+    rotary = freqs_cis is not None
+    heads_out = []
+    for b in range(batch):
+        for head in range(n_heads):
+            kv_head = head // group
+            group_heads = range(kv_head * group, (kv_head + 1) * group)
+            q_score = torch.stack([q[b, :, h].detach().norm(dim=-1) for h in group_heads]).amax(0)
+            k_score = k[b, :, kv_head].detach().norm(dim=-1)
+            entries = oracle_select(q_score, k_score, config)
+            queries = [entry_row(q, b, head, *entry, rotary) for entry in entries]
+            keys = torch.stack([entry_row(k, b, kv_head, *entry, rotary) for entry in entries])
+            values = torch.stack([entry_row(v, b, kv_head, *entry, False) for entry in entries])
+            positions = [torch.zeros(head_dim, dtype=q.dtype) for _ in range(seq_len)]
+            for row, (level, index) in enumerate(entries):
+                logits = keys[: row + 1] @ queries[row] / math.sqrt(head_dim)
+                out = torch.softmax(logits, 0) @ values[: row + 1]
+                end = (index + 1) * p**level - 1
+                for t in range(end, min(end + p**level, seq_len)):
+                    positions[t] = positions[t] + out
+            heads_out.append(torch.stack(positions))
+    return torch.stack(heads_out).view(batch, n_heads, seq_len, head_dim).transpose(1, 2)
