@@ -1,0 +1,34 @@
+"""Make the split-point table and plot from the records that scripts/run_splits.py left.
+
+python scripts/make_table.py outputs/demo
+"""
+
+import argparse
+from pathlib import Path
+
+import tomli
+
+from torchtitan_ext import split_points
+
+PUBLISHED = Path(__file__).parents[1] / "configs" / "published.toml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="the experiment: dense/, stage1/, stage2-*/")
+    parser.add_argument("--out", type=Path, help="where table and plot go (default: the folder)")
+    args = parser.parse_args()
+    try:
+        text, paths = split_points.write(
+            args.folder, args.out or args.folder, tomli.loads(PUBLISHED.read_text())
+        )
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(1, f"make_table: {error}\n")
+    print(text)
+    print(*paths, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

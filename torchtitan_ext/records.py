@@ -1,0 +1,123 @@
+"""A run's own records: the TensorBoard events and the job config that torchtitan leaves behind.
+
+torchtitan opens a new event file at each process start, so a run that was killed and resumed has
+several; `read_run` makes one curve of them.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+LOSS = "loss_metrics/global_avg_loss"
+TOKENS_PER_SECOND = "throughput(tps)"
+SECONDS = "time_metrics/end_to_end(s)"
+N_DEVICES = "n_devices"
+TAGS = (LOSS, TOKENS_PER_SECOND, SECONDS, N_DEVICES)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One curve, a value a logged step; every array has shape [n_logged].
+
+    step: strictly increasing. loss: nats a token. tokens_per_second: of one device.
+    seconds: wall time since the point logged before (or since the process start).
+    n_devices: devices at work. starts: True at the first point of each process start, whose time
+    holds loading and compilation.
+    """
+
+    folder: Path
+    config: dict
+    step: np.ndarray
+    loss: np.ndarray
+    tokens_per_second: np.ndarray
+    seconds: np.ndarray
+    n_devices: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def total_steps(self) -> int:
+        return self.config["training"]["steps"]
+
+    @property
+    def log_freq(self) -> int:
+        return self.config["metrics"]["log_freq"]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.step[-1] > self.total_steps - self.log_freq)
+
+    @property
+    def device_hours(self) -> np.ndarray:
+        """Device-hours spent up to and with each logged step, [n_logged]. Work that a kill threw
+        away is not in it: only the steps that led to the result count."""
+        return np.cumsum(self.seconds * self.n_devices) / 3600
+
+    def gaps(self, start: int) -> list[tuple[int, int]]:
+        """Pairs of steps, from `start` on, between which logged points are missing: a kill loses
+        what TensorBoard had not written yet."""
+        steps = [start, *self.step.tolist()]
+        return [(a, b) for a, b in pairwise(steps) if b - a > self.log_freq]
+
+
+def read_run(folder: str | Path) -> Run | None:
+    """The run dumped into `folder` (its `job.dump_folder`), or None where nothing is logged yet.
+
+    Where a resumed process repeats steps, the later process's points replace every older one from
+    its first step on. Raises ValueError when the records lack the job config or a scalar.
+    """
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    event_files = sorted(folder.glob("**/events.out.tfevents.*"))
+    starts = [points for points in map(_read_events, event_files) if points is not None]
+    if not starts:
+        return None
+    if not config_file.is_file():
+        raise ValueError(
+            f"{config_file} is missing: train with job.save_config_file = 'config.json', "
+            "the table reads training.steps and metrics.log_freq there"
+        )
+    config = json.loads(config_file.read_text())
+
+    starts.sort(key=lambda points: points["wall_time"][0])
+    merged = starts[0]
+    for points in starts[1:]:
+        kept = merged["step"] < points["step"][0]
+        merged = {key: np.concatenate([merged[key][kept], points[key]]) for key in merged}
+    return Run(
+        folder=folder,
+        config=config,
+        step=merged["step"],
+        loss=merged[LOSS],
+        tokens_per_second=merged[TOKENS_PER_SECOND],
+        # torchtitan divides by log_freq whatever the number of steps since the last point
+        seconds=merged[SECONDS] * config["metrics"]["log_freq"],
+        n_devices=merged[N_DEVICES],
+        starts=merged["starts"],
+    )
+
+
+def _read_events(file: Path) -> dict[str, np.ndarray] | None:
+    """The scalars of one process start, or None where it was killed before it logged any."""
+    events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+    events.Reload()
+    logged = events.Tags()["scalars"]
+    series = {tag: events.Scalars(tag) if tag in logged else [] for tag in TAGS}
+    # a kill can cut the last point short: some of its scalars are written, some are not
+    n_logged = min(map(len, series.values()))
+    if n_logged == 0:
+        if len(series[LOSS]) > 1:
+            missing = next(tag for tag in TAGS if not series[tag])
+            raise ValueError(
+                f"{file} has no scalar '{missing}': train with model.name = 'llama3_lighthouse', "
+                "which logs it"
+            )
+        return None
+    points = {tag: np.array([e.value for e in series[tag][:n_logged]]) for tag in TAGS}
+    points["step"] = np.array([e.step for e in series[LOSS][:n_logged]])
+    points["wall_time"] = np.array([e.wall_time for e in series[LOSS][:n_logged]])
+    points["starts"] = np.arange(n_logged) == 0
+    return points

@@ -1,0 +1,326 @@
+"""What a split-point experiment says: its table and its plot, made from the runs' own records.
+
+An experiment is a folder that holds one run each for `dense` (from scratch), `stage1` (Lighthouse)
+and `stage2-<split>` (dense, from stage 1's checkpoint at step <split>).
+
+Definitions, the same for every run. T is the step at which stage 2 and dense end. The window W is
+T // 100 steps, but no fewer than 5 and no fewer than metrics.log_freq, so that it always holds a
+logged step. Means are over the logged steps of a window.
+
+- before: mean loss of stage 1 over the steps in (split - W, split].
+- jump: loss at stage 2's first logged step, minus before. Nats.
+- recovery: the smallest number n of steps after the switch for which stage 2's mean loss over
+  (split + n - W, split + n] is at most before. The window lies in stage 2, so n is at least W;
+  there is none where the run ends first.
+- final loss: mean loss over the steps in (T - W, T]. Difference: final loss minus dense's.
+- device-hours: seconds x devices / 3600 over a run's logged steps; for a split, stage 1's up to
+  the split and stage 2's (records.Run.device_hours).
+- tok/s a device: median over the logged steps, the first one of each process start left out. For
+  a split, of stage 1 up to the split.
+"""
+
+import csv
+import re
+from dataclasses import asdict, dataclass, fields
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from .records import Run, read_run
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# Okabe and Ito's palette: distinguishable with every common colour-vision deficiency
+DENSE_COLOR, STAGE1_COLOR = "#000000", "#0072B2"
+TAIL_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def window(total_steps: int, log_freq: int) -> int:
+    return max(5, total_steps // 100, log_freq)
+
+
+def mean_loss(step: np.ndarray, loss: np.ndarray, end: int, window: int) -> float:
+    """Mean of the losses [n_logged] logged at the steps in (end - window, end]; NaN for none."""
+    inside = (step > end - window) & (step <= end)
+    return float(loss[inside].mean()) if inside.any() else float("nan")
+
+
+def recovery(
+    step: np.ndarray, loss: np.ndarray, split: int, before: float, window: int
+) -> int | None:
+    """Steps after `split` until stage 2's trailing mean loss is at most `before`, or None."""
+    for end in step[step >= split + window]:
+        if mean_loss(step, loss, end, window) <= before:
+            return int(end - split)
+    return None
+
+
+@dataclass
+class Row:
+    """A row of the table. A field is None where the records don't (yet) say."""
+
+    run: str
+    device_hours: float | None = None
+    ktok_s: float | None = None
+    final_loss: float | None = None
+    jump: float | None = None
+    recovery: int | None = None
+    difference: float | None = None
+    steps_after_switch: int | None = None
+    status: str = "finished"
+
+
+@dataclass
+class Experiment:
+    dense: Run | None
+    stage1: Run | None
+    tails: dict[int, Run | None]  # by split, latest first
+
+
+def read_experiment(folder: str | Path) -> Experiment:
+    """The experiment in `folder`; a run of which nothing is logged yet is None.
+
+    Raises FileNotFoundError when no run of the experiment is there."""
+    folder = Path(folder)
+    splits = [int(m[1]) for p in folder.glob("*") if (m := re.fullmatch(r"stage2-(\d+)", p.name))]
+    experiment = Experiment(
+        dense=read_run(folder / "dense"),
+        stage1=read_run(folder / "stage1"),
+        tails={s: read_run(folder / f"stage2-{s}") for s in sorted(splits, reverse=True)},
+    )
+    if not any([experiment.dense, experiment.stage1, *experiment.tails.values()]):
+        raise FileNotFoundError(
+            f"{folder} holds no records of a run: expected TensorBoard events under "
+            "dense/, stage1/ or stage2-<split>/, as scripts/run_splits.py leaves them"
+        )
+    return experiment
+
+
+def table(experiment: Experiment) -> list[Row]:
+    """One row for dense, then one a split."""
+    dense, stage1 = experiment.dense, experiment.stage1
+    rows = [Row("dense", status=_status(dense))]
+    if dense:
+        rows[0].ktok_s = _ktok_s(dense, dense.total_steps)
+        if dense.finished:
+            rows[0].device_hours = float(dense.device_hours[-1])
+            rows[0].final_loss = _final_loss(dense)
+
+    for split, tail in experiment.tails.items():
+        row = Row(f"split at {_steps(split)}", status=_status(tail, split))
+        rows.append(row)
+        has_stage1 = stage1 is not None and split - stage1.step[-1] < stage1.log_freq
+        if has_stage1:
+            row.ktok_s = _ktok_s(stage1, split)
+        if tail is None:
+            continue
+        row.run = _label(split, tail)
+        row.steps_after_switch = int(tail.step[-1]) - split
+        if has_stage1:
+            w = window(tail.total_steps, tail.log_freq)
+            before = mean_loss(stage1.step, stage1.loss, split, w)
+            row.jump = float(tail.loss[0]) - before
+            row.recovery = recovery(tail.step, tail.loss, split, before, w)
+        if tail.finished:
+            row.final_loss = _final_loss(tail)
+            if rows[0].final_loss is not None:
+                row.difference = row.final_loss - rows[0].final_loss
+            if has_stage1:
+                row.device_hours = hours_at(stage1, split) + float(tail.device_hours[-1])
+    return rows
+
+
+def hours_at(run: Run, step: int) -> float:
+    """Device-hours that `run` had spent at `step`; linear between two logged steps."""
+    return float(np.interp(step, [0, *run.step], [0.0, *run.device_hours]))
+
+
+def _ktok_s(run: Run, upto: int) -> float | None:
+    steady = (run.step <= upto) & ~run.starts
+    return float(np.median(run.tokens_per_second[steady])) / 1000 if steady.any() else None
+
+
+def _final_loss(run: Run) -> float:
+    return mean_loss(run.step, run.loss, run.total_steps, window(run.total_steps, run.log_freq))
+
+
+def _status(run: Run | None, start: int = 0) -> str:
+    if run is None:
+        return "not started"
+    if not run.finished:
+        return f"unfinished, at step {run.step[-1]:,} of {run.total_steps:,}"
+    gaps = run.gaps(start)
+    if gaps:
+        places = ", ".join(f"{a:,} to {b:,}" for a, b in gaps)
+        return f"finished, but nothing is recorded between steps {places}"
+    return "finished"
+
+
+def _steps(n: int) -> str:
+    return f"{n // 1000}k" if n % 1000 == 0 else f"{n:,}"
+
+
+def _label(split: int, tail: Run) -> str:
+    return f"{_steps(split)} + {_steps(tail.total_steps - split)}"
+
+
+def notes(experiment: Experiment) -> list[str]:
+    """What the records lack, one line a run."""
+    runs = {"dense": (experiment.dense, 0), "stage1": (experiment.stage1, 0)}
+    runs |= {f"stage2-{split}": (tail, split) for split, tail in experiment.tails.items()}
+    lines = [f"{name}: {_status(*run)}" for name, run in runs.items()]
+    return [line for line in lines if not line.endswith(": finished")]
+
+
+def write(folder: str | Path, out: str | Path, published: dict) -> tuple[str, list[Path]]:
+    """Make table.md, table.csv and loss.png of the experiment in `folder` in `out`.
+
+    published: what configs/published.toml holds. Returns the Markdown and the paths written."""
+    experiment = read_experiment(folder)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / name for name in ("table.md", "table.csv", "loss.png")]
+
+    text = markdown(experiment, published)
+    paths[0].write_text(text)
+    with paths[1].open("w", newline="") as f:
+        writer = csv.DictWriter(f, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in table(experiment))
+    plot(experiment, paths[2])
+    return text, paths
+
+
+def markdown(experiment: Experiment, published: dict) -> str:
+    """Our table, then the published rows, each labelled for what it is."""
+    run = next(r for r in [experiment.dense, experiment.stage1, *experiment.tails.values()] if r)
+    n_devices, w = int(run.n_devices[-1]), window(run.total_steps, run.log_freq)
+    theirs = [Row(**row) for row in published["split_points"]]
+    their_cells = [_cells(theirs[0])]
+    for row in theirs[1:]:
+        row.difference = row.final_loss - theirs[0].final_loss
+        their_cells.append(_cells(row, published["jump"], published["recovery"]))
+    return "\n".join(
+        [
+            f"**Measured**: {run.config['model']['flavor']}, "
+            f"seq_len {run.config['training']['seq_len']:,}, "
+            f"{n_devices} device{'s' * (n_devices > 1)}",
+            "",
+            *_markdown_table([_cells(row) for row in table(experiment)]),
+            "",
+            f"Losses in nats a token, means over {w} steps; recovery counts the steps after the "
+            f"switch until the mean of the last {w} is back at its level before.",
+            "",
+            *(f"- {line}" for line in notes(experiment)),
+            "",
+            f"**Published, not measured here**: {published['source']}, {published['hardware']}, "
+            f"{published['setting']}",
+            "",
+            *_markdown_table(their_cells),
+            "",
+        ]
+    )
+
+
+def _markdown_table(rows: list[list[str]]) -> list[str]:
+    columns = [
+        "run",
+        "device-hours",
+        "stage-1 tok/s a device (k)",
+        "final loss",
+        "jump (nats)",
+        "steps to recover",
+        "difference from dense",
+    ]
+    align = ["---"] + ["---:"] * (len(columns) - 1)
+    return [f"| {' | '.join(cells)} |" for cells in [columns, align, *rows]]
+
+
+def _cells(row: Row, jump: str = "", recovered: str = "") -> list[str]:
+    if row.recovery is not None:
+        recovered = f"{row.recovery:,}"
+    elif row.jump is not None:
+        recovered = f"not within {row.steps_after_switch:,}"
+    return [
+        row.run,
+        _number(row.device_hours),
+        _number(row.ktok_s),
+        _loss(row.final_loss),
+        jump or _loss(row.jump, "+"),
+        recovered or "-",
+        _loss(row.difference, "+"),
+    ]
+
+
+def _number(x: float | None) -> str:
+    if x is None:
+        return "-"
+    return f"{x:.1f}" if x >= 10 else f"{x:.3g}"
+
+
+def _loss(x: float | None, sign: str = "") -> str:
+    return "-" if x is None else f"{x:{sign}.4f}"
+
+
+def plot(experiment: Experiment, path: str | Path) -> None:
+    """Loss against steps, and its lower end against device-hours: raw points pale, their trailing
+    mean over the window on top, a ring where stage 1 hands over and a dotted line for the jump."""
+    dense, stage1 = experiment.dense, experiment.stage1
+    tails = {split: tail for split, tail in experiment.tails.items() if tail}
+    runs = [run for run in (dense, stage1, *tails.values()) if run]
+    w = max(window(run.total_steps, run.log_freq) for run in runs)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+
+    def draw(run: Run, label: str, color: str, hours_before: float = 0.0) -> None:
+        smooth = [mean_loss(run.step, run.loss, end, w) for end in run.step]
+        for panel, x in zip(panels, (run.step, hours_before + run.device_hours), strict=True):
+            panel.plot(x, run.loss, color=color, alpha=0.25, linewidth=0.8)
+            panel.plot(x, smooth, color=color, linewidth=1.6, label=label)
+
+    if dense:
+        draw(dense, "dense from scratch", DENSE_COLOR)
+    if stage1:
+        draw(stage1, "stage 1: Lighthouse", STAGE1_COLOR)
+    for (split, tail), color in zip(tails.items(), cycle(TAIL_COLORS)):
+        hours = hours_at(stage1, split) if stage1 else 0.0
+        draw(tail, f"{_label(split, tail)}: dense", color, hours)
+        if stage1:
+            before = mean_loss(stage1.step, stage1.loss, split, w)
+            after = (tail.step[0], hours + tail.device_hours[0])
+            for panel, x0, x1 in zip(panels, (split, hours), after, strict=True):
+                panel.plot([x0, x1], [before, tail.loss[0]], ":", color=color, linewidth=1.2)
+                ring = panel.scatter(x0, before, c="white", edgecolors=STAGE1_COLOR, zorder=5)
+            ring.set_label("switch" if split == min(tails) else None)
+
+    # the fall of the first steps would flatten all that follows; the right panel is closer still,
+    # for the differences at the end
+    panels[0].set_ylim(_limits([run.loss[run.step > run.total_steps / 10] for run in runs]))
+    slow = [run for run in (dense, stage1) if run] or runs
+    panels[1].set_ylim(
+        _limits(
+            [run.loss[run.step > run.total_steps / 2] for run in slow]
+            + [tail.loss[-w:] for tail in tails.values()]
+        )
+    )
+    panels[0].set(xlabel="step", ylabel="training loss (nats a token)")
+    panels[0].xaxis.set_major_formatter("{x:,.0f}")
+    panels[1].set(xlabel="device-hours")
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _limits(losses: list[np.ndarray]) -> tuple[float, float] | None:
+    finite = np.concatenate(losses)
+    finite = finite[np.isfinite(finite)]
+    if finite.size == 0:
+        return None
+    margin = 0.05 * np.ptp(finite) or 0.1
+    return finite.min() - margin, finite.max() + margin
