@@ -43,6 +43,18 @@ def adversarial_scores(kind, shape, seed=0):
             return torch.where(random < 0.9, -torch.inf, random)
 
 
+def select(q_score, k_score, config):
+    """Slots for given base scores, each [B, H_kv, N]."""
+    return layer.select(layer.score_pyramid(torch.stack([q_score, k_score]), config), config)
+
+
+def selected(q_score, k_score, config):
+    """Gathered entries for given base scores, each [B, H_kv, N]."""
+    seq_len = q_score.shape[-1]
+    rows = layer.gathered_rows(select(q_score, k_score, config), config.gathered_len(seq_len))
+    return layer.entries(rows, config, seq_len)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     cases(max_seq_len=128),
@@ -74,7 +86,7 @@ def test_selection_equals_the_oracle_for_any_scores(case, q_kind, k_kind, seed):
     config, seq_len = case
     q_score = adversarial_scores(q_kind, (2, 2, seq_len), seed)
     k_score = adversarial_scores(k_kind, (2, 2, seq_len), seed + 1)
-    selection = layer.select(q_score, k_score, config)
+    selection = selected(q_score, k_score, config)
     for b in range(2):
         for h in range(2):
             entries = list(
@@ -91,7 +103,7 @@ def test_gathered_entries_are_legal_distinct_ordered_and_as_many_as_the_formula(
         scores = torch.full((1, 2, seq_len), torch.nan)
     else:
         scores = adversarial_scores(kind, (1, 2, seq_len), seed)
-    level, index = layer.select(scores, scores.flip(-1), config)
+    level, index = selected(scores, scores.flip(-1), config)
     p, m = config.pooling_factor, config.tile_winners
     coarsest = seq_len // p ** (config.levels - 1)
     assert level.shape[-1] == coarsest + (config.levels - 1) * p * m * config.n_tiles
@@ -109,9 +121,9 @@ def test_gathered_entries_are_legal_distinct_ordered_and_as_many_as_the_formula(
 def test_every_position_has_between_one_and_levels_contributors(case, kind, seed):
     config, seq_len = case
     scores = adversarial_scores(kind, (1, 2, seq_len), seed)
-    selection = layer.select(scores, scores.flip(-1), config)
+    slots = select(scores, scores.flip(-1), config)
     ones = torch.ones(1, 2, config.gathered_len(seq_len), 1)
-    contributors = layer.scatter(ones, selection, config, seq_len)
+    contributors = layer.scatter(ones, slots, config)
     assert contributors.min() >= 1 and contributors.max() <= config.levels
 
 
@@ -120,14 +132,13 @@ def test_every_position_has_between_one_and_levels_contributors(case, kind, seed
 def test_with_the_selection_fixed_no_output_sees_a_later_input(case, data):
     config, seq_len = case
     q, k, v = qkv(seq_len, n_kv_heads=2, group=2)
-    selection = select_entries(q, k, config)
+    slots = layer.select(layer.score(q, k, config), config)
     freqs_cis = rotary_table(seq_len, 4)
     t = data.draw(st.integers(1, seq_len - 1))
 
     def run(q, k, v):
-        fixed = lambda *_: selection  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layer, "select", fixed)
+            patch.setattr(layer, "select", lambda *_: slots)
             return lighthouse_attention(q, k, v, config, freqs_cis=freqs_cis)
 
     before = run(q, k, v)
@@ -157,8 +168,7 @@ def test_every_token_gets_a_gradient_through_q_k_and_v(rope):
 
 def test_no_gradient_flows_through_the_scores():
     q, k, _ = qkv(256)
-    q_score, k_score = layer.score(q, k, SMALL)
-    assert not q_score.requires_grad and not k_score.requires_grad
+    assert not layer.score(q, k, SMALL).requires_grad
     selection = select_entries(q, k, SMALL)
     assert not selection.level.is_floating_point() and not selection.index.is_floating_point()
 
@@ -171,15 +181,15 @@ def test_keeps_dtype_and_shape_and_stays_near_the_fp64_result(dtype):
     out = LighthouseAttention(SMALL)(*inputs, freqs_cis)
     assert out.dtype == dtype and out.shape == inputs[0].shape
     with pytest.MonkeyPatch.context() as patch:  # rounding may move a selection: hold it
-        selection = select_entries(inputs[0], inputs[1], SMALL)
-        patch.setattr(layer, "select", lambda *_: selection)
+        slots = layer.select(layer.score(inputs[0], inputs[1], SMALL), SMALL)
+        patch.setattr(layer, "select", lambda *_: slots)
         exact = lighthouse_attention(*(x.double() for x in inputs), SMALL, freqs_cis=freqs_cis)
     assert (out - exact).norm() <= tolerance[dtype] * exact.norm()
 
 
 def test_the_first_entry_wins_at_every_level_even_with_the_lowest_score():
     scores = torch.arange(256.0).view(1, 1, -1)
-    level, index = layer.select(scores, scores, SMALL)
+    level, index = selected(scores, scores, SMALL)
     for each in range(SMALL.levels):
         assert (index[level == each] == 0).sum() == 1
 

@@ -28,35 +28,38 @@ class Selection(NamedTuple):
     index: torch.Tensor
 
 
+# The operators below share two arrays over the pyramid, whose M entries stand level after level:
+# scores [2, B, H_kv, M], query scores then key scores, and slots [B, H_kv, M], each entry's row in the
+# gathered sequence or -1.
+
+
 def _accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def norm_scores(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """L2 norms of each token's query and key, [B, N, H, D] and [B, N, H_kv, D] -> 2 x [B, H_kv, N], fp32.
+def norm_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """L2 norms of each token's query and key: [B, N, H, D], [B, N, H_kv, D] -> [2, B, H_kv, N], fp32.
 
     With grouped queries a KV head's query score is the largest of its group.
     """
     acc, n_kv_heads = _accumulator(q), k.shape[2]
     q_norm = torch.linalg.vector_norm(q, dim=-1, dtype=acc).unflatten(2, (n_kv_heads, -1))
     k_norm = torch.linalg.vector_norm(k, dim=-1, dtype=acc)
-    return q_norm.amax(-1).transpose(1, 2), k_norm.transpose(1, 2)
+    return torch.stack([q_norm.amax(-1), k_norm]).transpose(2, 3)
 
 
-def score(
-    q: torch.Tensor, k: torch.Tensor, config: LighthouseConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Base-level query and key scores of the configured scorer, each [B, H_kv, N]; no autograd graph.
+def score_pyramid(base: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+    """Scores of every entry, the maximum over its span: [2, B, H_kv, N] -> [2, B, H_kv, M]."""
+    levels = [base]
+    for _ in range(config.levels - 1):
+        levels.append(levels[-1].unflatten(-1, (-1, config.pooling_factor)).amax(-1))
+    return torch.cat(levels, -1)
 
-    Raises:
-        NotImplementedError: for a scorer that is not available yet.
-    """
-    if config.scorer != "norm":
-        raise NotImplementedError(
-            f"scorer = {config.scorer!r}: not available yet; use scorer = 'norm'"
-        )
-    with torch.no_grad():
-        return norm_scores(q, k)
+
+@torch.no_grad()
+def score(q: torch.Tensor, k: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+    """Scores [2, B, H_kv, M] of the pyramid's entries, without a graph."""
+    return score_pyramid(norm_scores(q, k), config)
 
 
 def _tile_winners(q_score: torch.Tensor, k_score: torch.Tensor, m: int) -> torch.Tensor:
@@ -77,43 +80,43 @@ def _tile_winners(q_score: torch.Tensor, k_score: torch.Tensor, m: int) -> torch
 
 
 @torch.no_grad()
-def select(q_score: torch.Tensor, k_score: torch.Tensor, config: LighthouseConfig) -> Selection:
-    """The coarse-to-fine cascade: base scores, each [B, H_kv, N], to the gathered entries in order.
+def select(scores: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+    """The coarse-to-fine cascade and its order: scores [2, B, H_kv, M] -> slots [B, H_kv, M], int32.
 
     Every candidate joins the gathered sequence; winners only decide whose children are candidates.
     Sorting by end, finer first, puts children before their parent.
     """
-    batch, heads, _ = q_score.shape
-    p, levels, tiles, m = config.pooling_factor, config.levels, config.n_tiles, config.tile_winners
-    q_pyramid, k_pyramid = [q_score], [k_score]
-    for _ in range(levels - 1):
-        for pyramid in (q_pyramid, k_pyramid):
-            pyramid.append(pyramid[-1].unflatten(-1, (-1, p)).amax(-1))
-
-    children = torch.arange(p, device=q_score.device)
-    candidates = torch.arange(q_pyramid[-1].shape[-1], device=q_score.device)
-    candidates = candidates.view(tiles, -1).expand(batch, heads, -1, -1)
-    gathered_level, gathered_index = [], []
+    _, batch, heads, n_entries = scores.shape
+    p, levels = config.pooling_factor, config.levels
+    offsets = config.level_offsets(config.seq_len_of(n_entries))
+    children = torch.arange(p, device=scores.device)
+    candidates = torch.arange(offsets[-1] - offsets[-2], device=scores.device)
+    candidates = candidates.view(config.n_tiles, -1).expand(batch, heads, -1, -1)
+    rows, order = [], []
     for level in reversed(range(levels)):
-        gathered_level.append(torch.full_like(candidates, level))
-        gathered_index.append(candidates)
+        rows.append(candidates + offsets[level])
+        order.append(((candidates + 1) * p**level - 1) * levels + level)
         if level == 0:
             break
-        q_tile, k_tile = (
-            pyramid[level].gather(-1, candidates.flatten(2)).view(candidates.shape)
-            for pyramid in (q_pyramid, k_pyramid)
-        )
-        winners = candidates.gather(-1, _tile_winners(q_tile, k_tile, m))
+        of_tile = rows[-1].flatten(2).expand(2, -1, -1, -1)
+        q_score, k_score = scores.gather(-1, of_tile).view(2, *candidates.shape)
+        winners = candidates.gather(-1, _tile_winners(q_score, k_score, config.tile_winners))
         candidates = (winners.unsqueeze(-1) * p + children).flatten(-2)
+    in_order = torch.cat(order, -1).argsort(dim=-1)
+    rows = torch.cat(rows, -1).gather(-1, in_order).flatten(2)
+    slots = torch.full((batch, heads, n_entries), -1, dtype=torch.int32, device=scores.device)
+    return slots.scatter(
+        -1,
+        rows,
+        torch.arange(rows.shape[-1], device=rows.device, dtype=slots.dtype).expand_as(rows),
+    )
 
-    level, index = torch.cat(gathered_level, -1), torch.cat(gathered_index, -1)
-    order = (entry_end(level, index, p) * levels + level).argsort(dim=-1)
-    return Selection(level.gather(-1, order).flatten(2), index.gather(-1, order).flatten(2))
 
-
-def entry_end(level: torch.Tensor, index: torch.Tensor, pooling_factor: int) -> torch.Tensor:
-    """Last base position that each entry covers."""
-    return (index + 1) * pooling_factor**level - 1
+def gathered_rows(slots: torch.Tensor, gathered_len: int) -> torch.Tensor:
+    """The pyramid row of each gathered row, int64: slots [B, H_kv, M] -> [B, H_kv, S]."""
+    target = slots.long().masked_fill(slots < 0, gathered_len)
+    rows = torch.arange(slots.shape[-1], device=slots.device).expand_as(target)
+    return target.new_empty(*slots.shape[:2], gathered_len + 1).scatter(-1, target, rows)[..., :-1]
 
 
 def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
@@ -124,7 +127,7 @@ def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
 
 
 def pool(x: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
-    """Mean over every entry's span, the levels one after another: [B, N, H, D] -> [B, M, H, D]."""
+    """Mean over every entry's span: [B, N, H, D] -> [B, M, H, D]."""
     rows, mean = [x], x.to(_accumulator(x))
     for _ in range(config.levels - 1):
         mean = mean.unflatten(1, (-1, config.pooling_factor)).mean(2)
@@ -140,41 +143,61 @@ def _flat_rows(rows: torch.Tensor, n_rows: int, heads_last: bool) -> torch.Tenso
     return (b * n_rows + rows) * heads + h if heads_last else (b * heads + h) * n_rows + rows
 
 
-def gather(x: torch.Tensor, selection: Selection, config: LighthouseConfig) -> torch.Tensor:
-    """The selected entries' means: [B, N, H, D] -> [B, H, S, D]; H is a multiple of the KV heads."""
-    offsets = torch.tensor(config.level_offsets(x.shape[1]), device=x.device)
-    rows = offsets[selection.level] + selection.index
-    rows = rows.repeat_interleave(x.shape[2] // rows.shape[1], 1)
-    pyramid = pool(x, config)
-    flat = _flat_rows(rows, pyramid.shape[1], heads_last=True)
-    return pyramid.flatten(0, 2).index_select(0, flat.flatten()).view(*rows.shape, -1)
+def gather(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    freqs_cis: torch.Tensor | None,
+    slots: torch.Tensor,
+    config: LighthouseConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The selected entries' means, rotated: q [B, N, H, D], k and v -> [B, H, S, D] and 2 x [B, H_kv, S, D]."""
+    seq_len, n_kv_heads = k.shape[1:3]
+    rows = gathered_rows(slots, config.gathered_len(seq_len))
+    if freqs_cis is not None and config.rope == "base":
+        table = freqs_cis[:seq_len].unsqueeze(1)
+        q, k = rotate(q, table), rotate(k, table)
+
+    def take(x: torch.Tensor) -> torch.Tensor:
+        rows_of_head = rows.repeat_interleave(x.shape[2] // n_kv_heads, 1)
+        pyramid = pool(x, config)
+        flat = _flat_rows(rows_of_head, pyramid.shape[1], heads_last=True)
+        return pyramid.flatten(0, 2).index_select(0, flat.flatten()).view(*flat.shape, -1)
+
+    q, k, v = take(q), take(k), take(v)
+    if freqs_cis is not None and config.rope == "selected":
+        level, index = entries(rows, config, seq_len)
+        table = freqs_cis[(index + 1) * config.pooling_factor**level - 1]
+        q = rotate(q, table.repeat_interleave(q.shape[1] // n_kv_heads, 1))
+        k = rotate(k, table)
+    return q, k, v
 
 
-def scatter(
-    out: torch.Tensor, selection: Selection, config: LighthouseConfig, seq_len: int
-) -> torch.Tensor:
+def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """Add each entry's output to the positions `end ... end + p**level - 1`: [B, H, S, D] -> [B, N, H, D].
 
     Read as a gather: position t looks up, at each level, the one entry that can reach it.
     """
     batch, heads, gathered_len, _ = out.shape
-    offsets = config.level_offsets(seq_len)
-    rows = torch.tensor(offsets, device=out.device)[selection.level] + selection.index
-    slots = torch.arange(gathered_len, device=out.device).expand_as(rows)
-    slot_of = torch.full((*rows.shape[:2], offsets[-1]), -1, device=out.device)
-    slot_of = slot_of.scatter(-1, rows, slots).repeat_interleave(heads // rows.shape[1], 1)
-
-    acc = _accumulator(out)
+    seq_len = config.seq_len_of(slots.shape[-1])
+    slots = slots.repeat_interleave(heads // slots.shape[1], 1)
     padded = torch.cat([out.flatten(0, 2), out.new_zeros(1, out.shape[-1])])
     positions = torch.arange(seq_len, device=out.device)
-    total = torch.zeros((), dtype=acc, device=out.device)
-    for level in range(config.levels):
+    total = torch.zeros((), dtype=_accumulator(out), device=out.device)
+    for level, offset in enumerate(config.level_offsets(seq_len)[:-1]):
         index = (positions + 1) // config.span(level) - 1
-        slot = slot_of[..., offsets[level] + index.clamp(min=0)]
+        slot = slots[..., offset + index.clamp(min=0)]
         flat = _flat_rows(slot, gathered_len, heads_last=False)
         flat = flat.masked_fill((slot < 0) | (index < 0), len(padded) - 1).transpose(1, 2)
-        total = total + padded.index_select(0, flat.flatten()).to(acc)
+        total = total + padded.index_select(0, flat.flatten()).to(total.dtype)
     return total.to(out.dtype).view(batch, seq_len, heads, -1)
+
+
+def entries(rows: torch.Tensor, config: LighthouseConfig, seq_len: int) -> Selection:
+    """Level and index of each pyramid row of `rows`, int64 [...]."""
+    offsets = torch.tensor(config.level_offsets(seq_len)[:-1], device=rows.device)
+    level = torch.searchsorted(offsets, rows.contiguous(), right=True) - 1
+    return Selection(level, rows - offsets[level])
 
 
 def causal_sdpa(
@@ -196,6 +219,10 @@ def _check_inputs(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}:"
             " must be [B, N, H, D] and twice [B, N, H_kv, D]"
         )
+    if config.scorer != "norm":
+        raise NotImplementedError(
+            f"scorer = {config.scorer!r}: not available yet; use scorer = 'norm'"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads: must be a multiple of {k.shape[2]} KV heads")
     config.check_seq_len(q.shape[1])
@@ -216,7 +243,9 @@ def select_entries(q: torch.Tensor, k: torch.Tensor, config: LighthouseConfig) -
         k: [B, N, H_kv, D] raw key projections.
     """
     _check_inputs(q, k, k, config, None)
-    return select(*score(q, k, config), config)
+    seq_len = q.shape[1]
+    slots = select(score(q, k, config), config)
+    return entries(gathered_rows(slots, config.gathered_len(seq_len)), config, seq_len)
 
 
 def lighthouse_attention(
@@ -250,18 +279,10 @@ def lighthouse_attention(
         NotImplementedError: a scorer that is not available yet.
     """
     _check_inputs(q, k, v, config, freqs_cis)
-    seq_len = q.shape[1]
-    selection = select(*score(q, k, config), config)
-    if freqs_cis is not None and config.rope == "base":
-        table = freqs_cis[:seq_len].unsqueeze(1)
-        q, k = rotate(q, table), rotate(k, table)
-    q, k, v = (gather(x, selection, config) for x in (q, k, v))
-    if freqs_cis is not None and config.rope == "selected":
-        table = freqs_cis[entry_end(*selection, config.pooling_factor)]
-        k = rotate(k, table)
-        q = rotate(q, table.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    slots = select(score(q, k, config), config)
+    q, k, v = gather(q, k, v, freqs_cis, slots, config)
     out = attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1])
-    return scatter(out, selection, config, seq_len)
+    return scatter(out, slots, config)
 
 
 class LighthouseAttention(nn.Module):

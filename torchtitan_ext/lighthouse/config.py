@@ -78,6 +78,11 @@ class LighthouseConfig:
             offsets.append(offsets[-1] + n)
         return offsets
 
+    def seq_len_of(self, n_entries: int) -> int:
+        """Sequence length whose pyramid has `n_entries` entries."""
+        coarsest = n_entries // sum(self.span(level) for level in range(self.levels))
+        return coarsest * self.span(self.levels - 1)
+
     def gathered_len(self, seq_len: int) -> int:
         """Rows S of the gathered sequence: the whole coarsest level and every winner's children."""
         coarsest = seq_len // self.span(self.levels - 1)
