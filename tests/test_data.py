@@ -1,0 +1,306 @@
+"""Properties of the byte tokenizer and of the token streams: every byte, once an epoch, exact on resume."""
+
+import gzip
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import socket
+import sysconfig
+import tempfile
+import time
+from itertools import chain, islice
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+from torchtitan_ext.data import build_dataloader, check_dataset, datasets, tokenizer
+
+BYTE_TOKENIZER = Path(tokenizer.__file__).parent / "byte_tokenizer"
+TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
+BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
+SPECIAL = tuple(tokenizer.SPECIAL_TOKENS.values())
+LOCAL = ("c4_local", "python_source")
+
+
+# ---- tokenizer
+
+
+def test_committed_files_are_what_the_function_writes(tmp_path):
+    tokenizer.save_byte_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        committed, written = ((folder / name).read_text() for folder in (BYTE_TOKENIZER, tmp_path))
+        if name == "tokenizer.json":  # another version of the library may spell it otherwise
+            committed, written = (
+                Tokenizer.from_str(text).to_str() for text in (committed, written)
+            )
+        assert json.loads(committed) == json.loads(written)
+
+
+def test_special_tokens_follow_the_bytes():
+    ids = [TOKENIZER.token_to_id(token) for token in SPECIAL]
+    assert sorted(ids) == list(range(256, 256 + len(SPECIAL)))
+    assert (TOKENIZER.get_vocab_size(), BOS, EOS) == (256 + len(SPECIAL), ids[0], ids[1])
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+nasty_text = st.lists(
+    st.one_of(any_text, st.sampled_from([*SPECIAL, "<", ">", " ", "\0", "\r\n", "\t", "e\u0301"]))
+).map("".join)
+noise = st.binary().map(lambda data: data.decode("utf-8", errors="replace"))
+
+
+@settings(max_examples=400)
+@given(st.one_of(any_text, nasty_text, noise))
+@example("\0\x01\x7f\x85\r\n\n\r  \t \u2028\ufeff\U0010ffff")
+@example("<bos><<eos>> <pad>\n<eos>")
+def test_ids_are_the_utf8_bytes_and_decode_to_the_text(text):
+    ids = TOKENIZER.encode(text)
+    assert ids == list(text.encode())
+    assert TOKENIZER.encode(text, add_bos=True, add_eos=True) == [BOS, *ids, EOS]
+    for skip_special_tokens in (True, False):
+        assert TOKENIZER.decode(ids, skip_special_tokens=skip_special_tokens) == text
+
+
+@pytest.mark.parametrize("piece", ["a", "<", "def f(x):\n    return x < 1\n"])
+def test_encoding_time_is_linear(piece):
+    def seconds(n_bytes):
+        text = piece * (n_bytes // len(piece.encode()))
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            TOKENIZER.encode(text)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(2**19) < 16 * 5 * seconds(2**15)  # quadratic would be 16 * 16
+
+
+# ---- streams
+
+
+def write_c4(root: Path, shards: list[list[str]]) -> Path:
+    (root / "en").mkdir(parents=True)
+    for i, texts in enumerate(shards):
+        with gzip.open(root / f"en/c4-train.{i:05d}-of-{len(shards):05d}.json.gz", "wt") as file:
+            for text in texts:
+                print(json.dumps({"text": text, "timestamp": "2019-04-25", "url": "u"}), file=file)
+    return root
+
+
+def write_tree(root: Path, shards: list[list[str]]) -> Path:
+    for i, texts in enumerate(shards):
+        (root / f"package_{i}").mkdir(parents=True)
+        for j, text in enumerate(texts):
+            (root / f"package_{i}/module_{j}.py").write_bytes(text.encode())
+    return root
+
+
+WRITE = dict(zip(LOCAL, (write_c4, write_tree), strict=True))
+
+
+def loader(dataset, path, seq_len, batch_size=1, rank=0, world=1, workers=0, infinite=True):
+    config = JobConfig()
+    config.training.dataset, config.training.dataset_path = dataset, str(path)
+    config.training.seq_len, config.training.local_batch_size = seq_len, batch_size
+    config.training.dataloader.num_workers = workers
+    return build_dataloader(world, rank, TOKENIZER, config, infinite=infinite)
+
+
+def tokens(batch):
+    """The tokens that made the batch: an input and its label overlap in all but one."""
+    inputs, labels = batch[0]["input"], batch[1]
+    assert (inputs[:, 1:] == labels[:, :-1]).all()
+    return [[*row, last] for row, last in zip(inputs.tolist(), labels[:, -1].tolist(), strict=True)]
+
+
+def documents(dataset, path, rank=0, world=1):
+    """What one rank reads in an epoch, as the documents' bytes in their order."""
+    pairs = loader(dataset, path, 1, rank=rank, world=world, infinite=False)
+    stream = [token for batch in pairs for row in tokens(batch) for token in row]
+    if stream[-1] != EOS:  # the odd token left over
+        stream.append(EOS)
+    texts = []
+    while stream:
+        end = stream.index(EOS)
+        assert stream[0] == BOS
+        texts.append(bytes(stream[1:end]))
+        stream = stream[end + 1 :]
+    return texts
+
+
+shards_of_texts = st.lists(
+    st.lists(st.integers(0, 40).map(lambda n: ("é<bos>text " * n)[:n]), max_size=4),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dataset=st.sampled_from(LOCAL),
+    shards=shards_of_texts,
+    seq_len=st.integers(1, 30),
+    batch_size=st.integers(1, 2),
+    world=st.integers(1, 3),
+    stops=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_resumed_stream_is_the_uninterrupted_one(
+    dataset, shards, seq_len, batch_size, world, stops, data
+):
+    rank = data.draw(st.integers(0, world - 1))
+    with tempfile.TemporaryDirectory() as folder:
+        path = WRITE[dataset](Path(folder, "data"), shards)
+        args = (dataset, path, seq_len, batch_size, rank, world)
+        try:
+            whole = loader(*args)
+        except ValueError:  # no document for this rank
+            assume(False)
+        expected = [tokens(batch) for batch in islice(whole, sum(stops) + 3)]
+
+        got, state = [], {}
+        for stop in [*stops, 3]:
+            part = loader(*args)
+            part.load_state_dict(state)
+            got += [tokens(batch) for batch in islice(part, stop)]
+            state = part.state_dict()
+        assert got == expected
+
+
+SHARDS = [[f"{i}.{j} " * (3 * i + 7 * j) for j in range(5 - i)] for i in range(3)]
+TEXTS = list(chain(*SHARDS))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_resumes_in_the_second_epoch(dataset, workers, tmp_path):
+    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    args = {"dataset": dataset, "path": path, "seq_len": 15, "workers": workers}
+    epoch = sum(len(text) + 2 for text in TEXTS) // 16
+    whole, part, resumed = loader(**args), loader(**args), loader(**args)
+    expected = [tokens(batch) for batch in islice(whole, 2 * epoch)]
+    stop = epoch + epoch // 2
+    assert [tokens(batch) for batch in islice(part, stop)] == expected[:stop]
+    resumed.load_state_dict(part.state_dict())
+    assert [tokens(batch) for batch in islice(resumed, 2 * epoch - stop)] == expected[stop:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_an_epoch_of_all_ranks_is_every_document_once(dataset, world, tmp_path):
+    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    ranks = [documents(dataset, path, rank, world) for rank in range(world)]
+    assert all(ranks)
+    assert sorted(chain(*ranks)) == sorted(text.encode() for text in TEXTS)
+
+
+def test_c4_local_reads_files_in_order_from_root_or_en(tmp_path):
+    path = write_c4(tmp_path / "data", SHARDS)
+    expected = [text.encode() for text in TEXTS]
+    assert documents("c4_local", path) == documents("c4_local", path / "en") == expected
+
+
+def test_python_source_order_depends_on_the_tree_alone(tmp_path):
+    here = write_tree(tmp_path / "here", SHARDS)
+    there = Path(shutil.copytree(here, tmp_path / "site-packages/.there"))
+    for ignored in (".git/a.py", "__pycache__/a.py", "b/site-packages/a.py", "a.so", ".hidden.py"):
+        (there / ignored).parent.mkdir(parents=True, exist_ok=True)
+        (there / ignored).write_text("not a text of this tree")
+    (there / "link.py").symlink_to("package_0/module_0.py")
+
+    by_name = {file.relative_to(here).as_posix(): file.read_bytes() for file in here.rglob("*.py")}
+    order = sorted(by_name, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    expected = [by_name[name] for name in order]
+    assert documents("python_source", here) == documents("python_source", there) == expected
+
+
+def test_python_source_keeps_bytes_and_replaces_what_is_no_utf8(tmp_path):
+    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbf\r\n\x00 \xff<eos>")
+    assert documents("python_source", tmp_path) == [b"\xef\xbb\xbf\r\n\x00 \xef\xbf\xbd<eos>"]
+
+
+def test_python_source_is_the_standard_library_by_default():
+    root = sysconfig.get_path("stdlib")
+    files = DATASETS["python_source"].loader(DATASETS["python_source"].path)["path"]
+    assert os.path.join(root, "os.py") in files
+    assert not any("site-packages" in os.path.relpath(file, root) for file in files)
+    assert sum(map(os.path.getsize, files)) > 5e6
+    check_dataset("python_source", None)
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_needs_no_network(dataset, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    check_dataset(dataset, str(path))
+    assert documents(dataset, path)
+
+
+def test_registration_leaves_upstream_alone_and_repeats():
+    before = dict(DATASETS)
+    importlib.reload(datasets)
+    assert before.keys() == DATASETS.keys() >= {"c4", "c4_validation", *LOCAL}
+    assert all(DATASETS[name] is before[name] for name in before if name not in LOCAL)
+
+
+# ---- refusals
+
+
+def test_check_dataset_accepts_what_is_there(tmp_path):
+    check_dataset("c4", None)
+    check_dataset("C4_Local", str(write_c4(tmp_path / "c4", SHARDS)))
+    check_dataset("python_source", str(write_tree(tmp_path / "tree", SHARDS)))
+
+
+@pytest.mark.parametrize(
+    "dataset, path, words",
+    [
+        ("c5", None, ["training.dataset = 'c5'", *LOCAL]),
+        ("c4_local", None, ["training.dataset_path is not set", "c4-train"]),
+        ("c4_local", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
+        ("c4_local", "empty", ["training.dataset_path = ", "empty", "c4-train"]),
+        ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
+        ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
+        ("c4_test", "missing", ["training.dataset = ", "missing", "training.dataset_path"]),
+    ],
+)
+def test_check_dataset_names_field_value_and_remedy(dataset, path, words, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError) as error:
+        check_dataset(dataset, path and str(tmp_path / path))
+    assert not [word for word in words if word not in str(error.value)]
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_a_rank_without_documents_is_refused(dataset, tmp_path):
+    path = WRITE[dataset](tmp_path / "data", [["a"], ["b"], []])
+    with pytest.raises(ValueError, match=r"training\.dataset = .* rank 2, give at least 3"):
+        loader(dataset, path, 8, rank=2, world=3)
+
+
+def test_more_than_one_worker_is_refused(tmp_path):
+    path = write_tree(tmp_path / "data", SHARDS)
+    with pytest.raises(ValueError, match=r"training\.dataloader\.num_workers = 2"):
+        loader("python_source", path, 8, workers=2)
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_a_position_in_other_data_is_refused(dataset, tmp_path):
+    saved = loader("python_source", write_tree(tmp_path / "saved", SHARDS), 8)
+    next(iter(saved))
+    other = loader(dataset, WRITE[dataset](tmp_path / "other", SHARDS[:2]), 8)
+    other.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match=r"training\.dataset and training\.dataset_path"):
+        next(iter(other))

@@ -1,0 +1,93 @@
+"""torchtitan's text dataloader, exact on resume in every epoch."""
+
+from copy import copy
+from dataclasses import asdict
+from typing import Any
+
+from datasets import IterableDataset
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
+
+
+class TextDataset(HuggingFaceTextDataset):
+    """torchtitan's data set, which by itself restarts a streamed one that was saved after a re-loop."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"documents": self._documents()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was saved.
+
+        Raises:
+            ValueError: it was saved on another data set, where a position means something else.
+        """
+        if state_dict.get("documents") != self._documents():
+            raise ValueError(
+                f"training.dataset and training.dataset_path give {self._documents()}, but the checkpoint was "
+                f"saved at a position in {state_dict.get('documents')}: resume with the data that it was saved with"
+            )
+        super().load_state_dict(state_dict)
+        if isinstance(self._data, IterableDataset):
+            # It heeds a saved state in that state's epoch alone, and a fresh one stands in epoch 0.
+            self._data.set_epoch(state_dict["data"]["epoch"])
+
+    def _documents(self) -> str:
+        if isinstance(self._data, IterableDataset):
+            return f"{self.dataset_name}, {self._data.num_shards} shards"
+        return f"{self.dataset_name}, {len(self._data)} documents"
+
+
+def build_dataloader(
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
+    infinite: bool = True,
+) -> ParallelAwareDataloader:
+    """Builds what torchtitan's `build_text_dataloader` does, with the data set above.
+
+    Args:
+        dp_world_size: number of data-parallel ranks; each document goes to one of them.
+        dp_rank: this rank.
+        tokenizer: encodes a document, with its bos and eos.
+        job_config: `training.dataset`, `dataset_path`, `seq_len`, `local_batch_size` and `dataloader` are read.
+        infinite: start over at the data set's end.
+
+    Returns:
+        A loader of ({"input": tokens}, labels), int64 [local_batch_size, seq_len] each.
+
+    Raises:
+        ValueError: more than one worker, or no document for this rank.
+    """
+    training = job_config.training
+    if training.dataloader.num_workers > 1:
+        raise ValueError(
+            f"training.dataloader.num_workers = {training.dataloader.num_workers}: use 0 or 1, "
+            "because several workers would read the same files, and resume in another order"
+        )
+    try:
+        dataset = TextDataset(
+            dataset_name=training.dataset,
+            dataset_path=training.dataset_path,
+            tokenizer=tokenizer,
+            seq_len=training.seq_len,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+            infinite=infinite,
+        )
+        # A rank without a document would look for one forever. The copy leaves the state alone.
+        next(iter(copy(dataset._data)))
+    except (IndexError, StopIteration) as error:  # of a map-style split, of a streamed one
+        raise ValueError(
+            f"training.dataset = {training.dataset!r}, training.dataset_path = {training.dataset_path!r}: "
+            f"no document for data-parallel rank {dp_rank}, give at least {dp_world_size} documents"
+        ) from error
+    return ParallelAwareDataloader(
+        dataset,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        batch_size=training.local_batch_size,
+        **asdict(training.dataloader),
+    )

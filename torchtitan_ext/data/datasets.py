@@ -1,0 +1,129 @@
+"""The data sets that this package adds to torchtitan's `DATASETS`, and the check of the settings that name one."""
+
+import gzip
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+TEXT_SUFFIXES = (".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh")
+TEXT_SUFFIXES += (".rst", ".md", ".txt", ".toml")
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+FROM_THE_HUB = {"c4", "c4_validation"}
+
+
+def c4_files(dataset_path: str) -> list[str]:
+    """The gzip'd JSON-lines files of a folder in the layout of allenai/c4, in their order.
+
+    Args:
+        dataset_path: the copy's root, or its `en` folder.
+
+    Raises:
+        ValueError: the folder isn't named, doesn't exist or holds no such file.
+    """
+    if not dataset_path:
+        raise ValueError(
+            "training.dataset_path is not set: c4_local needs the folder that holds en/c4-train.*.json.gz"
+        )
+    root = _folder(dataset_path)
+    pattern = "c4-train.*.json.gz"
+    files = sorted(root.glob(f"en/{pattern}")) or sorted(root.glob(pattern))
+    if not files:
+        raise ValueError(
+            f"training.dataset_path = {dataset_path!r} holds neither en/{pattern} nor {pattern}: "
+            "give the root of a copy of allenai/c4, or its en folder"
+        )
+    return [str(file) for file in files]
+
+
+def source_files(dataset_path: str) -> list[str]:
+    """The text files of a tree, in an order that mixes it and depends on nothing but the names inside.
+
+    Left out: other suffixes than TEXT_SUFFIXES, SKIPPED_FOLDERS, hidden files and folders, symbolic links.
+
+    Raises:
+        ValueError: the tree doesn't exist or has no text file.
+    """
+    root = _folder(dataset_path)
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = {name for name in subfolders if name[0] != "."} - SKIPPED_FOLDERS
+        texts = [name for name in names if name[0] != "." and name.endswith(TEXT_SUFFIXES)]
+        files += [file for name in texts if not (file := Path(folder, name)).is_symlink()]
+    if not files:
+        raise ValueError(
+            f"training.dataset_path = {dataset_path!r} has no text file: "
+            f"give a folder with files that end in {', '.join(TEXT_SUFFIXES)}"
+        )
+    files.sort(key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode()).digest())
+    return [str(file) for file in files]
+
+
+def check_dataset(dataset: str, dataset_path: str | None) -> None:
+    """Checks `training.dataset` and `training.dataset_path` without reading a document.
+
+    Raises:
+        ValueError: an unknown data set, or no files where they should be; it names the field, its value
+            and what would be right. What comes from the Hugging Face hub isn't looked for.
+    """
+    name = dataset.lower()  # as torchtitan reads it
+    if name not in DATASETS:
+        known = ", ".join(sorted(DATASETS))
+        raise ValueError(
+            f"training.dataset = {dataset!r} is not a known data set; there are {known}"
+        )
+    path = dataset_path or DATASETS[name].path
+    if name == "c4_local":
+        c4_files(path)
+    elif name == "python_source":
+        source_files(path)
+    elif name not in FROM_THE_HUB and not os.path.exists(path):
+        raise ValueError(
+            f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: "
+            "set training.dataset_path to where it lies"
+        )
+
+
+def _folder(path: str) -> Path:
+    if not os.path.isdir(path):
+        raise ValueError(f"training.dataset_path = {path!r} is not a folder: give one that exists")
+    return Path(path)
+
+
+def _read_json_lines(files: list[str]) -> Iterator[dict[str, str]]:
+    for file in files:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield {"text": json.loads(line)["text"]}
+
+
+def _text(sample: dict[str, str]) -> str:
+    return sample["text"]
+
+
+def _text_of_file(sample: dict[str, str]) -> str:
+    return Path(sample["path"]).read_bytes().decode("utf-8", errors="replace")
+
+
+# load_dataset("json") asks the hub even for local files, which stalls a machine without a network, and
+# guesses each column's type from the first file. A generator over the files has the same shards and state.
+DATASETS["c4_local"] = DatasetConfig(
+    path="",
+    loader=lambda path: IterableDataset.from_generator(
+        _read_json_lines, gen_kwargs={"files": c4_files(path)}
+    ),
+    sample_processor=_text,
+)
+
+# Only the paths are held: a tree of any size loads at once, and its n-th document is found by its index.
+DATASETS["python_source"] = DatasetConfig(
+    path=sysconfig.get_path("stdlib"),
+    loader=lambda path: Dataset.from_dict({"path": source_files(path)}),
+    sample_processor=_text_of_file,
+)
