@@ -6,6 +6,31 @@ from hypothesis import strategies as st
 
 from torchtitan_ext.lighthouse import LighthouseConfig
 
+SCORES = ("random", "constant", "tied", "clustered", "zero", "infinite", "minus_infinite")
+
+
+def adversarial_scores(kind, shape, seed=0):
+    """Score arrays that try a selection: ties, zeros, infinities of both signs, clusters."""
+    g = torch.Generator().manual_seed(seed)
+    random = torch.rand(shape, generator=g)
+    match kind:
+        case "random":
+            return random
+        case "constant":
+            return torch.full(shape, 3.0)
+        case "tied":
+            return torch.randint(0, 3, shape, generator=g).float()
+        case "clustered":
+            return torch.where(
+                torch.arange(shape[-1]) % shape[-1] < 12, 1.0 + random, random * 1e-6
+            )
+        case "zero":
+            return torch.zeros(shape)
+        case "infinite":
+            return torch.where(random < 0.5, torch.inf, random)
+        case "minus_infinite":
+            return torch.where(random < 0.9, -torch.inf, random)
+
 
 @st.composite
 def cases(draw, max_seq_len=256):

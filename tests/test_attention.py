@@ -4,55 +4,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lighthouse_cases import cases, qkv, rotary_table
+from lighthouse_cases import SCORES, adversarial_scores, cases, qkv, rotary_table
 
 from torchtitan_ext.lighthouse import (
     LighthouseAttention,
     LighthouseConfig,
     lighthouse_attention,
+    operators,
     select_entries,
 )
-from torchtitan_ext.lighthouse import attention as layer
+from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.oracle import oracle_attention, oracle_select
 
 SMALL = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, tile_winners=8)
 
-SCORES = ("random", "constant", "tied", "clustered", "zero", "infinite", "minus_infinite")
-
-
-def adversarial_scores(kind, shape, seed=0):
-    """Score arrays that try a selection: ties, zeros, infinities of both signs, clusters."""
-    g = torch.Generator().manual_seed(seed)
-    random = torch.rand(shape, generator=g)
-    match kind:
-        case "random":
-            return random
-        case "constant":
-            return torch.full(shape, 3.0)
-        case "tied":
-            return torch.randint(0, 3, shape, generator=g).float()
-        case "clustered":
-            return torch.where(
-                torch.arange(shape[-1]) % shape[-1] < 12, 1.0 + random, random * 1e-6
-            )
-        case "zero":
-            return torch.zeros(shape)
-        case "infinite":
-            return torch.where(random < 0.5, torch.inf, random)
-        case "minus_infinite":
-            return torch.where(random < 0.9, -torch.inf, random)
-
 
 def select(q_score, k_score, config):
     """Slots for given base scores, each [B, H_kv, N]."""
-    return layer.select(layer.score_pyramid(torch.stack([q_score, k_score]), config), config)
+    return operators.select(
+        operators.score_pyramid(torch.stack([q_score, k_score]), config), config
+    )
 
 
 def selected(q_score, k_score, config):
     """Gathered entries for given base scores, each [B, H_kv, N]."""
     seq_len = q_score.shape[-1]
-    rows = layer.gathered_rows(select(q_score, k_score, config), config.gathered_len(seq_len))
-    return layer.entries(rows, config, seq_len)
+    rows = operators.gathered_rows(select(q_score, k_score, config), config.gathered_len(seq_len))
+    return operators.entries(rows, config, seq_len)
 
 
 @settings(max_examples=25, deadline=None)
@@ -123,7 +101,7 @@ def test_every_position_has_between_one_and_levels_contributors(case, kind, seed
     scores = adversarial_scores(kind, (1, 2, seq_len), seed)
     slots = select(scores, scores.flip(-1), config)
     ones = torch.ones(1, 2, config.gathered_len(seq_len), 1)
-    contributors = layer.scatter(ones, slots, config)
+    contributors = operators.scatter(ones, slots, config)
     assert contributors.min() >= 1 and contributors.max() <= config.levels
 
 
@@ -132,13 +110,13 @@ def test_every_position_has_between_one_and_levels_contributors(case, kind, seed
 def test_with_the_selection_fixed_no_output_sees_a_later_input(case, data):
     config, seq_len = case
     q, k, v = qkv(seq_len, n_kv_heads=2, group=2)
-    slots = layer.select(layer.score(q, k, config), config)
+    slots = operators.select(operators.score(q, k, config), config)
     freqs_cis = rotary_table(seq_len, 4)
     t = data.draw(st.integers(1, seq_len - 1))
 
     def run(q, k, v):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layer, "select", lambda *_: slots)
+            patch.setattr(operators, "select", lambda *_: slots)
             return lighthouse_attention(q, k, v, config, freqs_cis=freqs_cis)
 
     before = run(q, k, v)
@@ -168,7 +146,7 @@ def test_every_token_gets_a_gradient_through_q_k_and_v(rope):
 
 def test_no_gradient_flows_through_the_scores():
     q, k, _ = qkv(256)
-    assert not layer.score(q, k, SMALL).requires_grad
+    assert not operators.score(q, k, SMALL).requires_grad
     selection = select_entries(q, k, SMALL)
     assert not selection.level.is_floating_point() and not selection.index.is_floating_point()
 
@@ -181,8 +159,8 @@ def test_keeps_dtype_and_shape_and_stays_near_the_fp64_result(dtype):
     out = LighthouseAttention(SMALL)(*inputs, freqs_cis)
     assert out.dtype == dtype and out.shape == inputs[0].shape
     with pytest.MonkeyPatch.context() as patch:  # rounding may move a selection: hold it
-        slots = layer.select(layer.score(inputs[0], inputs[1], SMALL), SMALL)
-        patch.setattr(layer, "select", lambda *_: slots)
+        slots = operators.select(operators.score(inputs[0], inputs[1], SMALL), SMALL)
+        patch.setattr(operators, "select", lambda *_: slots)
         exact = lighthouse_attention(*(x.double() for x in inputs), SMALL, freqs_cis=freqs_cis)
     assert (out - exact).norm() <= tolerance[dtype] * exact.norm()
 
@@ -199,7 +177,7 @@ def test_attention_is_one_call_on_the_gathered_rows():
 
     def attend(q, k, v, *, enable_gqa):
         seen.append((q.shape, k.shape, v.shape, enable_gqa))
-        return layer.causal_sdpa(q, k, v, enable_gqa=enable_gqa)
+        return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
 
     inputs = qkv(256, 2, 2, 3)
     lighthouse_attention(*inputs, SMALL, attention=attend)

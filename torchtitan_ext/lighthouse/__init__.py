@@ -1,7 +1,8 @@
 """Lighthouse Attention for any PyTorch code."""
 
-from .attention import LighthouseAttention, Selection, lighthouse_attention, select_entries
+from .attention import LighthouseAttention, lighthouse_attention, select_entries
 from .config import LighthouseConfig
+from .operators import Selection
 
 __all__ = [
     "LighthouseAttention",

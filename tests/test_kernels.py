@@ -1,0 +1,222 @@
+"""The Triton operators: equal to the torch ones and to the oracle, repeatable, every element written.
+
+On a machine without a GPU the kernels run under Triton's interpreter on small shapes; the tests marked `gpu`
+repeat the comparison at full size (`make test-gpu`).
+"""
+
+import pytest
+import torch
+from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
+from torch.utils.checkpoint import checkpoint
+
+from torchtitan_ext.lighthouse import LighthouseConfig, kernels, lighthouse_attention, operators
+from torchtitan_ext.lighthouse import attention as layer
+from torchtitan_ext.lighthouse.oracle import oracle_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# ||x - reference|| / ||reference||, the reference in fp32 or fp64 on the same inputs and selection
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+# levels, pooling_factor, tile_winners, tiles, coarsest entries a tile, batch, KV heads, group, head_dim
+SMALL = [
+    (3, 2, 8, 2, 16, 1, 1, 1, 8),
+    (3, 4, 2, 2, 3, 2, 2, 2, 24),
+    (2, 8, 2, 3, 5, 1, 2, 1, 16),
+    (5, 2, 2, 1, 6, 1, 1, 3, 16),
+    (4, 8, 2, 1, 3, 1, 1, 1, 16),  # spans beyond a program's rows: two passes
+]
+FULL = [
+    (3, 4, 128, 12, 512, 1, 8, 1, 128),
+    (3, 2, 128, 12, 2048, 1, 2, 4, 64),
+    (4, 4, 64, 9, 77, 2, 2, 2, 96),
+    (5, 2, 128, 4, 200, 2, 2, 1, 256),
+    (5, 8, 16, 1, 33, 1, 2, 1, 64),
+    (2, 8, 128, 1, 8000, 1, 2, 1, 128),
+    (3, 4, 2, 1, 32, 1, 1, 1, 64),
+]
+shapes = pytest.mark.parametrize(
+    "shape", SMALL + [pytest.param(shape, marks=pytest.mark.gpu) for shape in FULL], ids=str
+)
+
+
+def setting(shape, rope="selected"):
+    levels, p, m, tiles, coarsest, *_ = shape
+    config = LighthouseConfig(levels, p, m * tiles, rope=rope, tile_winners=m)
+    return config, coarsest * tiles * p ** (levels - 1)
+
+
+def inputs_of(shape, dtype=torch.float32, rope="selected", seed=0):
+    config, seq_len = setting(shape, rope)
+    batch, n_kv_heads, group, head_dim = shape[5:]
+    tensors = qkv(seq_len, batch, n_kv_heads, group, head_dim, dtype, seed)
+    freqs_cis = rotary_table(seq_len + 3, head_dim, torch.complex64).to(DEVICE)
+    return [x.detach().to(DEVICE).requires_grad_() for x in tensors], freqs_cis, config
+
+
+@pytest.fixture
+def triton_everywhere(monkeypatch):
+    """The layer takes the Triton operators on any device."""
+    monkeypatch.setattr(layer, "_operators_for", lambda _: kernels)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nothing wrote reads as NaN, or as the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def error(x, reference):
+    return ((x - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("rope", ["selected", "base"])
+@pytest.mark.parametrize("shape", SMALL[1:3], ids=str)
+def test_layer_equals_the_oracle(shape, rope, triton_everywhere):
+    tensors, freqs_cis, config = inputs_of(shape, rope=rope)
+    out = lighthouse_attention(*tensors, config, freqs_cis=freqs_cis)
+    exact = [x.detach().cpu().double().requires_grad_() for x in tensors]
+    expected = oracle_attention(*exact, config, freqs_cis.cpu().to(torch.complex128))
+    assert error(out.cpu(), expected) < TOLERANCE[torch.float32]
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad(out, tensors, grad.to(DEVICE))
+    for x, reference in zip(ours, torch.autograd.grad(expected, exact, grad), strict=True):
+        assert error(x.cpu(), reference) < TOLERANCE[torch.float32]
+
+
+@shapes
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_scores_are_the_norms_and_their_maxima(shape, dtype):
+    (q, k, _), _, config = inputs_of(shape, dtype)
+    scores, seq_len = kernels.score(q, k, config), q.shape[1]
+    assert error(scores[..., :seq_len], operators.norm_scores(q, k)) < 1e-6
+    assert torch.equal(scores, operators.score_pyramid(scores[..., :seq_len], config))
+
+
+@shapes
+@pytest.mark.parametrize("kinds", zip(SCORES, SCORES[1:] + SCORES[:1], strict=True), ids=str)
+def test_selection_is_exactly_that_of_the_torch_path(shape, kinds, poisoned):
+    config, seq_len = setting(shape)
+    base = torch.stack([adversarial_scores(kind, (*shape[5:7], seq_len), 7) for kind in kinds])
+    scores = operators.score_pyramid(base.to(DEVICE), config)
+    assert torch.equal(kernels.select(scores, config), operators.select(scores, config))
+
+
+@shapes
+@pytest.mark.parametrize("rope", ["selected", "base"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, poisoned):
+    tensors, freqs_cis, config = inputs_of(shape, dtype, rope)
+    slots = operators.select(operators.score(*tensors[:2], config), config)
+    exact = [x.detach().float().requires_grad_() for x in tensors]
+
+    def check(ours, reference, inputs, exact_inputs):
+        assert error(ours, reference) < TOLERANCE[dtype]
+        grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+        (x,) = torch.autograd.grad(ours, inputs, grad)
+        (expected,) = torch.autograd.grad(reference, exact_inputs, grad.float())
+        assert error(x, expected) < TOLERANCE[dtype]
+
+    gathered = kernels.gather(*tensors, freqs_cis, slots, config)
+    expected = operators.gather(*exact, freqs_cis, slots, config)
+    for quartet in zip(gathered, expected, tensors, exact, strict=True):
+        check(*quartet)
+    rows = gathered[0].detach().requires_grad_()
+    exact_rows = rows.detach().float().requires_grad_()
+    check(
+        kernels.scatter(rows, slots, config),
+        operators.scatter(exact_rows, slots, config),
+        rows,
+        exact_rows,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape", [*SMALL[:2], pytest.param(FULL[0], marks=pytest.mark.gpu)], ids=str
+)
+def test_runs_repeat_bitwise_and_write_every_element(shape, triton_everywhere):
+    def run():
+        tensors, freqs_cis, config = inputs_of(shape)
+        out = lighthouse_attention(*tensors, config, freqs_cis=freqs_cis)
+        return out, *torch.autograd.grad(out.sin().sum(), tensors)
+
+    torch.use_deterministic_algorithms(True)  # buffers start as NaN
+    first = run()
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_strided_inputs_need_no_layout(triton_everywhere):
+    (q, k, v), freqs_cis, config = inputs_of(SMALL[1])
+    fused = torch.cat([q, k, v], 2)  # heads of one projection side by side
+    views = fused.split([q.shape[2], k.shape[2], v.shape[2]], 2)
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    expected = lighthouse_attention(q, k, v, config, freqs_cis=freqs_cis)
+    for tensors in (views, transposed):
+        assert torch.equal(lighthouse_attention(*tensors, config, freqs_cis=freqs_cis), expected)
+
+
+@pytest.mark.parametrize("shape", SMALL[:2], ids=str)
+def test_operators_are_well_formed_torch_library_operators(shape):
+    tensors, freqs_cis, config = inputs_of(shape)
+    q, k, _ = tensors
+    n, levels, p = q.shape[1], config.levels, config.pooling_factor
+    scores = kernels.score(q, k, config)
+    slots = kernels.select(scores, config)
+    rows = torch.randn(*q.shape[::2][:1], q.shape[2], config.gathered_len(n), q.shape[3]).to(DEVICE)
+    ops = torch.ops.lighthouse
+    for op, args in [
+        (ops.score.default, (q.detach(), k.detach(), levels, p)),
+        (ops.select.default, (scores, n, levels, p, config.top_k, config.tile_winners)),
+        (ops.reduce.default, (q, slots, freqs_cis, levels, p, config.gathered_len(n), 0, True, 1)),
+        (ops.spread.default, (rows.requires_grad_(), slots, None, n, levels, p, 1, False, 0)),
+    ]:
+        torch.library.opcheck(
+            op, args, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]
+        )
+
+
+def test_compiles_without_a_graph_break_and_equals_eager(triton_everywhere):
+    tensors, freqs_cis, config = inputs_of(SMALL[0])
+
+    def run(*tensors):
+        return lighthouse_attention(*tensors, config, freqs_cis=freqs_cis)
+
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    out = torch.compile(run, fullgraph=True, backend=backend)(*tensors)
+    torch.testing.assert_close(out, run(*tensors))
+    ours, eager = (torch.autograd.grad(x.sin().sum(), tensors) for x in (out, run(*tensors)))
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(triton_everywhere):
+    tensors, freqs_cis, config = inputs_of(SMALL[1])
+
+    def run(*tensors):
+        return lighthouse_attention(*tensors, config, freqs_cis=freqs_cis).sin().sum()
+
+    plain = torch.autograd.grad(run(*tensors), tensors)
+    recomputed = torch.autograd.grad(checkpoint(run, *tensors, use_reentrant=False), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", FULL, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_layer_equals_an_fp32_reference_at_full_size(shape, dtype, monkeypatch):
+    tensors, freqs_cis, config = inputs_of(shape, dtype)
+    out = lighthouse_attention(*tensors, config, freqs_cis=freqs_cis)
+    grad = torch.randn_like(out)
+    ours = torch.autograd.grad(out, tensors, grad)
+
+    slots = kernels.select(kernels.score(*tensors[:2], config), config)
+    monkeypatch.setattr(operators, "select", lambda *_: slots)  # rounding may move a selection
+    monkeypatch.setattr(layer, "_operators_for", lambda _: operators)
+    exact = [x.detach().float().requires_grad_() for x in tensors]
+    expected = lighthouse_attention(*exact, config, freqs_cis=freqs_cis)
+    assert error(out, expected) < TOLERANCE[dtype]
+    for x, reference in zip(ours, torch.autograd.grad(expected, exact, grad.float()), strict=True):
+        assert error(x, reference) < TOLERANCE[dtype]
