@@ -1,0 +1,289 @@
+"""A job that can't run, or would lose state in silence, stops before anything is built."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torchtitan.config import ConfigManager
+from torchtitan.protocols.train_spec import get_train_spec
+
+from torchtitan_ext.model import check_job
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Parses a job file of the demo with overrides, in a fresh dump folder; legal by itself."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def parse(*overrides, stage="stage1", dump="run"):
+        file = f"--job.config_file={ROOT}/configs/demo/{stage}.toml"
+        return ConfigManager().parse_args(
+            [file, f"--job.dump_folder={tmp_path / dump}", *overrides]
+        )
+
+    return parse
+
+
+def save(folder, step=10, degree=1, without=()):
+    """A checkpoint with the keys of torchtitan's, and returns its path."""
+    states = {
+        "output.weight": torch.zeros(4, 4),
+        "optimizer": {"state.output.weight.exp_avg": torch.zeros(4, 4)},
+        "lr_scheduler": {"last_epoch": step},
+        "dataloader": {f"dp_rank_{rank}": b"state" for rank in range(degree)},
+        "train_state": {"step": step},
+    }
+    path = Path(folder) / "checkpoint" / f"step-{step}"
+    states = {key: value for key, value in states.items() if key not in without}
+    dcp.save(states, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def start_from(path):
+    return f"--checkpoint.initial_load_path={path}", "--checkpoint.no_initial_load_model_only"
+
+
+def problems(config):
+    with pytest.raises(ValueError) as error:
+        check_job(config)
+    return str(error.value).split("\n- ")[1:]
+
+
+def only_problem(config, *words):
+    [problem] = problems(config)
+    for word in words:
+        assert str(word) in problem
+    return problem
+
+
+def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
+    for stage in ("stage1", "dense"):
+        check_job(job(stage=stage))
+    check_job(job(*start_from(save(tmp_path / "old")), stage="stage2"))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("--training.seq_len 4100", ["[training]", "seq_len = 4100"]),
+        ("--training.seq_len 512", ["[training]", "top_k = 64", "seq_len = 512"]),
+        ("--lighthouse.top_k 512", ["top_k = 512", "seq_len = 4096"]),
+        (
+            "--lighthouse.levels 2 --lighthouse.top_k 768 --lighthouse.tile_winners 48",
+            ["top_k = 768", "gathers 4096 rows", "seq_len = 4096"],
+        ),
+        ("--lighthouse.scorer gla", ["lighthouse.scorer = 'gla'"]),
+        ("--lighthouse.dense_layers 0 4", ["lighthouse.dense_layers = [0, 4]", "0 to 3"]),
+        ("--lighthouse.dense_layers -1", ["lighthouse.dense_layers = [-1]", "0 to 3"]),
+        ("--model.flavor 7B", ["model.flavor = '7B'", "debug, 270M, 530M"]),
+        ("--model.hf_assets_path nowhere", ["model.hf_assets_path = 'nowhere'", "tokenizer.json"]),
+        ("--model.hf_assets_path tests", ["model.hf_assets_path = 'tests'", "tokenizer.json"]),
+        ("--training.dataset books", ["books"]),
+        ("--training.dataset_path nowhere", ["nowhere"]),
+        ("--validation.enable --validation.dataset books", ["books"]),
+        ("--validation.enable --validation.seq_len 100", ["[validation]", "seq_len = 100"]),
+        (
+            "--parallelism.context_parallel_degree 2",
+            ["parallelism.context_parallel_degree = 2", "set it to 1"],
+        ),
+        ("--checkpoint.load_step 10", ["checkpoint.load_step = 10", "-1"]),
+        (
+            "--checkpoint.no_enable --checkpoint.initial_load_path x",
+            ["checkpoint.initial_load_path = 'x'", "checkpoint.enable = false"],
+        ),
+        (
+            "--checkpoint.last_save_model_only",
+            ["checkpoint.last_save_model_only = true", "set it to false"],
+        ),
+    ],
+)
+def test_each_problem_is_named_with_its_value_and_remedy(job, overrides, words):
+    extra = ["--validation.dataset=python_source", "--validation.seq_len=4096"]
+    only_problem(job(*extra, *overrides.split()), *words)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("levels", 1),
+        ("pooling_factor", 3),
+        ("top_k", 100),
+        ("tile_winners", 5),
+        ("scorer", "random"),
+        ("rope", "later"),
+    ],
+)
+def test_a_setting_that_is_never_legal_stops_the_parsing(job, tmp_path, capsys, field, value):
+    with pytest.raises(SystemExit) as stop:
+        job(f"--lighthouse.{field}={value}")
+    assert stop.value.code != 0
+    assert f"{field} = {value!r}" in capsys.readouterr().err
+
+    file = tmp_path / "job.toml"
+    file.write_text(
+        '[job]\ncustom_config_module = "torchtitan_ext.model.config"\n'
+        f"[lighthouse]\n{field} = {value!r}\n"
+    )
+    with pytest.raises(ValueError, match=f"{field} = {value!r}"):
+        ConfigManager().parse_args(["--job.config_file", str(file)])
+
+
+def test_every_problem_is_reported_at_once(job):
+    config = job(
+        "--training.seq_len=4100",
+        "--training.dataset=books",
+        "--model.hf_assets_path=nowhere",
+        "--lighthouse.dense_layers=9",
+        "--checkpoint.last_save_model_only",
+        *start_from("gone"),
+    )
+    assert len(problems(config)) == 6
+
+
+def test_a_tokenizer_must_fit_the_embeddings(job, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{i}": i for i in range(1000)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+    only_problem(job(f"--model.hf_assets_path={tmp_path}"), "model.hf_assets_path", "1000", "384")
+
+
+def test_the_section_is_missed_when_its_module_is_not_named():
+    with pytest.raises(ValueError, match=r"job.custom_config_module.*torchtitan_ext.model.config"):
+        check_job(ConfigManager().parse_args([]))
+
+
+def test_the_train_spec_checks_before_it_builds(job):
+    spec = get_train_spec("llama3_lighthouse")
+    assert spec.build_tokenizer_fn(job()).get_vocab_size() >= 256
+    with pytest.raises(ValueError, match="seq_len = 4100"):
+        spec.build_tokenizer_fn(job("--training.seq_len=4100"))
+
+
+def test_lighthouse_rules_do_not_bind_a_dense_job(job):
+    check_job(job("--training.seq_len=4100", stage="dense"))
+    check_job(job("--checkpoint.last_save_model_only", stage="dense"))
+
+
+# The four ways in which torchtitan drops state in silence.
+
+
+def test_a_dropped_optimizer_is_an_error(job, tmp_path):
+    path = save(tmp_path / "old")
+    config = job(f"--checkpoint.initial_load_path={path}", "--checkpoint.initial_load_model_only")
+    only_problem(config, "checkpoint.initial_load_model_only = true", "set it to false")
+    excluded = "--checkpoint.exclude_from_loading=optimizer,lr_scheduler,dataloader,train_state"
+    save(tmp_path / "weights", without=("optimizer", "lr_scheduler", "dataloader", "train_state"))
+    check_job(job(*start_from(tmp_path / "weights/checkpoint/step-10"), excluded))
+
+
+def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
+    old, other = save(tmp_path / "old"), save(tmp_path / "other")
+    config, own = job(*start_from(old)), tmp_path / "run" / "checkpoint"
+    check_job(config)  # the start
+    check_job(config)  # killed before its first checkpoint
+
+    own.mkdir()
+    only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
+    (own / "step-20").mkdir()  # killed while its first checkpoint was written
+    only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
+
+    save(tmp_path / "run", step=20)
+    check_job(config)  # continues the run that it started
+    only_problem(job(*start_from(other)), other, f"started from {old}", "job.dump_folder")
+    only_problem(job(), f"started from {old}", f"set it to {old}")
+
+
+def test_a_run_from_scratch_is_not_taken_for_one_with_an_initial_checkpoint(job, tmp_path):
+    old = save(tmp_path / "old")
+    check_job(job())
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    check_job(job())  # nothing saved yet, so from scratch is right
+    save(tmp_path / "run", step=20)
+    check_job(job())
+    only_problem(job(*start_from(old)), old, "started from scratch", "drop the path")
+
+
+@pytest.mark.parametrize("saved, world_size", [(1, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize("own", [False, True])
+def test_another_data_parallel_degree_is_an_error(
+    job, tmp_path, monkeypatch, saved, world_size, own
+):
+    path = save(tmp_path / ("run" if own else "old"), degree=saved)
+    config = job() if own else job(*start_from(path))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    only_problem(config, f"data-parallel degree = {world_size}", path, f"= {saved}")
+    monkeypatch.setenv("WORLD_SIZE", str(saved))
+    check_job(config)
+
+
+def test_the_data_parallel_degree_leaves_the_other_dimensions_out(job, tmp_path, monkeypatch):
+    config = job(
+        *start_from(save(tmp_path / "old", degree=2)), "--parallelism.tensor_parallel_degree=2"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_job(config)
+
+
+def test_a_degree_is_compared_with_the_checkpoint_that_will_be_loaded(job, tmp_path, monkeypatch):
+    save(tmp_path / "run", step=10, degree=1)
+    save(tmp_path / "run", step=20, degree=2)
+    only_problem(job(), "step-20")
+    check_job(job("--checkpoint.load_step=10"))
+    only_problem(job("--checkpoint.load_step=30"), "checkpoint.load_step = 30", "[10, 20]")
+
+
+@pytest.mark.parametrize("missing", ["optimizer", "lr_scheduler", "dataloader", "train_state"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_checkpoint_without_its_training_state_is_an_error(job, tmp_path, missing, own):
+    path = save(tmp_path / ("run" if own else "old"), without=(missing,))
+    only_problem(job() if own else job(*start_from(path)), path, f"holds no {missing}")
+
+
+@pytest.mark.parametrize("damage", ["no metadata", "no data", "cut short", "gone", "parent"])
+def test_an_incomplete_checkpoint_is_an_error(job, tmp_path, damage):
+    path = save(tmp_path / "old")
+    data = next(path.glob("*.distcp"))
+    if damage == "no metadata":
+        (path / ".metadata").unlink()
+    elif damage == "no data":
+        data.unlink()
+    elif damage == "cut short":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif damage == "gone":
+        shutil.rmtree(path)
+    else:
+        path = path.parent
+    only_problem(
+        job(*start_from(path)), "checkpoint.initial_load_path", path, "not a complete checkpoint"
+    )
+
+
+def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path):
+    path = save(tmp_path / "old", step=100)
+    only_problem(job(*start_from(path), "--training.steps=100"), "training.steps = 100", path)
+    check_job(job(*start_from(path), "--training.steps=101"))
+
+
+def test_only_the_first_rank_notes_the_start(job, tmp_path, monkeypatch):
+    config = job(*start_from(save(tmp_path / "old")))
+    monkeypatch.setenv("RANK", "1")
+    check_job(config)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "0")
+    check_job(config)
+    assert any((tmp_path / "run").iterdir())
+
+
+def test_no_checkpoint_rule_binds_a_job_that_keeps_none(job, tmp_path):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    check_job(job("--checkpoint.no_enable", "--checkpoint.last_save_model_only"))
+    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "checkpoint"]

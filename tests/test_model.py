@@ -1,0 +1,195 @@
+"""The model and the job files: one switch, one set of parameters."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+import tomli
+import torch
+from torchtitan.config import ConfigManager
+from torchtitan.models.llama3 import Transformer
+from torchtitan.protocols.train_spec import get_train_spec
+
+from torchtitan_ext.model import Lighthouse, LighthouseTransformer, flavors
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob("configs/*/*.toml"))
+SMALL = Lighthouse(enable=True, levels=2, top_k=8, tile_winners=4)
+
+
+def parse(path, *overrides):
+    return ConfigManager().parse_args(["--job.config_file", str(path), *overrides])
+
+
+def args(**changes):
+    return dataclasses.replace(flavors["debug"], dim=32, n_heads=4, max_seq_len=64, **changes)
+
+
+def build(model_args, model_cls=LighthouseTransformer, device="cpu"):
+    with torch.device("meta"):
+        model = model_cls(model_args)
+    if device == "meta":
+        return model
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.init_weights()
+    return model
+
+
+def test_530m_has_the_published_number_of_parameters():
+    model = build(flavors["530M"], device="meta")
+    assert sum(p.numel() for p in model.parameters()) == 530_117_632
+    assert {block.feed_forward.w1.out_features for block in model.layers.values()} == {1536}
+    assert model.model_args.dense_layers == (0, 1, 28, 29)
+
+
+def test_270m_is_530m_with_a_byte_vocabulary():
+    big, small = (dataclasses.asdict(flavors[name]) for name in ("530M", "270M"))
+    assert {key for key in big if big[key] != small[key]} == {"vocab_size"}
+    vocab = small["vocab_size"]
+    assert vocab >= 256 and vocab % 128 == 0
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
+def test_parameters_do_not_depend_on_the_switch(n_kv_heads):
+    on = build(args(n_kv_heads=n_kv_heads, lighthouse=SMALL))
+    off = build(args(n_kv_heads=n_kv_heads))
+    assert list(on.state_dict()) == list(off.state_dict())
+    for name, weight in on.state_dict().items():
+        assert torch.equal(weight, off.state_dict()[name]), name
+
+
+def test_switched_off_it_is_torchtitans_llama3():
+    tokens = torch.randint(0, 384, (2, 64))
+    off, stock = build(args()), build(args(), Transformer)
+    assert torch.equal(off(tokens), stock(tokens))
+
+
+@pytest.mark.parametrize("dense_layers", [None, [], [0, 3], [0, 1, 2, 3]])
+def test_exactly_the_layers_not_listed_as_dense_use_lighthouse(dense_layers, monkeypatch):
+    model = build(args(lighthouse=dataclasses.replace(SMALL, dense_layers=dense_layers)))
+    gathered = {}
+    for name, block in model.layers.items():
+        block.attention.inner_attention.register_forward_hook(
+            lambda _, inputs, __, name=name: gathered.update({int(name): inputs[0].shape[2]})
+        )
+    model(torch.randint(0, 384, (1, 64)))
+    dense = flavors["debug"].dense_layers if dense_layers is None else dense_layers
+    lengths = {layer: 64 if layer in dense else SMALL.gathered_len(64) for layer in range(4)}
+    assert gathered == lengths
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
+@pytest.mark.parametrize("rope", ["selected", "base"])
+def test_every_parameter_gets_a_gradient(n_kv_heads, rope):
+    model = build(
+        args(n_kv_heads=n_kv_heads, lighthouse=dataclasses.replace(SMALL, rope=rope)),
+    )
+    model(torch.randint(0, 384, (2, 64))).square().mean().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.isfinite().all(), name
+        assert weight.grad.any(), name
+
+
+@pytest.mark.parametrize("change", [{"attn_mask_type": "block_causal"}, {"attn_type": "flex"}])
+def test_other_masks_and_attention_types_are_refused_with_lighthouse_only(change):
+    build(args(**change), device="meta")
+    with pytest.raises(ValueError, match=next(iter(change.values()))):
+        build(args(**change, lighthouse=SMALL), device="meta")
+
+
+def test_flops_count_the_pairs_that_a_lighthouse_layer_attends():
+    def flops(**section):
+        model_args = args(lighthouse=dataclasses.replace(SMALL, **section))
+        return model_args.get_nparams_and_flops(build(model_args, device="meta"), 64)[1]
+
+    dense, per_key = flops(enable=False), 6 * 2 * flavors["debug"].n_layers
+    stock = build(args(), Transformer, "meta")
+    assert dense == stock.model_args.get_nparams_and_flops(stock, 64)[1]
+    assert flops(dense_layers=[0, 1, 2, 3]) == dense
+    # torchtitan counts 6 * 2 * dim FLOPs a token, layer and key
+    saved = (dense - flops(dense_layers=[])) / (per_key * 32)
+    assert 64 - saved == SMALL.gathered_len(64) ** 2 / 64
+
+
+def test_importing_registers_the_model_once():
+    spec = get_train_spec("llama3_lighthouse")
+    for module in ("torchtitan_ext.model.config", "torchtitan_ext.model"):
+        importlib.import_module(module)
+    assert get_train_spec("llama3_lighthouse") is spec
+    assert spec.model_cls is LighthouseTransformer
+
+
+def test_every_setting_can_be_given_on_the_command_line():
+    stage1 = ROOT / "configs/demo/stage1.toml"
+    for field in dataclasses.fields(Lighthouse):
+        value = {
+            "levels": 2,
+            "pooling_factor": 2,
+            "top_k": 32,
+            "scorer": "dilated",
+            "dilation": 8,
+            "rope": "base",
+            "tile_winners": 8,
+            "enable": False,
+            "dense_layers": [0, 3],
+        }[field.name]
+        option = f"--lighthouse.{field.name}"
+        if value is False:
+            given = ["--lighthouse.no_enable"]
+        elif isinstance(value, list):
+            given = [option, *map(str, value)]
+        else:
+            given = [option, str(value)]
+        assert getattr(parse(stage1).lighthouse, field.name) != value
+        assert getattr(parse(stage1, *given).lighthouse, field.name) == value
+    off = ROOT / "configs/demo/stage2.toml"
+    assert parse(off, "--lighthouse.enable").lighthouse.enable
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_job_file_builds(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    job = parse(path)
+    assert Path(job.model.hf_assets_path).is_dir()
+    spec = get_train_spec(job.model.name)
+    model_args = dataclasses.replace(spec.model_args[job.model.flavor])
+    model_args.update_from_config(job)
+    model = build(model_args, spec.model_cls, "meta")
+    assert job.lighthouse.enable == bool(model_args.lighthouse_layers)
+    if job.lighthouse.enable:
+        job.lighthouse.check_seq_len(job.training.seq_len)
+    assert model_args.get_nparams_and_flops(model, job.training.seq_len)[1] > 0
+
+
+def settings(path):
+    sections = tomli.loads(path.read_text())
+    return {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
+
+
+def differing(a, b):
+    a, b = settings(a), settings(b)
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
+@pytest.mark.parametrize("recipe", ["530m", "demo"])
+def test_the_stages_differ_only_where_they_must(recipe):
+    stage1, stage2, dense = (
+        ROOT / "configs" / recipe / f"{name}.toml" for name in ("stage1", "stage2", "dense")
+    )
+    initial_load = {"checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}
+    assert differing(stage1, stage2) == initial_load | {
+        "lighthouse.enable",
+        "training.steps",
+        "job.dump_folder",
+    }
+    assert differing(stage2, dense) == initial_load | {"job.dump_folder"}
+    path = settings(stage2)["checkpoint.initial_load_path"]
+    assert path.startswith(settings(stage1)["job.dump_folder"] + "/checkpoint/step-")
+    step = int(path.rpartition("-")[2])
+    saved = range(
+        0, settings(stage1)["training.steps"] + 1, settings(stage1)["checkpoint.interval"]
+    )
+    assert step in saved[-settings(stage1)["checkpoint.keep_latest_k"] :]

@@ -1,0 +1,72 @@
+from dataclasses import dataclass, field
+
+from torch import nn
+from torchtitan.config import JobConfig
+from torchtitan.models.llama3 import TransformerModelArgs
+
+from .config import Lighthouse
+
+
+@dataclass
+class LighthouseModelArgs(TransformerModelArgs):
+    """llama3's arguments, the flavor's dense layers and the job's `[lighthouse]` section."""
+
+    dense_layers: tuple[int, ...] = ()
+    lighthouse: Lighthouse = field(default_factory=Lighthouse)
+
+    @property
+    def lighthouse_layers(self) -> list[int]:
+        """The layers that attend with Lighthouse: none of them when it is switched off."""
+        if not self.lighthouse.enable:
+            return []
+        dense = self.lighthouse.dense_layers
+        dense = self.dense_layers if dense is None else dense
+        return [layer for layer in range(self.n_layers) if layer not in dense]
+
+    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+        super().update_from_config(job_config, **kwargs)
+        self.lighthouse = job_config.lighthouse
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters and FLOPs a token, in torchtitan's convention (causal masks not deducted).
+
+        A Lighthouse layer attends S x S pairs for N tokens, so each token pays for S^2/N keys
+        instead of N.
+        """
+        nparams, flops = super().get_nparams_and_flops(model, seq_len)
+        if self.lighthouse_layers:
+            keys_saved = seq_len - self.lighthouse.gathered_len(seq_len) ** 2 / seq_len
+            flops -= 6 * len(self.lighthouse_layers) * 2 * self.dim * keys_saved
+        return nparams, round(flops)
+
+
+flavors = {
+    # Small enough to train on a laptop's CPU.
+    "debug": LighthouseModelArgs(
+        dim=128,
+        n_layers=4,
+        n_heads=4,
+        vocab_size=384,
+        rope_theta=10000,
+        dense_layers=(0,),
+    ),
+    # The body of 530M with a byte vocabulary, padded to a multiple of 128.
+    "270M": LighthouseModelArgs(
+        dim=1024,
+        n_layers=30,
+        n_heads=8,
+        vocab_size=384,
+        ffn_dim_multiplier=0.5,  # llama3 rounds half of 2/3 of 4 * dim up to a width of 1536
+        rope_theta=10000,
+        dense_layers=(0, 1, 28, 29),
+    ),
+    "530M": LighthouseModelArgs(
+        dim=1024,
+        n_layers=30,
+        n_heads=8,
+        vocab_size=128256,
+        ffn_dim_multiplier=0.5,
+        rope_theta=10000,
+        dense_layers=(0, 1, 28, 29),
+    ),
+}

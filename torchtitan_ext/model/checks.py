@@ -1,0 +1,240 @@
+"""What would stop a job later, or lose its state in silence, found before anything is built."""
+
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
+from torchtitan.components.tokenizer import build_hf_tokenizer
+from torchtitan.config import JobConfig
+
+from torchtitan_ext.data import check_dataset
+
+from .args import flavors
+
+
+def check_job(job_config: JobConfig) -> None:
+    """Raise one ValueError that lists every problem of this launch: field, value and remedy.
+
+    Every rank reads the same files and comes to the same answer. Rank 0 also notes which
+    checkpoint a new run starts from, so that a later launch can tell whether it continues that run.
+    """
+    if not hasattr(job_config, "lighthouse"):
+        raise ValueError(
+            f"job.custom_config_module = {job_config.job.custom_config_module!r}: "
+            "set it to 'torchtitan_ext.model.config', which adds the [lighthouse] section"
+        )
+    problems = [
+        *_model_problems(job_config),
+        *_data_problems(job_config),
+        *_checkpoint_problems(job_config),
+    ]
+    if problems:
+        raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
+    if job_config.checkpoint.enable and int(os.environ.get("RANK", 0)) == 0:
+        _note_start(job_config)
+
+
+def _model_problems(job_config: JobConfig) -> Iterator[str]:
+    flavor, lighthouse = job_config.model.flavor, job_config.lighthouse
+    if flavor not in flavors:
+        yield f"model.flavor = {flavor!r} is unknown: choose one of {', '.join(flavors)}"
+    else:
+        n_layers = flavors[flavor].n_layers
+        bad = [i for i in lighthouse.dense_layers or () if not 0 <= i < n_layers]
+        if bad:
+            yield (
+                f"lighthouse.dense_layers = {lighthouse.dense_layers}: {bad} out of range, "
+                f"flavor {flavor} has layers 0 to {n_layers - 1}"
+            )
+    if not lighthouse.enable:
+        return
+    sections = ["training"] + ["validation"] * job_config.validation.enable
+    for section in sections:
+        try:
+            lighthouse.check_seq_len(getattr(job_config, section).seq_len)
+        except ValueError as error:
+            yield f"[lighthouse] on [{section}]: {error}"
+    if lighthouse.scorer != "norm":
+        yield f"lighthouse.scorer = {lighthouse.scorer!r}: not available yet, use 'norm'"
+    degree = job_config.parallelism.context_parallel_degree
+    if degree > 1:
+        yield (
+            f"parallelism.context_parallel_degree = {degree}: not supported with Lighthouse yet, "
+            "set it to 1 (or lighthouse.enable to false)"
+        )
+
+
+def _data_problems(job_config: JobConfig) -> Iterator[str]:
+    path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
+    try:
+        vocab_size = build_hf_tokenizer(job_config).get_vocab_size()
+        if flavor in flavors and vocab_size > flavors[flavor].vocab_size:
+            yield (
+                f"model.hf_assets_path = {path!r}: its {vocab_size} tokens exceed the "
+                f"{flavors[flavor].vocab_size} embeddings of model.flavor = {flavor!r}; "
+                "choose a larger flavor or a smaller tokenizer"
+            )
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        yield (
+            f"model.hf_assets_path = {path!r}: no tokenizer there ({error}); "
+            "give the folder that holds tokenizer.json"
+        )
+    sections = ["training"] + ["validation"] * job_config.validation.enable
+    for section in (getattr(job_config, name) for name in sections):
+        try:
+            check_dataset(section.dataset, section.dataset_path)
+        except ValueError as error:
+            yield str(error)
+
+
+def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
+    checkpoint = job_config.checkpoint
+    folder, initial = _folder(job_config), checkpoint.initial_load_path
+    if not checkpoint.enable:
+        if initial:
+            yield (
+                f"checkpoint.initial_load_path = {initial!r} with checkpoint.enable = false: "
+                "nothing would be loaded; set checkpoint.enable to true or drop the path"
+            )
+        return
+    if job_config.lighthouse.enable and checkpoint.last_save_model_only:
+        yield (
+            "checkpoint.last_save_model_only = true: the last checkpoint of a Lighthouse run "
+            "couldn't be resumed dense, its optimizer and data position are missing; set it to false"
+        )
+    if initial and checkpoint.initial_load_model_only and not checkpoint.initial_load_in_hf:
+        yield (
+            "checkpoint.initial_load_model_only = true: optimizer, learning-rate schedule, data "
+            f"position and step of {initial} would be dropped; set it to false (and to start "
+            "from the weights alone, name what to drop in checkpoint.exclude_from_loading)"
+        )
+
+    if not folder.exists():
+        if initial and not checkpoint.initial_load_in_hf:
+            yield from _state_problems(job_config, "checkpoint.initial_load_path", Path(initial))
+            step = re.fullmatch(r"step-(\d+)", Path(initial).name)
+            if step and int(step[1]) >= job_config.training.steps:
+                yield (
+                    f"training.steps = {job_config.training.steps}: {initial} has done as many; "
+                    "set the number of steps counted from the start of the first stage"
+                )
+        elif not initial and checkpoint.load_step != -1:
+            yield (
+                f"checkpoint.load_step = {checkpoint.load_step}: {folder} doesn't exist, so there "
+                "is nothing to load; set it to -1 to start from scratch"
+            )
+        return
+
+    # From here on torchtitan loads from the run's own folder and ignores initial_load_path.
+    steps = _complete_steps(folder)
+    if initial and not steps:
+        yield (
+            f"checkpoint.initial_load_path = {initial!r} would be ignored, because the run's own "
+            f"folder {folder} exists, without a complete checkpoint: delete {folder}"
+        )
+        return
+    started_from = _started_from(job_config)
+    if steps and started_from != _resolved(initial):
+        yield (
+            f"checkpoint.initial_load_path = {initial!r} would be ignored, because {folder} holds "
+            f"a run that started from {started_from or 'scratch'}: to continue that one, "
+            + (f"set it to {started_from}" if started_from else "drop the path")
+            + f"; to start anew, choose another job.dump_folder or delete {folder}"
+        )
+        return
+    step = max(steps, default=-1) if checkpoint.load_step == -1 else checkpoint.load_step
+    if step not in (-1, *steps):
+        yield (
+            f"checkpoint.load_step = {step}: {folder} holds no complete checkpoint of that step, "
+            f"only of {sorted(steps)}; choose one of them, or -1 for the newest"
+        )
+    elif step > 0:  # step 0 is torchtitan's seed checkpoint: weights alone
+        yield from _state_problems(job_config, "job.dump_folder", folder / f"step-{step}")
+
+
+def _state_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[str]:
+    """What the checkpoint at `path`, which `field` leads to, lacks to be resumed by this launch."""
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        yield (
+            f"{field}: {path} is not a complete checkpoint ({error}); "
+            "give the step-N folder of one that was saved to its end"
+        )
+        return
+    sizes: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        end = stored.offset + stored.length
+        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    broken = [
+        name
+        for name, size in sorted(sizes.items())
+        if not (path / name).is_file() or (path / name).stat().st_size < size
+    ]
+    if broken:
+        yield (
+            f"{field}: {path} is not a complete checkpoint, {', '.join(broken)} missing or cut "
+            "short; restore it, or delete the folder and resume from an earlier checkpoint"
+        )
+
+    saved = metadata.state_dict_metadata
+    excluded = job_config.checkpoint.exclude_from_loading
+    wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
+    missing = sorted(wanted - {key.split(".")[0] for key in saved})
+    if missing:
+        yield (
+            f"{field}: {path} holds no {', '.join(missing)}, so training can't go on from it; "
+            "use a checkpoint saved with checkpoint.last_save_model_only = false"
+        )
+    if DATALOADER in wanted and DATALOADER not in missing:
+        dims = job_config.parallelism
+        degree = int(os.environ.get("WORLD_SIZE", 1)) // (
+            dims.context_parallel_degree
+            * dims.tensor_parallel_degree
+            * dims.pipeline_parallel_degree
+        )
+        saved_degree = sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in saved)
+        if degree != saved_degree:
+            yield (
+                f"data-parallel degree = {degree}: {path} was saved by {saved_degree} data-parallel "
+                f"ranks and its data position holds for no other number; launch with "
+                f"parallelism.data_parallel_replicate_degree * data_parallel_shard_degree = "
+                f"{saved_degree}"
+            )
+
+
+def _folder(job_config: JobConfig) -> Path:
+    return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
+
+
+def _complete_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that torchtitan would consider: the metadata is written last."""
+    return [int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/.metadata")]
+
+
+def _resolved(path: str | None) -> str | None:
+    return os.path.realpath(path) if path else None
+
+
+def _start_note(job_config: JobConfig) -> Path:
+    return Path(job_config.job.dump_folder, "started_from.txt")
+
+
+def _started_from(job_config: JobConfig) -> str | None:
+    note = _start_note(job_config)
+    return note.read_text().strip() if note.exists() else None
+
+
+def _note_start(job_config: JobConfig) -> None:
+    if _complete_steps(_folder(job_config)):
+        return
+    note, initial = _start_note(job_config), _resolved(job_config.checkpoint.initial_load_path)
+    if initial:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(initial + "\n")
+    else:
+        note.unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+import torch
+from torchtitan.models.llama3 import Transformer
+from torchtitan.models.llama3.model.model import Attention
+from torchtitan.protocols.model import AttentionMasksType
+
+from torchtitan_ext.lighthouse import lighthouse_attention
+
+from .args import LighthouseModelArgs
+
+
+class LighthouseSelfAttention(Attention):
+    """llama3's attention module with Lighthouse between its projections.
+
+    It has the parameters of its parent and none of its own. RoPE is left to the layer, which
+    rotates the entries that it gathers.
+
+    Raises:
+        ValueError: an attention or mask type that the layer doesn't know.
+    """
+
+    def __init__(self, model_args: LighthouseModelArgs):
+        super().__init__(model_args)
+        if (model_args.attn_type, model_args.attn_mask_type) != ("sdpa", "causal"):
+            raise ValueError(
+                f"attn_type = {model_args.attn_type!r}, attn_mask_type = "
+                f"{model_args.attn_mask_type!r}: Lighthouse attends with 'sdpa' under a 'causal' mask "
+                "only; use those, or set lighthouse.enable to false"
+            )
+        self.config = model_args.lighthouse
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        attention_masks: AttentionMasksType | None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert attention_masks is None and positions is None
+        bs, seqlen, _ = x.shape
+        # -1 instead of the number of heads: tensor parallelism shards them.
+        xq, xk, xv = (
+            proj(x).view(bs, seqlen, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv)
+        )
+        output = lighthouse_attention(
+            xq, xk, xv, self.config, freqs_cis=freqs_cis, attention=self.inner_attention
+        )  # [B, N, H, D]
+        return self.wo(output.reshape(bs, seqlen, -1))
+
+
+class LighthouseTransformer(Transformer):
+    """torchtitan's llama3 with Lighthouse in `model_args.lighthouse_layers`.
+
+    Parameters, their names and their initial values for a seed don't depend on which layers those
+    are, so a checkpoint trained one way loads the other way.
+    """
+
+    def __init__(self, model_args: LighthouseModelArgs):
+        super().__init__(model_args)
+        for layer in model_args.lighthouse_layers:
+            self.layers[str(layer)].attention = LighthouseSelfAttention(model_args)

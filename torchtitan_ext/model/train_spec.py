@@ -1,0 +1,69 @@
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
+from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
+from torchtitan.models.llama3 import parallelize_llama
+from torchtitan.protocols import BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.tools.utils import device_type
+
+from torchtitan_ext.data import build_dataloader
+
+from .args import flavors
+from .checks import check_job
+from .model import LighthouseTransformer
+
+
+def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    model = parallelize_llama(model, parallel_dims, job_config)
+    if device_type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo has no pre-multiplied sum
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
+    # torchtitan builds the tokenizer before anything else, so this is where a bad job stops.
+    check_job(job_config)
+    return build_hf_tokenizer(job_config)
+
+
+class DeviceMetricsProcessor(MetricsProcessor):
+    """Logs the number of devices too, and leaves no logged step behind when the job is killed."""
+
+    def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        extra_metrics = {**(extra_metrics or {}), "n_devices": self.parallel_dims.world_size}
+        super().log(*args, extra_metrics=extra_metrics, **kwargs)
+        for logger in getattr(self.logger, "_loggers", ()):
+            if isinstance(logger, TensorBoardLogger):
+                logger.writer.flush()
+
+
+def build_metrics_processor(
+    job_config: JobConfig,
+    parallel_dims: ParallelDims,
+    model_args: BaseModelArgs | None = None,
+    tag: str | None = None,
+) -> MetricsProcessor:
+    return DeviceMetricsProcessor(job_config, parallel_dims, tag)
+
+
+def get_train_spec() -> TrainSpec:
+    """llama3's train spec with the model, the checks and the records of this package."""
+    return replace(
+        get_llama3_train_spec(),
+        model_cls=LighthouseTransformer,
+        model_args=flavors,
+        parallelize_fn=parallelize,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=build_checked_tokenizer,
+        build_metrics_processor_fn=build_metrics_processor,
+    )
