@@ -74,8 +74,9 @@ def test_noise_below_the_jump_moves_neither_by_more_than_itself(switch, seed):
 
 
 @given(switches())
-def test_a_curve_that_stays_above_never_recovers(switch):
+def test_back_at_its_level_is_recovered_and_above_it_never(switch):
     _, _, step, loss, split, w, level, *_ = switch
+    assert recovery(step, np.full(len(step), level), split, level, w) is not None
     assert recovery(step, np.maximum(loss, level + 1e-6), split, level, w) is None
 
 
