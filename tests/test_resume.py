@@ -1,0 +1,138 @@
+"""Exact resume, seen from outside: real launches of torchtitan.train, on one process and on two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
+ROOT = Path(__file__).parents[1]
+STEPS, SPLIT = 6, 4
+TINY = (
+    "--training.seq_len=256",
+    "--lighthouse.top_k=16",
+    "--lighthouse.tile_winners=4",
+    "--lr_scheduler.warmup_steps=2",
+    "--checkpoint.interval=2",
+    "--experimental.custom_import=recording_import",
+)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-process", "two-ranks"])
+def runs(request, tmp_path_factory):
+    """Stage 1 in one go; the same killed and resumed; and stage 2 from the former's checkpoint."""
+    folder, n_ranks = tmp_path_factory.mktemp("runs"), request.param
+
+    def launch(name, *overrides, stage="stage1", steps=STEPS, dump=None, **env):
+        records = folder / f"{name}-records"
+        records.mkdir()
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "OMP_NUM_THREADS": "1",
+            "RECORDS": str(records),
+            **env,
+        }
+        dump = folder / (dump or name)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={n_ranks}", "-m", "torchtitan.train"]
+        command += [f"--job.config_file=configs/demo/{stage}.toml", f"--job.dump_folder={dump}"]
+        command += [*TINY, f"--training.steps={steps}", *overrides]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        return SimpleNamespace(
+            dump=dump, records=records, code=done.returncode, output=done.stdout + done.stderr
+        )
+
+    whole = launch("whole")
+    killed = launch("killed", KILL_AT_BATCH=str(SPLIT + 2))
+    resumed = launch("resumed", dump="killed")
+    stage2 = launch(
+        "stage2",
+        f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{SPLIT}",
+        "--metrics.enable_wandb",
+        stage="stage2",
+        steps=SPLIT + 1,
+        WANDB_MODE="offline",
+    )
+    for run in (whole, resumed, stage2):
+        assert run.code == 0, run.output
+    return SimpleNamespace(
+        n_ranks=n_ranks, whole=whole, killed=killed, resumed=resumed, stage2=stage2
+    )
+
+
+def losses(dump):
+    """Every (step, loss) that was logged, of all the starts of a run."""
+    logged = []
+    for file in dump.glob("tb/*/*tfevents*"):
+        events = EventAccumulator(str(file)).Reload()
+        logged += [(e.step, e.value) for e in events.Scalars("loss_metrics/global_avg_loss")]
+    return sorted(logged)
+
+
+def batch(run, rank, count):
+    inputs, labels = torch.load(run.records / f"batch-{rank}-{count}.pt")
+    return inputs["input"], labels
+
+
+def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(runs):
+    assert runs.killed.code != 0
+    whole = dict(losses(runs.whole.dump))
+    assert sorted(whole) == list(range(1, STEPS + 1))
+    # The kill came after a step that the checkpoint doesn't hold: that one was trained twice.
+    twice = sorted([*whole.items(), (SPLIT + 1, whole[SPLIT + 1])])
+    assert losses(runs.resumed.dump) == twice
+
+
+def test_the_first_batch_of_stage_2_is_the_one_that_stage_1_would_have_drawn_next(runs):
+    for rank in range(runs.n_ranks):
+        for run in (runs.stage2, runs.resumed):
+            for got, expected in zip(
+                batch(run, rank, 1), batch(runs.whole, rank, SPLIT + 1), strict=True
+            ):
+                assert torch.equal(got, expected)
+        drawn = [batch(runs.whole, rank, count)[0] for count in range(1, STEPS + 1)]
+        assert len({tuple(tokens.flatten().tolist()) for tokens in drawn}) == STEPS
+
+
+def test_stage_2_starts_from_stage_1s_optimizer_schedule_and_step(runs):
+    checkpoint = f"{runs.whole.dump}/checkpoint/step-{SPLIT}"
+    names = ("optimizer", "lr_scheduler", "train_state")
+    saved = _load_state_dict_from_keys(set(names), checkpoint_id=checkpoint)
+    loaded = torch.load(runs.stage2.records / "loaded.pt")
+    assert loaded["step"] == saved["train_state"]["step"] == SPLIT
+    assert loaded["lr"] == saved["lr_scheduler"]["_last_lr"]
+    assert loaded["ntokens_seen"] == saved["train_state"]["ntokens_seen"]
+    moments = 0
+    for key, value in saved["optimizer"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(loaded[key], value), key
+            moments += key.endswith(("exp_avg", "exp_avg_sq")) and bool(value.any())
+        else:
+            assert loaded[key] == value, key
+    assert moments > 0
+
+
+def test_stage_2_attends_densely_and_differs_from_stage_1_by_that_alone(runs):
+    whole, stage2 = dict(losses(runs.whole.dump)), dict(losses(runs.stage2.dump))
+    assert list(stage2) == [SPLIT + 1]
+    assert stage2[SPLIT + 1] != whole[SPLIT + 1]
+    assert stage2[SPLIT + 1] == pytest.approx(whole[SPLIT + 1], abs=1)
+
+
+def test_each_logged_step_says_how_many_devices_made_it(runs):
+    for file in runs.whole.dump.glob("tb/*/*tfevents*"):
+        logged = EventAccumulator(str(file)).Reload().Scalars("n_devices")
+        assert [e.step for e in logged] == list(range(1, STEPS + 1))
+        assert {e.value for e in logged} == {runs.n_ranks}
+
+
+def test_weights_and_biases_records_offline(runs):
+    [record] = runs.stage2.dump.glob("tb/*/wandb/offline-run-*/run-*.wandb")
+    assert b"loss_metrics/global_avg_loss" in record.read_bytes()
