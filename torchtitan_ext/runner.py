@@ -1,0 +1,353 @@
+"""Run a split-point experiment: dense from scratch, stage 1, and stage 2 from each split.
+
+Each run is one torchrun of torchtitan.train with one of the folder's three TOMLs; what is done
+already is skipped, and what was interrupted continues from its own newest checkpoint.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from torchtitan.config import ConfigManager, JobConfig
+
+from .model.checks import check_job
+
+STAGES = ("dense", "stage1", "stage2")
+SECONDS_BETWEEN_LINES = 10
+ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+STEP_LINE = re.compile(r"- step:\s*(\d+)\s+loss:\s*(\S+).*\btps:\s*([\d,]+)")
+
+
+class RunFailed(Exception):
+    pass
+
+
+@dataclass
+class PlannedRun:
+    """One run: `config_file` into `folder`, from step `start` (0, or the split) to `steps`."""
+
+    name: str
+    config_file: Path
+    folder: Path
+    config: JobConfig
+    start: int
+    steps: int
+    overrides: tuple[str, ...] = ()  # torchtitan arguments
+    load: Path | None = None  # the checkpoint that it starts from
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / self.config.checkpoint.folder / f"step-{step}"
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is complete: its metadata is written last."""
+        return (self.checkpoint(step) / ".metadata").is_file()
+
+    @property
+    def newest(self) -> int:
+        """The step that a launch starts from."""
+        complete = self.checkpoint(0).parent.glob("step-*/.metadata")
+        return max([self.start, *(int(path.parent.name[len("step-") :]) for path in complete)])
+
+    @property
+    def done(self) -> bool:
+        return self.has(self.steps)
+
+
+def plan(
+    configs: Path,
+    output: Path,
+    *,
+    splits: Sequence[int] = (),
+    only: Sequence[str] = STAGES,
+    overrides: Sequence[str] = (),
+) -> list[PlannedRun]:
+    """The runs of the experiment that `configs` describes, in order.
+
+    configs: folder of dense.toml, stage1.toml and stage2.toml. splits: steps at which stage 2
+    takes over; by default 10, 11 and 12 sixteenths of stage 2's training.steps. only: which of
+    STAGES. overrides: torchtitan arguments added to every run. Raises ValueError, naming field,
+    value and remedy, for anything that would stop or spoil a later run.
+    """
+    files = {stage: configs / f"{stage}.toml" for stage in STAGES}
+    for file in files.values():
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: an experiment needs {', '.join(STAGES)}.toml")
+    loaded = {stage: _load(file, overrides) for stage, file in files.items()}
+    total = loaded["stage2"].training.steps
+    splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
+
+    def planned(stage: str, name: str, start: int, steps: int, load: Path | None = None):
+        return PlannedRun(
+            name, files[stage], output / name, loaded[stage], start, steps, tuple(overrides), load
+        )
+
+    dense = planned("dense", "dense", 0, total)
+    stage1 = planned("stage1", "stage1", 0, splits[-1])
+    tails = [
+        planned("stage2", f"stage2-{split}", split, total, stage1.checkpoint(split))
+        for split in splits
+    ]
+    runs = {"dense": [dense], "stage1": [stage1], "stage2": tails}
+    runs = [run for stage in STAGES if stage in only for run in runs[stage]]
+    problems = [
+        *_split_problems(loaded, files, splits),
+        *_checkpoint_problems(stage1, tails, only),
+        *(problem for run in runs for problem in _changed(run)),
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return runs
+
+
+def _load(file: Path, overrides: Sequence[str]) -> JobConfig:
+    """The job config, checked as the job itself will check it, its checkpoints left out."""
+    try:
+        config = ConfigManager().parse_args(["--job.config_file", str(file), *overrides])
+        checked = deepcopy(config)
+        checked.checkpoint.enable, checked.checkpoint.initial_load_path = False, None
+        check_job(checked)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return config
+
+
+def _split_problems(
+    loaded: dict[str, JobConfig], files: dict[str, Path], splits: list[int]
+) -> Iterator[str]:
+    dense, stage1, stage2 = (loaded[stage] for stage in STAGES)
+    total, checkpoint = stage2.training.steps, stage1.checkpoint
+    if dense.training.steps != total:
+        yield (
+            f"{files['dense']}: training.steps = {dense.training.steps}, but {files['stage2']} "
+            f"ends at {total}: set both alike, or their final losses don't compare"
+        )
+    for split in splits:
+        if not 0 < split < total:
+            yield f"split {split}: must lie between 0 and stage 2's training.steps = {total}"
+        elif split > stage1.training.steps:
+            yield (
+                f"split {split}: {files['stage1']} ends at training.steps = "
+                f"{stage1.training.steps}; split earlier or raise it"
+            )
+        elif split % checkpoint.interval:
+            yield (
+                f"split {split}: {files['stage1']} saves every checkpoint.interval = "
+                f"{checkpoint.interval} steps; choose a multiple of it"
+            )
+    n_checkpoints = (splits[-1] - splits[0]) // checkpoint.interval + 1
+    if 0 < checkpoint.keep_latest_k < n_checkpoints:
+        yield (
+            f"{files['stage1']}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k} would "
+            f"delete step {splits[0]} before stage 2 starts from it; set it to 0 (keep all) or to "
+            f"{n_checkpoints} at least"
+        )
+
+
+def _checkpoint_problems(
+    stage1: PlannedRun, tails: list[PlannedRun], only: Sequence[str]
+) -> Iterator[str]:
+    if "stage2" not in only:
+        return
+    for tail in tails:
+        if tail.newest > tail.start or stage1.has(tail.start):
+            continue
+        if "stage1" not in only:
+            yield f"{tail.load} is not there for {tail.name}: run stage1 too"
+        elif tail.start <= stage1.newest:
+            yield (
+                f"{tail.load} is not there for {tail.name}, and stage 1 is past it, at step "
+                f"{stage1.newest}: split later, or delete {stage1.folder} to run stage 1 again"
+            )
+
+
+def _changed(run: PlannedRun) -> Iterator[str]:
+    """What `run` already has was made with other settings: going on would mix the two."""
+    saved_file = run.folder / "config.json"
+    if run.newest == run.start or not saved_file.is_file():
+        return
+    saved, now = json.loads(saved_file.read_text()), json.loads(json.dumps(run.config.to_dict()))
+    for section in ("model", "lighthouse", "training", "optimizer", "lr_scheduler"):
+        for field, value in now[section].items():
+            before = saved[section].get(field, value)
+            if value != before and (section, field) != ("training", "steps"):
+                yield (
+                    f"{run.folder} was run with {section}.{field} = {before!r}, which is "
+                    f"{value!r} now: choose another output folder, or delete this one"
+                )
+
+
+def train_command(run: PlannedRun, nproc: int) -> list[str]:
+    # the later of two arguments holds, so ours come last
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={nproc}", "-m", "torchtitan.train"]
+    command += ["--job.config_file", str(run.config_file), *run.overrides]
+    command += ["--job.dump_folder", str(run.folder), "--training.steps", str(run.steps)]
+    # what the table is made from
+    command += ["--job.save_config_file", "config.json", "--metrics.enable_tensorboard"]
+    command += ["--checkpoint.enable"]
+    if run.load:
+        command += ["--checkpoint.initial_load_path", str(run.load)]
+    return command
+
+
+def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
+    """Run what isn't done yet, one after the other, and show how far it is.
+
+    Raises RunFailed for the first run that fails. On Ctrl-C, SIGTERM or a closed terminal, ends the
+    training processes and raises KeyboardInterrupt."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    # nohup ignores SIGHUP, which holds here too
+    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, interrupt) for s in ends}
+    try:
+        # a table of an experiment that stopped halfway names the runs that these folders await
+        for run in runs:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        display = _Display(runs)
+        with display.live if display.console.is_terminal else nullcontext():
+            for run in runs:
+                display.start(run)
+                if not run.done:
+                    _execute(run, train_command(run, nproc), display.show)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def run_script(nproc: int, *args, **kwargs) -> None:
+    """`plan` with these arguments and `run_all`, for a script: exits with a message on errors."""
+    try:
+        run_all(plan(*args, **kwargs), nproc)
+    except (ValueError, RunFailed) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]) -> None:
+    if run.newest == run.start:
+        # what a kill left half-saved: torchtitan would take its folder for the run's own
+        # checkpoints and pass over the one to start from
+        folder = run.checkpoint(0).parent
+        for half_saved in folder.glob("step-*"):
+            shutil.rmtree(half_saved)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    log_file, last = run.folder / "log.txt", deque(maxlen=40)
+    with log_file.open("a") as log:
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            # Ctrl-C reaches this process alone, which then ends the child in order
+            start_new_session=True,
+        )
+        try:
+            for line in child.stdout:
+                line = ANSI_COLOR.sub("", line)
+                log.write(line)
+                log.flush()
+                last.append(line)
+                on_line(line)
+            child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()  # torchrun ends its workers, after 30 s by force
+                log.write(child.communicate()[0])
+    if child.returncode or not run.done:
+        ending = f"exit code {child.returncode}"
+        if child.returncode == 0:
+            ending = f"ended without its checkpoint of step {run.steps}"
+        raise RunFailed(
+            f"{''.join(last)}\n{run.name} failed ({ending}); all of its log: {log_file}"
+        )
+
+
+class _Display:
+    """A live line on a terminal, elsewhere a plain one now and then."""
+
+    def __init__(self, runs: list[PlannedRun]) -> None:
+        self.runs = runs
+        self.console = Console()
+        self.live = Progress(
+            # a narrow terminal cuts the bar first
+            TextColumn("{task.description}  {task.fields[status]}"),
+            BarColumn(20),
+            console=self.console,
+        )
+        self.seconds_per_step: dict[str, float] = {}
+
+    def start(self, run: PlannedRun) -> None:
+        self.run, self.first, self.last_line = run, None, time.monotonic()
+        self.title = f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
+        if run.done:
+            self.say(f"{self.title}: done already, at step {run.steps}")
+            return
+        since = f", from step {run.newest}" if run.newest else ""
+        self.say(f"{self.title}: to step {run.steps}{since}; log in {run.folder / 'log.txt'}")
+        self.task = self.live.add_task(
+            escape(self.title), total=run.steps, completed=run.newest, status=""
+        )
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, line: str) -> None:
+        """Take a line of the run's log."""
+        if not (match := STEP_LINE.search(line)):
+            return
+        step, now = int(match[1]), time.monotonic()
+        self.first = self.first or (step, now)
+        if steps_seen := step - self.first[0]:
+            self.seconds_per_step[_kind(self.run)] = (now - self.first[1]) / steps_seen
+        left = self.time_left(step) if step < self.run.steps else ""
+        status = (
+            f"{step}/{self.run.steps}  loss {float(match[2]):.3f}  {match[3]} tok/s/device{left}"
+        )
+        self.live.update(self.task, completed=step, status=status)
+        waited = now - self.last_line >= SECONDS_BETWEEN_LINES
+        if not self.console.is_terminal and (waited or step == self.run.steps):
+            self.last_line = now
+            self.say(f"{self.title}  {status}")
+
+    def time_left(self, step: int) -> str:
+        if (rate := self.seconds_per_step.get(_kind(self.run))) is None:
+            return ""
+        this = (self.run.steps - step) * rate
+        later = sum(
+            (run.steps - run.newest) * self.seconds_per_step.get(_kind(run), rate)
+            for run in self.runs[self.runs.index(self.run) + 1 :]
+            if not run.done
+        )
+        return f"  left {_duration(this)}, all {_duration(this + later)}"
+
+
+def _kind(run: PlannedRun) -> str:
+    """Runs of one kind take the same time a step."""
+    return "lighthouse" if run.config.lighthouse.enable else "dense"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
