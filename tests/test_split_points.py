@@ -3,6 +3,7 @@ import json
 import shutil
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +86,14 @@ def test_a_window_always_holds_a_logged_step(total, log_freq):
     w = window(total, log_freq)
     end = total + 3
     assert any(step % log_freq == 0 for step in range(end - w + 1, end + 1))
+
+
+@pytest.mark.parametrize("deviation", [0.01, 0.5])
+def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
+    step = np.arange(1, 20001)
+    loss = 5 - step / 5000 + np.random.default_rng(0).normal(0, deviation, step.shape)
+    run = SimpleNamespace(loss=loss)
+    assert split_points.batch_noise(run) == pytest.approx(deviation, rel=0.05)
 
 
 # ------------------------------------------------------------------- made experiments, from events

@@ -252,7 +252,7 @@ def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]
             shutil.rmtree(half_saved)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    log_file, last = run.folder / "log.txt", deque(maxlen=40)
+    log_file, last = run.folder / "log.txt", deque(maxlen=60)
     with log_file.open("a") as log:
         child = subprocess.Popen(
             command,

@@ -133,6 +133,13 @@ def table(experiment: Experiment) -> list[Row]:
     return rows
 
 
+def batch_noise(run: Run) -> float:
+    """Standard deviation of the loss between batches, without its trend: from the differences of
+    neighbouring points in the later half. NaN where fewer than two are logged."""
+    steps = np.diff(run.loss[len(run.loss) // 2 :])
+    return float(steps.std() / np.sqrt(2)) if steps.size else float("nan")
+
+
 def hours_at(run: Run, step: int) -> float:
     """Device-hours that `run` had spent at `step`; linear between two logged steps."""
     return float(np.interp(step, [0, *run.step], [0.0, *run.device_hours]))
@@ -212,7 +219,8 @@ def markdown(experiment: Experiment, published: dict) -> str:
             *_markdown_table([_cells(row) for row in table(experiment)]),
             "",
             f"Losses in nats a token, means over {w} steps; recovery counts the steps after the "
-            f"switch until the mean of the last {w} is back at its level before.",
+            f"switch until the mean of the last {w} is back at its level before. From batch to batch "
+            f"the loss varies by {batch_noise(run):.3f}: a jump has to be seen against that.",
             "",
             *(f"- {line}" for line in notes(experiment)),
             "",
@@ -258,7 +266,7 @@ def _cells(row: Row, jump: str = "", recovered: str = "") -> list[str]:
 def _number(x: float | None) -> str:
     if x is None:
         return "-"
-    return f"{x:.1f}" if x >= 10 else f"{x:.3g}"
+    return f"{x:.1f}" if x >= 10 else f"{x:#.3g}"
 
 
 def _loss(x: float | None, sign: str = "") -> str:
