@@ -23,6 +23,7 @@ from pathlib import Path
 VERSION = "0.2.2"
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
 WORK_DIR = ".torchtitan-patching"  # made beside the package: renaming stays on its file system
+REINSTALL = f"pip install --force-reinstall --no-deps torchtitan=={VERSION}"
 
 _INDEX_LINE = re.compile(
     r"^diff --git a/(\S+) b/\S+\n(?:(?:new|deleted) file mode .*\n)?index (\w{40})\.\.(\w{40})",
@@ -41,7 +42,7 @@ def series() -> list[Path]:
     except FileNotFoundError as error:
         raise PatchingError(
             f"{error.filename} is missing: the patches come with the source, not with the built "
-            "package. Run this from a clone, installed with pip install --editable."
+            "package.\nRun this from a clone, installed with pip install --editable."
         ) from error
 
 
@@ -70,18 +71,18 @@ def installed_root() -> Path:
         if (entry / WORK_DIR / "old").is_dir():  # a run was killed inside _swap's fallback
             return entry
     raise PatchingError(
-        f"torchtitan is not installed. Get it with pip install torchtitan=={VERSION}, "
-        "or name the folder that holds it with --root."
+        f"torchtitan is not installed: pip install torchtitan=={VERSION}, or name the folder "
+        "that holds it with --root."
     )
 
 
 def _found_version(root: Path) -> str | None:
-    """The version that an installation's metadata or a checkout's assets give, if any."""
-    for file in [*root.glob("torchtitan-*.dist-info/METADATA"), root / "assets" / "version.txt"]:
-        if file.is_file() and (
-            found := re.search(r"^(?:Version: )?(\d\S*)$", file.read_text(), re.M)
-        ):
-            return found[1]
+    """The version that a checkout or an installation's metadata states, if there is either."""
+    version_file = root / "assets" / "version.txt"
+    if version_file.is_file():
+        return version_file.read_text().strip()
+    for metadata in root.glob("torchtitan-*.dist-info/METADATA"):
+        return re.search(r"^Version: (.*)$", metadata.read_text(), re.MULTILINE)[1]
     return None
 
 
@@ -93,13 +94,12 @@ def is_patched(root: Path) -> bool:
     """
     package = root / "torchtitan"
     if not package.is_dir():
-        raise PatchingError(f"There is no torchtitan/ in {root}: name its folder with --root.")
-    checkout = (package.resolve().parent / ".git").exists()
-    reinstall = f"pip install --force-reinstall --no-deps torchtitan=={VERSION}"
+        raise PatchingError(f"there is no torchtitan/ in {root}: name its folder with --root.")
+    in_checkout = (package.resolve().parent / ".git").exists()
     if (version := _found_version(root)) not in (None, VERSION):
         raise PatchingError(
             f"{package} is version {version}, the patches are for {VERSION}.\n"
-            f"Get that one: {f'git checkout v{VERSION}' if checkout else reinstall}"
+            f"Get that one: {f'git checkout v{VERSION}' if in_checkout else REINSTALL}"
         )
     ids = blob_ids()
     found = {name: _blob_id(root / name) for name in ids}
@@ -109,14 +109,15 @@ def is_patched(root: Path) -> bool:
         return True
     changed = [name for name, known in ids.items() if found[name] not in known]
     files = " ".join(changed or [name for name, known in ids.items() if found[name] != known[0]])
+    state = "changed, or from other sources than the patches" if changed else "patched in part"
     raise PatchingError(
-        f"{package} is {'changed locally' if changed else 'patched in part'}: {files}\n"
-        f"Restore it first: {f'git checkout -- {files}' if checkout else reinstall}"
+        f"{package} is {state}: {files}\n"
+        f"Restore it: {f'git checkout -- {files}' if in_checkout else REINSTALL}"
     )
 
 
 def change(root: Path, patched: bool) -> bool:
-    """Make the torchtitan/ in `root` patched, or as released. Returns whether it wasn't yet.
+    """Make the torchtitan/ in `root` patched, or as released. Returns False if it was so already.
 
     Raises PatchingError or OSError, with nothing changed.
     """
@@ -124,7 +125,7 @@ def change(root: Path, patched: bool) -> bool:
     work = package.parent / WORK_DIR
     lock = os.open(package.parent, os.O_RDONLY)
     try:
-        with suppress(OSError):  # not every file system locks a folder; it only keeps runs apart
+        with suppress(OSError):  # it only keeps runs apart, and NFS can't lock a folder
             fcntl.flock(lock, fcntl.LOCK_EX)
         if (work / "old").is_dir() and not package.exists():
             os.rename(work / "old", package)
@@ -133,7 +134,7 @@ def change(root: Path, patched: bool) -> bool:
         if is_patched(root) == patched:
             return False
         try:
-            _patch_copy(package, work, patched)
+            _patch_copy(package, work, patched, lock)
             _swap(work / "torchtitan", package, work / "old")
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -142,27 +143,30 @@ def change(root: Path, patched: bool) -> bool:
         os.close(lock)
 
 
-def _patch_copy(package: Path, work: Path, patched: bool) -> None:
+def _patch_copy(package: Path, work: Path, patched: bool, lock: int) -> None:
     """Make work/torchtitan, a copy of `package` in the wanted state."""
-    # no bytecode: a .pyc that Python takes for valid may come from the other state
+    # without bytecode, which Python may take for valid although it is of the other state
     no_bytecode = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, work / "torchtitan", symlinks=True, ignore=no_bytecode)
-    # git must neither take `work` for a part of a repository around it (it would skip every file)
-    # nor follow anyone's settings for white space
+    # inside of a repository, git apply skips the files that aren't the repository's
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {
         "GIT_CEILING_DIRECTORIES": str(work.parent),
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": os.devnull,
     }
-    patches = series() if patched else ["-R", *reversed(series())]
     git = subprocess.run(
-        ["git", "apply", *patches], cwd=work, env=environment, capture_output=True, text=True
+        ["git", "apply", *(series() if patched else ["-R", *reversed(series())])],
+        cwd=work,
+        env=environment,
+        pass_fds=[lock],  # git outlives a killed run: the next one waits for it
+        capture_output=True,
+        text=True,
     )
     ids = blob_ids()
     wrong = [name for name in ids if _blob_id(work / name) != ids[name][-1 if patched else 0]]
     if git.returncode or wrong:
         raise PatchingError(f"git apply failed on {' '.join(wrong)}:\n{git.stderr.strip()}")
-    for name in ids:  # git makes files anew, with the umask of this run
+    for name in ids:  # git writes them anew, under this run's umask
         original = package / Path(name).relative_to("torchtitan")
         if original.exists() and (work / name).exists():
             shutil.copymode(original, work / name)
@@ -171,12 +175,17 @@ def _patch_copy(package: Path, work: Path, patched: bool) -> None:
 def _swap(new: Path, package: Path, old: Path) -> None:
     """Put `new` in the place of `package`, in one step where the file system can.
 
-    Elsewhere (NFS) there is an instant without a package: a run killed in it is completed by
-    `change`, which finds the package under `old`.
+    Where it can't (NFS) there is an instant without a package; `change` finds it under `old`
+    if a run is killed just then.
     """
     try:
         _exchange(new, package)
     except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise PatchingError(
+                f"{package} can't be replaced: it is part of a container image.\n"
+                f"Install it into the container: {REINSTALL}"
+            ) from error
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
         try:
@@ -189,15 +198,15 @@ def _swap(new: Path, package: Path, old: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders atomically: renameat2(RENAME_EXCHANGE), or macOS's renamex_np(RENAME_SWAP)."""
+    """Swap two folders in one step: renameat2's RENAME_EXCHANGE, macOS's RENAME_SWAP."""
     libc = ctypes.CDLL(None, use_errno=True)
-    paths, exchange, here = (os.fsencode(a), os.fsencode(b)), 2, -100  # AT_FDCWD
+    flag, here = 2, -100  # 2 is the flag of both; -100 is AT_FDCWD
     try:
         if sys.platform == "darwin":
-            failed = libc.renamex_np(*paths, exchange)
+            failed = libc.renamex_np(os.fsencode(a), os.fsencode(b), flag)
         else:
-            failed = libc.renameat2(here, paths[0], here, paths[1], exchange)
-    except AttributeError as error:  # an older C library
+            failed = libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), flag)
+    except AttributeError as error:  # an old C library
         raise OSError(errno.ENOSYS, "the C library can't exchange two folders") from error
     if failed:
         number = ctypes.get_errno()
@@ -209,30 +218,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_ext.patching",
         description=f"Patch torchtitan {VERSION}: all of the patches or none.",
-        epilog="exit code: 0, done, or it was so already (check: patched); 1, check found "
-        "torchtitan as released; 2, wrong arguments; 3, refused or failed, nothing changed",
+        epilog="exit code: 0, done, or so already (check: patched); 1, check found torchtitan as "
+        "released; 2, wrong arguments; 3, refused or failed, with nothing changed",
     )
     parser.add_argument("action", choices=["apply", "check", "revert"])
     parser.add_argument(
         "--root",
         type=Path,
         metavar="DIR",
-        help="folder that holds torchtitan/: a site-packages or a git checkout "
-        "(default: that of the installed torchtitan)",
+        help="the folder that holds torchtitan/: a site-packages or a git checkout "
+        "(default: where torchtitan is installed)",
     )
     options = parser.parse_args(arguments)
+    already = ""
     try:
         root = options.root or installed_root()
         if options.action == "check":
-            patched, changed = is_patched(root), False
+            patched = is_patched(root)
         else:
             patched = options.action == "apply"
-            changed = change(root, patched)
+            already = "" if change(root, patched) else "already "
+        state = f"patched ({len(series())} patches)" if patched else "as released"
     except (PatchingError, OSError) as error:
-        print(f"{options.action}: {error}", file=sys.stderr)
+        print(f"{options.action} refused: {error}", file=sys.stderr)
         return 3
-    state = f"patched ({len(series())} patches)" if patched else "as released"
-    already = "" if changed or options.action == "check" else "already "
     print(f"{root / 'torchtitan'} is {already}{state}")
     return 1 if options.action == "check" and not patched else 0
 

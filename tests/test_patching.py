@@ -1,0 +1,564 @@
+"""Patching on real copies of the released torchtitan, and what each patch makes it do."""
+
+import base64
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan_ext import patching
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+METADATA = f"torchtitan-{patching.VERSION}.dist-info/METADATA"
+TOUCHED = sorted(patching.blob_ids())
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory) -> Path:
+    """A folder with torchtitan as released, made from the installed one in whatever state it is."""
+    root = tmp_path_factory.mktemp("clean")
+    installed = patching.installed_root()
+    for name in ("torchtitan", Path(METADATA).parent):
+        shutil.copytree(installed / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    patching.change(root, patched=False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def patched(clean, tmp_path_factory) -> Path:
+    """A folder with the patched torchtitan; only to be read."""
+    root = tmp_path_factory.mktemp("patched") / "root"
+    shutil.copytree(clean, root)
+    patching.change(root, patched=True)
+    return root
+
+
+@pytest.fixture
+def tree(clean, tmp_path) -> Path:
+    """A copy of `clean` to change."""
+    shutil.copytree(clean, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torchtitan_ext.patching", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+def git(root: Path, *arguments) -> str:
+    who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    return subprocess.run(
+        ["git", *who, *map(str, arguments)], cwd=root, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def contents(root: Path) -> dict[str, tuple[bytes, int]]:
+    """Path -> bytes and mode of everything under `root` that isn't git's or bytecode."""
+    files = [p for p in root.rglob("*") if p.is_file() and not {".git", "__pycache__"} & {*p.parts}]
+    return {str(p.relative_to(root)): (p.read_bytes(), p.stat().st_mode) for p in files}
+
+
+def test_clean_copy_is_the_released_wheel(clean):
+    """What a revert makes of an installation has the digests that the wheel came with."""
+    record = (clean / METADATA).with_name("RECORD").read_text().splitlines()
+    digests = dict(line.split(",")[:2] for line in record if line.startswith("torchtitan/"))
+    for name in TOUCHED:
+        digest = hashlib.sha256((clean / name).read_bytes()).digest()
+        encoded = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+        assert digests[name] == f"sha256={encoded}"
+
+
+def test_round_trip_gives_the_same_bytes_and_modes(tree):
+    (tree / TOUCHED[0]).chmod(0o664)
+    before = contents(tree)
+    umask = os.umask(0o077)
+    try:
+        assert run("check", "--root", tree).returncode == 1
+        assert run("apply", "--root", tree).returncode == 0
+        after = contents(tree)
+        assert run("check", "--root", tree).returncode == 0
+        assert run("revert", "--root", tree).returncode == 0
+    finally:
+        os.umask(umask)
+    assert contents(tree) == before
+    assert run("check", "--root", tree).returncode == 1
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name][0] != before[name][0]} == {*TOUCHED}
+    assert all(after[name][1] == before[name][1] for name in after)
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+def test_a_second_time_says_so_and_changes_nothing(tree, action):
+    patching.change(tree, patched=True)
+    if action == "revert":
+        patching.change(tree, patched=False)
+
+    def state():
+        return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in [tree, *tree.rglob("*")]}
+
+    before = contents(tree), state()
+    second = run(action, "--root", tree)
+    assert second.returncode == 0 and "already" in second.stdout
+    assert (contents(tree), state()) == before
+
+
+def test_untouched_files_keep_their_times(tree):
+    times = {p: p.stat().st_mtime_ns for p in tree.rglob("*") if p.is_file()}
+    patching.change(tree, patched=True)
+    assert {str(p.relative_to(tree)) for p in times if p.stat().st_mtime_ns != times[p]} <= {
+        *TOUCHED
+    }
+
+
+def test_plain_git_apply_does_the_same(tree, patched):
+    git(tree, "init")
+    git(tree, "apply", *sorted(patching.PATCHES.glob("*.patch")))
+    assert contents(tree) == contents(patched)
+
+
+def test_every_patch_is_in_the_series_and_says_why():
+    assert patching.series() == sorted(patching.PATCHES.glob("*.patch"))
+    for patch in patching.series():
+        header, diff = patch.read_text().split("diff --git ", 1)
+        title, blank, *reason = header.splitlines()
+        assert title and not blank and len(" ".join(reason).split()) > 20
+        assert f"diff --git {diff}".count("diff --git ") == len(
+            patching._INDEX_LINE.findall(patch.read_text())
+        )
+
+
+@pytest.fixture
+def checkout(tree) -> Path:
+    """A git checkout of upstream."""
+    shutil.rmtree((tree / METADATA).parent)
+    (tree / "assets").mkdir()
+    (tree / "assets" / "version.txt").write_text(f"{patching.VERSION}\n")
+    git(tree, "init")
+    git(tree, "add", "--all", "--force")
+    git(tree, "commit", "--message", "release")
+    return tree
+
+
+def test_a_git_checkout(checkout):
+    assert run("apply", "--root", checkout).returncode == 0
+    assert git(checkout, "diff", "--name-only").split() == TOUCHED
+    assert not git(checkout, "ls-files", "--others")
+    assert run("revert", "--root", checkout).returncode == 0
+    assert not git(checkout, "status", "--porcelain")
+
+
+def test_an_environment_inside_a_repository_that_ignores_it(clean, tmp_path, monkeypatch):
+    git(tmp_path, "init")
+    (tmp_path / ".gitignore").write_text(".venv/\n")
+    root = tmp_path / ".venv" / "lib"
+    shutil.copytree(clean, root)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    assert run("apply", "--root", root).returncode == 0
+    assert patching.is_patched(root)
+
+
+def refused(root: Path, *expected: str) -> None:
+    """Every action is refused with a short message that has the `expected` parts."""
+    before = contents(root)
+    for action in ("apply", "check", "revert"):
+        answer = run(action, "--root", root)
+        assert answer.returncode == 3
+        assert len(answer.stderr.splitlines()) <= 2
+        for part in expected:
+            assert part in answer.stderr
+    assert contents(root) == before
+
+
+REINSTALL = "--force-reinstall --no-deps torchtitan==0.2.2"
+
+
+def test_another_version_is_refused(tree):
+    metadata = (tree / METADATA).read_text()
+    (tree / METADATA).write_text(metadata.replace("Version: 0.2.2", "Version: 0.2.1"))
+    refused(tree, "0.2.1", "0.2.2", REINSTALL)
+
+
+def test_a_checkout_of_another_version_is_refused(checkout):
+    (checkout / "assets" / "version.txt").write_text("0.3.0\n")
+    refused(checkout, "0.3.0", "0.2.2", "git checkout v0.2.2")
+
+
+@pytest.mark.parametrize("count", range(1, len(patching.series())))
+def test_some_of_the_patches_are_refused(checkout, count):
+    git(checkout, "apply", *patching.series()[:count])
+    names = git(checkout, "diff", "--name-only").split()
+    refused(checkout, "in part", *names)
+    git(checkout, "checkout", "--", *names)  # the remedy that the message names
+    assert run("apply", "--root", checkout).returncode == 0
+
+
+@pytest.mark.parametrize("name", TOUCHED)
+def test_a_half_patched_installation_is_refused(tree, patched, name):
+    shutil.copy(patched / name, tree / name)
+    refused(tree, "in part", name, REINSTALL)
+
+
+@pytest.mark.parametrize("state", ["clean", "patched"])
+def test_a_local_change_is_refused(tree, state):
+    patching.change(tree, patched=state == "patched")
+    for name in (TOUCHED[0], TOUCHED[-1]):
+        content = (tree / name).read_bytes()
+        (tree / name).write_bytes(content + b"\n")
+        refused(tree, "changed", name, REINSTALL)
+        (tree / name).unlink()
+        refused(tree, "changed", name, REINSTALL)
+        (tree / name).write_bytes(content)
+
+
+def test_a_folder_without_torchtitan_is_refused(tmp_path):
+    refused(tmp_path, str(tmp_path), "--root")
+
+
+def test_patches_that_are_not_there(tree, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(patching, "PATCHES", tmp_path / "nowhere")
+    assert patching.main(["apply", "--root", str(tree)]) == 3
+    assert str(tmp_path / "nowhere" / "series") in capsys.readouterr().err
+
+
+# Counts what Python does to the file system, and dies at the count that it is given.
+KILLED_AT = """
+import os, signal, sys
+from torchtitan_ext import patching
+count, at = 0, int(sys.argv[1])
+def hook(event, arguments):
+    global count
+    count += event.startswith(("open", "os.", "shutil.", "subprocess.", "ctypes."))
+    if count == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+patching.main(sys.argv[2:])
+print(count)
+"""
+
+
+def killed_at(event: int, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", KILLED_AT, str(event), *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+def test_killed_at_any_instant_leaves_all_or_none(clean, patched, tree, action):
+    wanted, other = (patched, clean) if action == "apply" else (clean, patched)
+    shutil.copytree(other, tree, dirs_exist_ok=True)
+    events = int(killed_at(0, action, "--root", tree).stdout.split()[-1])
+    states = {}
+    for event in [*range(1, events, events // 12), *range(events - 6, events)]:
+        patching.change(tree, patched=action != "apply")
+        assert killed_at(event, action, "--root", tree).returncode == -9
+        states[event] = patching.is_patched(tree)
+        assert contents(tree / "torchtitan") == contents(
+            (patched if states[event] else clean) / "torchtitan"
+        )
+        again = run(action, "--root", tree)
+        assert again.returncode == 0, again.stderr
+        assert contents(tree) == contents(wanted)
+    assert {*states.values()} == {True, False}  # killed before the swap, and after it
+
+
+def raising(number: int):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EXDEV])
+def test_a_failing_swap_changes_nothing(tree, monkeypatch, capsys, number):
+    before = contents(tree)
+    monkeypatch.setattr(patching, "_exchange", raising(number))
+    assert patching.main(["apply", "--root", str(tree)]) == 3
+    assert contents(tree) == before
+    if number == errno.EXDEV:
+        assert REINSTALL in capsys.readouterr().err
+
+
+def test_where_the_file_system_cannot_exchange(tree, patched, monkeypatch):
+    monkeypatch.setattr(patching, "_exchange", raising(errno.EINVAL))
+    assert patching.change(tree, patched=True)
+    assert contents(tree) == contents(patched)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failing_rename_is_rolled_back(tree, monkeypatch, failing):
+    before, rename, calls = contents(tree), os.rename, []
+
+    def fail_once(*paths):
+        calls.append(paths)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr(patching, "_exchange", raising(errno.EINVAL))
+    monkeypatch.setattr(os, "rename", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        patching.change(tree, patched=True)
+    assert contents(tree) == before
+
+
+def test_killed_between_two_renames_is_found_again(tree, patched, monkeypatch):
+    work = tree / patching.WORK_DIR
+    work.mkdir()
+    (tree / "torchtitan").rename(work / "old")
+    monkeypatch.setattr(sys, "path", [str(tree)])
+    assert patching.installed_root() == tree
+    assert patching.change(tree, patched=True)
+    assert contents(tree) == contents(patched)
+
+
+def test_a_linked_package_stays_a_link(clean, tree, tmp_path, patched):
+    shutil.move(tree / "torchtitan", tmp_path / "sources")
+    (tree / "torchtitan").symlink_to(tmp_path / "sources")
+    assert patching.change(tree, patched=True)
+    assert (tree / "torchtitan").is_symlink()
+    assert contents(tmp_path / "sources") == contents(patched / "torchtitan")
+
+
+# ---- what the patched torchtitan does, in a process of its own that has no accelerator ----
+
+
+def python(root: Path, code: str, *, launcher: tuple[str, ...] = (), **environment) -> str:
+    """Standard output of `code`, run with the torchtitan in `root`."""
+    script = root.parent / f"script_{hashlib.sha1(code.encode()).hexdigest()}.py"
+    script.write_text(code)
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher, str(script)],
+        env=os.environ
+        | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        | environment,
+        cwd=root.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+def test_bytecode_of_the_other_state_is_not_used(tree):
+    """Not even bytecode that says of itself that it needs no check."""
+    unchecked = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"]
+    name = "torchtitan/components/dataloader.py"
+    subprocess.run([sys.executable, *unchecked, tree / name], check=True)
+    patching.change(tree, patched=True)
+    code = "import torchtitan.components.dataloader as d; print(hasattr(d, 'logger'))"
+    assert python(tree, code).split() == ["False"]
+
+
+def test_default_root_is_found_without_importing(patched):
+    code = (
+        "import sys; from torchtitan_ext import patching\n"
+        "print(patching.installed_root(), 'torchtitan' in sys.modules)"
+    )
+    assert python(patched, code).split() == [str(patched), "False"]
+
+
+def test_the_device_is_the_cpu_where_there_is_no_accelerator(patched):
+    python(
+        patched,
+        """
+import math, os
+from datetime import timedelta
+
+import torch
+import torchtitan.tools.utils as utils
+from torchtitan.components.metrics import DeviceMemoryMonitor, build_device_memory_monitor
+from torchtitan.config import Comm, Profiling
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import init_distributed, set_pg_timeouts
+from torchtitan.tools.profiling import maybe_enable_profiling
+
+assert utils.device_type == "cpu" and utils.device_module is torch.cpu
+for found, taken in [(None, "cpu"), ("mps", "cpu"), ("cuda", "cuda"), ("xpu", "xpu")]:
+    utils._get_available_device_type = lambda: found
+    assert utils.get_device_info() == (taken, getattr(torch, taken))
+
+monitor = build_device_memory_monitor()
+before = monitor.get_peak_stats()
+kept = torch.ones(2**28, dtype=torch.uint8)
+monitor.reset_peak_stats()
+after = monitor.get_peak_stats()
+assert 0.2 < after.max_reserved_gib - before.max_reserved_gib < 0.5
+assert 0 < after.max_active_pct <= 100
+physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+assert math.isclose(after.max_reserved_gib / after.max_reserved_pct * 100, physical)
+
+def no_warning(message):
+    raise AssertionError(message)
+utils.logger.warning = no_warning
+assert math.isnan(utils.get_peak_flops(monitor.device_name))
+
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+assert init_distributed(Comm()) == 1
+assert torch.distributed.get_backend() == "gloo"
+dims = ParallelDims(1, 1, 1, 1, 1, 1, 1, 1)
+set_pg_timeouts(timedelta(seconds=5), dims)
+
+profiling = Profiling(enable_profiling=True, profile_freq=2, profiler_active=1, profiler_warmup=1)
+with maybe_enable_profiling(profiling, base_folder="profile") as profiler:
+    for _ in range(2):
+        kept.sum()
+        profiler.step()
+assert os.path.getsize("profile/profile_traces/iteration_2/rank0_trace.json")
+torch.distributed.destroy_process_group()
+""",
+    )
+
+
+def test_no_dense_model_needs_triton(patched):
+    code = """
+import sys
+sys.modules["triton"] = None
+import torchtitan.train
+import torchtitan.models.llama3, torchtitan.models.qwen3
+try:
+    import torchtitan.models.moe.kernels
+except ImportError:
+    print("blocked")
+"""
+    assert python(patched, code).split() == ["blocked"]
+
+
+def test_a_dataloader_state_of_other_ranks_is_an_error(patched):
+    python(
+        patched,
+        """
+from torch.utils.data import IterableDataset
+from torchtitan.components.dataloader import ParallelAwareDataloader
+
+class Counting(IterableDataset):
+    def __iter__(self):
+        return iter(range(100))
+
+def loader(rank, degree):
+    return ParallelAwareDataloader(Counting(), rank, degree, batch_size=1)
+
+saved = loader(1, 2)
+batches = iter(saved)
+next(batches)
+state = saved.state_dict()
+expected = [batch.item() for batch in batches]
+
+same = loader(1, 2)
+same.load_state_dict(state)
+assert [batch.item() for batch in same] == expected
+loader(3, 4).load_state_dict({})  # a run that saved no dataloader
+
+for rank, degree in [(3, 4), (0, 2), (1, 7)]:
+    try:
+        loader(rank, degree).load_state_dict(state)
+    except ValueError as error:
+        for part in (f"dp rank {rank}", "degree 2", "checkpoint.exclude_from_loading"):
+            assert part in str(error), error
+    else:
+        raise AssertionError((rank, degree))
+""",
+    )
+
+
+def test_shards_start_different_and_replicas_equal(patched):
+    """Two gloo ranks; seeded and not."""
+    python(
+        patched,
+        """
+import os, torch
+from torch.distributed.fsdp import fully_shard
+from torchtitan.config import Comm, Debug
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import init_distributed, set_determinism
+
+init_distributed(Comm())
+rank = int(os.environ["RANK"])
+for seed in (None, 7):
+    for shards in (2, 1):
+        dims = ParallelDims(2 // shards, shards, 1, 1, 1, 1, 1, 2)
+        dims.build_mesh()
+        set_determinism(dims, torch.device(f"cpu:{rank}"), Debug(seed=seed), ["pp"])
+        with torch.device("meta"):
+            model = torch.nn.Linear(8, 8)
+        if shards == 2:
+            fully_shard(model, mesh=dims.get_mesh("fsdp"))
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            torch.nn.init.normal_(model.weight)
+        mine = model.weight.to_local() if shards == 2 else model.weight.detach()
+        both = [torch.empty_like(mine) for _ in range(2)]
+        torch.distributed.all_gather(both, mine)
+        assert both[0].equal(both[1]) == (shards == 1)
+os._exit(0)  # gloo's threads may still hold tensors
+""",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    )
+
+
+def test_no_rank_leaves_while_gloo_may_hold_its_tensors(patched):
+    python(
+        patched,
+        """
+import time
+from unittest.mock import MagicMock
+
+import torch
+from torchtitan.config import JobConfig
+from torchtitan.train import Trainer
+
+torch.distributed.get_rank = lambda: 1
+for device, least, most in [("cpu", 0.5, 1.5), ("cuda", 0, 0.5)]:
+    trainer = MagicMock(device=torch.device(device), job_config=JobConfig(), step=0)
+    trainer.should_continue_training.return_value = False
+    start = time.monotonic()
+    Trainer.train(trainer)
+    assert least <= time.monotonic() - start <= most
+""",
+    )
+
+
+def test_stock_llama3_trains_on_the_cpu(patched, tmp_path):
+    """torchtitan's own trainer, model and data set; the loss of a repeated text falls."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "text.json").write_text('{"text": "' + "the keeper lit the lamp " * 400 + '"}\n')
+    python(
+        patched,
+        f"""
+import sys
+sys.argv[1:] = '''
+    --job.dump_folder={tmp_path} --model.name=llama3 --model.flavor=debugmodel
+    --model.hf_assets_path={REPOSITORY}/torchtitan_ext/data/byte_tokenizer
+    --training.dataset=c4_test --training.dataset_path={data} --training.steps=3
+    --training.local_batch_size=1 --training.seq_len=64
+    --training.mixed_precision_param=float32 --lr_scheduler.warmup_steps=1 --metrics.log_freq=1
+'''.split()
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.train import Trainer, main
+
+losses = []
+log = MetricsProcessor.log
+def record(self, step, loss, *args, **kwargs):
+    losses.append(loss)
+    return log(self, step, loss, *args, **kwargs)
+MetricsProcessor.log = record
+main(Trainer)
+assert len(losses) == 3 and losses[0] > losses[1] > losses[2], losses
+""",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"),
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path / "hf"),
+    )
