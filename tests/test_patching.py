@@ -230,19 +230,22 @@ def test_patches_that_are_not_there(tree, monkeypatch, tmp_path, capsys):
     assert str(tmp_path / "nowhere" / "series") in capsys.readouterr().err
 
 
-# Counts what Python does to the file system, and dies at the count that it is given.
+# Numbers what Python does to the file system, and dies at the number that it is given (0: never;
+# then it prints the numbers of the swap, and the last one).
 KILLED_AT = """
 import os, signal, sys
 from torchtitan_ext import patching
-count, at = 0, int(sys.argv[1])
+count, at, swap = 0, int(sys.argv[1]), []
 def hook(event, arguments):
     global count
     count += event.startswith(("open", "os.", "shutil.", "subprocess.", "ctypes."))
+    if event.startswith(("ctypes.", "os.rename")):
+        swap.append(count)
     if count == at:
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
 patching.main(sys.argv[2:])
-print(count)
+print(*swap, count)
 """
 
 
@@ -259,9 +262,10 @@ def killed_at(event: int, *arguments) -> subprocess.CompletedProcess:
 def test_killed_at_any_instant_leaves_all_or_none(clean, patched, tree, action):
     wanted, other = (patched, clean) if action == "apply" else (clean, patched)
     shutil.copytree(other, tree, dirs_exist_ok=True)
-    events = int(killed_at(0, action, "--root", tree).stdout.split()[-1])
+    output = killed_at(0, action, "--root", tree).stdout.splitlines()[-1]
+    *swap, events = map(int, output.split())
     states = {}
-    for event in [*range(1, events, events // 12), *range(events - 6, events)]:
+    for event in [*range(1, events, events // 20), *swap, swap[-1] + 1, events]:
         patching.change(tree, patched=action != "apply")
         assert killed_at(event, action, "--root", tree).returncode == -9
         states[event] = patching.is_patched(tree)
