@@ -23,7 +23,8 @@ def parse(path, *overrides):
 
 
 def args(**changes):
-    return dataclasses.replace(flavors["debug"], dim=32, n_heads=4, max_seq_len=64, **changes)
+    small = {"dim": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 64, "dense_layers": (0,)}
+    return dataclasses.replace(flavors["debug"], **small | changes)
 
 
 def build(model_args, model_cls=LighthouseTransformer, device="cpu"):
@@ -76,7 +77,7 @@ def test_exactly_the_layers_not_listed_as_dense_use_lighthouse(dense_layers, mon
             lambda _, inputs, __, name=name: gathered.update({int(name): inputs[0].shape[2]})
         )
     model(torch.randint(0, 384, (1, 64)))
-    dense = flavors["debug"].dense_layers if dense_layers is None else dense_layers
+    dense = [0] if dense_layers is None else dense_layers
     lengths = {layer: 64 if layer in dense else SMALL.gathered_len(64) for layer in range(4)}
     assert gathered == lengths
 
@@ -105,12 +106,12 @@ def test_flops_count_the_pairs_that_a_lighthouse_layer_attends():
         model_args = args(lighthouse=dataclasses.replace(SMALL, **section))
         return model_args.get_nparams_and_flops(build(model_args, device="meta"), 64)[1]
 
-    dense, per_key = flops(enable=False), 6 * 2 * flavors["debug"].n_layers
+    dense = flops(enable=False)
     stock = build(args(), Transformer, "meta")
     assert dense == stock.model_args.get_nparams_and_flops(stock, 64)[1]
     assert flops(dense_layers=[0, 1, 2, 3]) == dense
     # torchtitan counts 6 * 2 * dim FLOPs a token, layer and key
-    saved = (dense - flops(dense_layers=[])) / (per_key * 32)
+    saved = (dense - flops(dense_layers=[])) / (6 * 2 * stock.model_args.dim * stock.n_layers)
     assert 64 - saved == SMALL.gathered_len(64) ** 2 / 64
 
 
