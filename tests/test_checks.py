@@ -220,7 +220,7 @@ def test_another_data_parallel_degree_is_an_error(
     path = save(tmp_path / ("run" if own else "old"), degree=saved)
     config = job() if own else job(*start_from(path))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    only_problem(config, f"data-parallel degree = {world_size}", path, f"= {saved}")
+    only_problem(config, f"data-parallel degree = {world_size}", path, f"degree of {saved}")
     monkeypatch.setenv("WORLD_SIZE", str(saved))
     check_job(config)
 

@@ -200,10 +200,9 @@ def _state_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[s
         saved_degree = sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in saved)
         if degree != saved_degree:
             yield (
-                f"data-parallel degree = {degree}: {path} was saved by {saved_degree} data-parallel "
-                f"ranks and its data position holds for no other number; launch with "
-                f"parallelism.data_parallel_replicate_degree * data_parallel_shard_degree = "
-                f"{saved_degree}"
+                f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}, and "
+                f"its data position holds for no other; launch as many data-parallel ranks (or start "
+                "the data over on purpose: checkpoint.exclude_from_loading = ['dataloader'])"
             )
 
 
