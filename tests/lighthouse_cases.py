@@ -52,13 +52,15 @@ def cases(draw, max_seq_len=256):
     return config, seq_len
 
 
-def qkv(seq_len, batch=1, n_kv_heads=1, group=1, head_dim=4, dtype=torch.float64, seed=0):
+def qkv(
+    seq_len, batch=1, n_kv_heads=1, group=1, head_dim=4, dtype=torch.float64, seed=0, device="cpu"
+):
     """Random projections that require gradients: q [B, N, H, D], k and v [B, N, H_kv, D]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     return [
-        torch.randn(batch, seq_len, heads, head_dim, generator=generator, dtype=torch.float64)
-        .to(dtype)
-        .requires_grad_()
+        torch.randn(
+            batch, seq_len, heads, head_dim, generator=generator, dtype=dtype, device=device
+        ).requires_grad_()
         for heads in (n_kv_heads * group, n_kv_heads, n_kv_heads)
     ]
 

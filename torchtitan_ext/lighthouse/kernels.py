@@ -12,9 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import operators
 from .config import LighthouseConfig
 
-_ROWS = 64  # base positions a program reads at once; spans beyond it take a second pass
+_MOST_CANDIDATES = 16_384  # of a tile that one program holds; beyond it the torch operator selects
+_SCORE_ROWS = 64  # base positions a program of the score kernel reads
+# Rows of a span that a program loads before it uses the first, so that enough bytes are in flight; the spread
+# kernel loads from rows that few entries have, and keeps more programs on the chip with less.
+_REDUCE_AT_ONCE, _SPREAD_AT_ONCE = 16, 4
 _NO_ROPE, _ROPE_SELECTED, _ROPE_BASE = 0, 1, 2
 
 
@@ -183,95 +188,221 @@ def _rotated(
 
 
 @triton.jit
-def _reduce_kernel(
-    x, slots, freqs, gathered, sums, n_rows, n_blocks, n_entries, n_heads, D, M, S, offset, stride_b, stride_n,
-    GROUP: tl.constexpr, P: tl.constexpr, FIRST_LEVEL: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr,
-    MEAN: tl.constexpr, ROPE: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Sums (or means) over the spans that R rows of one head make, each written to its entry's slot.
-
-    The rows are base positions, or in a second pass the sums of level FIRST_LEVEL. With SHIFT = 1 an entry's
-    span starts at its end: the same pyramid, standing on the sequence shifted by one.
-    """
-    program = tl.program_id(0)
-    head = program % n_heads
-    block = program // n_heads % n_blocks
-    b = (program // n_heads // n_blocks).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    row = block * R - SHIFT + tl.arange(0, R)
-    ok = (row >= 0) & (row < n_rows)
-    source = x + b * stride_b + row.to(tl.int64)[:, None] * stride_n + head * D + d[None, :]
-    total = tl.load(source, mask=ok[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    if ROPE == 2:
-        total = _rotated(total, freqs, row, ok, 1, D, R, BLOCK_D)
-    slots += (b * (n_heads // GROUP) + head // GROUP) * M
-    gathered += (b * n_heads + head) * S * D
-    length = n_entries
-    for i in tl.static_range(LEVELS):
-        if i > 0:
-            total = tl.sum(tl.reshape(total, (R // P**i, P, BLOCK_D)), axis=1)
-        index = block * (R // P**i) - SHIFT + tl.arange(0, R // P**i)
-        ok = (index >= 0) & (index < length)
-        if i > 0 or FIRST_LEVEL == 0:
-            slot = tl.load(slots + offset + index, mask=ok, other=-1)
-            y = total
-            if MEAN:
-                y = y * (1.0 / P ** (FIRST_LEVEL + i))
-            if ROPE == 1:
-                end = (index + 1) * P ** (FIRST_LEVEL + i) - 1
-                y = _rotated(y, freqs, end, slot >= 0, 1, D, R // P**i, BLOCK_D)
-            target = gathered + slot.to(tl.int64)[:, None] * D + d[None, :]
-            tl.store(target, y, mask=(slot >= 0)[:, None] & (d < D)[None, :])
-        if i == LEVELS - 1 and sums is not None:
-            target = sums + ((b * length + index)[:, None] * n_heads + head) * D + d[None, :]
-            tl.store(target, total, mask=ok[:, None] & (d < D)[None, :])
-        offset += length
+def _level_slots(slots, index, N, LEVEL: tl.constexpr, P: tl.constexpr):
+    """Slots of entries of a level, -1 outside the sequence."""
+    length = N
+    for _ in tl.static_range(LEVEL):
+        slots += length
         length = length // P
+    return tl.load(slots + index, mask=(index >= 0) & (index < length), other=-1)
+
+
+@triton.jit
+def _write_entries(
+    total, slot, index, gathered, freqs, D, SPAN: tl.constexpr, MEAN: tl.constexpr, ROPE: tl.constexpr,
+    ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the sums over some entries' spans, or their means, to the slots of those that have one."""
+    if tl.max(slot) >= 0:  # most of the finer entries have none
+        d = tl.arange(0, BLOCK_D)
+        y = total.to(tl.float32)
+        if MEAN:
+            y = y * (1.0 / SPAN)
+        if ROPE == 1:
+            y = _rotated(y, freqs, (index + 1) * SPAN - 1, slot >= 0, 1, D, ENTRIES, BLOCK_D)
+        target = gathered + slot.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(target, y, mask=(slot >= 0)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _entry_rows(slot, gathered, D, BLOCK_D: tl.constexpr):
+    """Gathered rows of some entries, 0 for those without a slot."""
+    d = tl.arange(0, BLOCK_D)
+    source = gathered + slot.to(tl.int64)[:, None] * D + d[None, :]
+    return tl.load(source, mask=(slot >= 0)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _plus_entries(
+    total, y, slot, index, freqs, D, SPAN: tl.constexpr, MEAN: tl.constexpr, ROPE: tl.constexpr,
+    ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The adjoint of `_write_entries`: `total` plus what the gathered rows y of some entries contribute."""
+    if tl.max(slot) >= 0:
+        row = y.to(tl.float32)
+        if MEAN:
+            row = row * (1.0 / SPAN)
+        if ROPE == 1:
+            row = _rotated(row, freqs, (index + 1) * SPAN - 1, slot >= 0, -1, D, ENTRIES, BLOCK_D)
+        total += row
+    return total
+
+
+@triton.jit
+def _slots_below(slots, index, N, LEVEL: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr):
+    """Slots of the entries `index` of a level and of all below them: for each level, finest first, a tuple."""
+    found = ()
+    for level in tl.static_range(LEVEL + 1):
+        of_level = ()
+        for j in tl.static_range(P ** (LEVEL - level)):
+            entry = (index + SHIFT) * P ** (LEVEL - level) - SHIFT + j
+            of_level = of_level + (_level_slots(slots, entry, N, level, P),)
+        found = found + (of_level,)
+    return found
+
+
+@triton.jit
+def _sum_spans(
+    x, slots, freqs, gathered, index, N, stride_n, D,
+    LEVEL: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr, ROPE: tl.constexpr,
+    AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums over the spans of the entries `index` of a level, fp32 [ENTRIES, BLOCK_D].
+
+    On the way every sum, of this level and of the finer ones, is written to its slot if it has one. Up to
+    AT_ONCE rows of a span are loaded before any is used, so that enough bytes are in flight.
+    """
+    if P**LEVEL > AT_ONCE:
+        slot = _level_slots(slots, index, N, LEVEL, P)
+        total = tl.zeros((ENTRIES, BLOCK_D), tl.float32)
+        for child in range(P):
+            total += _sum_spans(
+                x, slots, freqs, gathered, (index + SHIFT) * P - SHIFT + child, N, stride_n, D,
+                LEVEL - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
+            )  # fmt: skip
+        _write_entries(
+            total, slot, index, gathered, freqs, D, P**LEVEL, MEAN, ROPE, ENTRIES, BLOCK_D
+        )
+    else:
+        d = tl.arange(0, BLOCK_D)
+        sums = ()
+        for j in tl.static_range(P**LEVEL):
+            row = (index + SHIFT) * P**LEVEL - SHIFT + j
+            ok = (row >= 0) & (row < N)
+            source = x + row.to(tl.int64)[:, None] * stride_n + d[None, :]
+            y = tl.load(source, mask=ok[:, None] & (d < D)[None, :], other=0.0)
+            if ROPE == 2:
+                y = _rotated(y.to(tl.float32), freqs, row, ok, 1, D, ENTRIES, BLOCK_D)
+            sums = sums + (y,)
+        found = _slots_below(slots, index, N, LEVEL, P, SHIFT)
+        for level in tl.static_range(LEVEL + 1):
+            if level > 0:
+                coarser = ()
+                for j in tl.static_range(P ** (LEVEL - level)):
+                    total = sums[j * P].to(tl.float32)
+                    for child in tl.static_range(1, P):
+                        total += sums[j * P + child].to(tl.float32)
+                    coarser = coarser + (total,)
+                sums = coarser
+            for j in tl.static_range(P ** (LEVEL - level)):
+                _write_entries(
+                    sums[j], found[level][j], (index + SHIFT) * P ** (LEVEL - level) - SHIFT + j,
+                    gathered, freqs, D, P**level, MEAN, ROPE, ENTRIES, BLOCK_D,
+                )  # fmt: skip
+        total = sums[0]
+    return total
+
+
+@triton.jit
+def _spread_spans(
+    total, gathered, slots, freqs, out, index, N, stride_n, D,
+    LEVEL: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr, ROPE: tl.constexpr,
+    AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The adjoint of `_sum_spans`: write to each position of the spans of the entries `index` of a level the
+    sum of `total`, what the coarser levels contribute, and of the rows that this level and the finer ones do."""
+    if P**LEVEL > AT_ONCE:
+        slot = _level_slots(slots, index, N, LEVEL, P)
+        rows = _entry_rows(slot, gathered, D, BLOCK_D)
+        total = _plus_entries(
+            total, rows, slot, index, freqs, D, P**LEVEL, MEAN, ROPE, ENTRIES, BLOCK_D
+        )
+        for child in range(P):
+            _spread_spans(
+                total, gathered, slots, freqs, out, (index + SHIFT) * P - SHIFT + child, N, stride_n, D,
+                LEVEL - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
+            )  # fmt: skip
+    else:
+        found = _slots_below(slots, index, N, LEVEL, P, SHIFT)
+        rows = ()
+        for level in tl.static_range(LEVEL + 1):
+            of_level = ()
+            for j in tl.static_range(P ** (LEVEL - level)):
+                of_level = of_level + (_entry_rows(found[level][j], gathered, D, BLOCK_D),)
+            rows = rows + (of_level,)
+        sums = (total,)
+        for level in tl.static_range(LEVEL, -1, -1):
+            finer = ()
+            for j in tl.static_range(P ** (LEVEL - level)):
+                entry = (index + SHIFT) * P ** (LEVEL - level) - SHIFT + j
+                y = _plus_entries(
+                    sums[j],
+                    rows[level][j],
+                    found[level][j],
+                    entry,
+                    freqs,
+                    D,
+                    P**level,
+                    MEAN,
+                    ROPE,
+                    ENTRIES,
+                    BLOCK_D,
+                )
+                if level > 0:
+                    for _ in tl.static_range(P):
+                        finer = finer + (y,)
+                else:
+                    finer = finer + (y,)
+            sums = finer
+        d = tl.arange(0, BLOCK_D)
+        for j in tl.static_range(P**LEVEL):
+            row = (index + SHIFT) * P**LEVEL - SHIFT + j
+            ok = (row >= 0) & (row < N)
+            y = sums[j]
+            if ROPE == 2:
+                y = _rotated(y, freqs, row, ok, -1, D, ENTRIES, BLOCK_D)
+            target = out + row.to(tl.int64)[:, None] * stride_n + d[None, :]
+            tl.store(target, y, mask=ok[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _reduce_kernel(
+    x, slots, freqs, gathered, N, n_blocks, n_heads, D, M, S, stride_b, stride_n,
+    GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
+    ROPE: tl.constexpr, AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums (or means) over the spans of ENTRIES entries of the coarsest level, of one head, and of all entries
+    below them, each written to its slot. With SHIFT = 1 an entry's span starts at its end: the same pyramid,
+    standing on the sequence shifted by one.
+    """
+    head = tl.program_id(0) % n_heads
+    block = tl.program_id(0) // n_heads % n_blocks
+    b = (tl.program_id(0) // n_heads // n_blocks).to(tl.int64)
+    index = block * ENTRIES - SHIFT + tl.arange(0, ENTRIES)
+    _sum_spans(
+        x + b * stride_b + head * D, slots + (b * (n_heads // GROUP) + head // GROUP) * M, freqs,
+        gathered + (b * n_heads + head) * S * D, index, N, stride_n, D,
+        LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
 def _spread_kernel(
-    gathered, slots, freqs, out, N, n_heads, D, M, S,
+    gathered, slots, freqs, out, N, n_blocks, n_heads, D, M, S, stride_b, stride_n,
     GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
-    ROPE: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROPE: tl.constexpr, AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of `_reduce_kernel`: R positions of one head, each the sum of its entries' rows."""
-    program = tl.program_id(0)
-    head = program % n_heads
-    block = program // n_heads % tl.cdiv(N, R)
-    b = (program // n_heads // tl.cdiv(N, R)).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    t = block * R + tl.arange(0, R)
-    slots += (b * (n_heads // GROUP) + head // GROUP) * M
-    gathered += (b * n_heads + head) * S * D
-    total = tl.zeros((R, BLOCK_D), tl.float32)
-    offset = 0
-    length = N
-    for level in tl.static_range(LEVELS):
-        index = (t + SHIFT) // P**level - SHIFT
-        slot = tl.load(slots + offset + index, mask=(index >= 0) & (t < N), other=-1)
-        source = gathered + slot.to(tl.int64)[:, None] * D + d[None, :]
-        y = tl.load(source, mask=(slot >= 0)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        if MEAN:
-            y = y * (1.0 / P**level)
-        if ROPE == 1:
-            end = (index + 1) * P**level - 1
-            y = _rotated(y, freqs, end, slot >= 0, -1, D, R, BLOCK_D)
-        total += y
-        offset += length
-        length = length // P
-    if ROPE == 2:
-        total = _rotated(total, freqs, t, t < N, -1, D, R, BLOCK_D)
-    target = out + ((b * N + t)[:, None] * n_heads + head) * D + d[None, :]
-    tl.store(target, total, mask=(t < N)[:, None] & (d < D)[None, :])
-
-
-def _levels_in(rows: int, pooling_factor: int, levels: int) -> int:
-    """Levels, the rows' own included, whose spans fit `rows` rows."""
-    fit = 1
-    while fit < levels and rows % pooling_factor**fit == 0:
-        fit += 1
-    return fit
+    """The adjoint of `_reduce_kernel`: every position of the spans of ENTRIES entries of the coarsest level, of
+    one head, gets the sum of its entries' rows."""
+    head = tl.program_id(0) % n_heads
+    block = tl.program_id(0) // n_heads % n_blocks
+    b = (tl.program_id(0) // n_heads // n_blocks).to(tl.int64)
+    index = block * ENTRIES - SHIFT + tl.arange(0, ENTRIES)
+    _spread_spans(
+        tl.zeros((ENTRIES, BLOCK_D), tl.float32), gathered + (b * n_heads + head) * S * D,
+        slots + (b * (n_heads // GROUP) + head // GROUP) * M, freqs, out + b * stride_b + head * D,
+        index, N, stride_n, D, LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
+    )  # fmt: skip
 
 
 def _n_entries(seq_len: int, p: int, levels: int) -> int:
@@ -283,44 +414,23 @@ def _rows_of_heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
-def _reduce(x, slots, freqs, levels, p, gathered_len, shift, mean, rope):
-    """Run `_reduce_kernel` over [B, N, H, D]: [B, H, S, D]. Spans longer than a program's rows take further
-    passes, each on the fp32 sums of the last."""
-    x = _rows_of_heads(x)
-    batch, _, n_heads, head_dim = x.shape
-    gathered = x.new_empty(batch, n_heads, gathered_len, head_dim)
-    first, offset = 0, 0
-    while True:
-        n_rows = x.shape[1]
-        fit = _levels_in(_ROWS, p, levels - first)
-        sums = None
-        if first + fit < levels:
-            n_sums = n_rows // p ** (fit - 1)
-            sums = x.new_empty(batch, n_sums, n_heads, head_dim, dtype=torch.float32)
-        n_blocks = triton.cdiv(n_rows + shift, _ROWS)
-        _reduce_kernel[(batch * n_blocks * n_heads,)](
-            x, slots, freqs, gathered, sums, n_rows, n_blocks, n_rows, n_heads, head_dim, slots.shape[-1],
-            gathered_len, offset, x.stride(0), x.stride(1),
-            GROUP=n_heads // slots.shape[1], P=p, FIRST_LEVEL=first, LEVELS=fit, SHIFT=shift, MEAN=mean,
-            ROPE=rope if first == 0 or rope != _ROPE_BASE else _NO_ROPE, R=_ROWS, BLOCK_D=triton.next_power_of_2(head_dim),
-        )  # fmt: skip
-        if sums is None:
-            return gathered
-        offset += _n_entries(n_rows, p, fit - 1)
-        first, x = first + fit - 1, sums
-
-
-def _spread(gathered, slots, freqs, seq_len, levels, p, shift, mean, rope):
-    """Run `_spread_kernel` over [B, H, S, D]: [B, N, H, D]."""
-    gathered = gathered.contiguous()
-    batch, n_heads, gathered_len, head_dim = gathered.shape
-    out = gathered.new_empty(batch, seq_len, n_heads, head_dim)
-    _spread_kernel[(batch * triton.cdiv(seq_len, _ROWS) * n_heads,)](
-        gathered, slots, freqs, out, seq_len, n_heads, head_dim, slots.shape[-1], gathered_len,
-        GROUP=n_heads // slots.shape[1], P=p, LEVELS=levels, SHIFT=shift, MEAN=mean, ROPE=rope, R=_ROWS,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-    )  # fmt: skip
-    return out
+def _pair_launch(x, slots, levels, p, shift):
+    """Grid and common arguments of the reduce and the spread kernel for heads-last `x` [B, N, H, D]."""
+    batch, seq_len, n_heads, head_dim = x.shape
+    block_d = triton.next_power_of_2(head_dim)
+    entries = max(32 * 8 // block_d, 1)  # one warp, 8 adjacent elements a thread
+    n_blocks = triton.cdiv(seq_len // p ** (levels - 1) + shift, entries)
+    sizes = seq_len, n_blocks, n_heads, head_dim, slots.shape[-1]
+    constants = {
+        "GROUP": n_heads // slots.shape[1],
+        "P": p,
+        "LEVELS": levels,
+        "SHIFT": shift,
+        "ENTRIES": entries,
+        "BLOCK_D": block_d,
+        "num_warps": 1,
+    }
+    return (batch * n_blocks * n_heads,), sizes, constants
 
 
 @torch.library.custom_op("lighthouse::score", mutates_args=())
@@ -329,11 +439,11 @@ def _score_op(q: torch.Tensor, k: torch.Tensor, levels: int, p: int) -> torch.Te
     batch, seq_len, n_kv_heads, head_dim = k.shape
     n_entries = _n_entries(seq_len, p, levels)
     scores = q.new_empty(2, batch, n_kv_heads, n_entries, dtype=torch.float32)
-    fit = _levels_in(_ROWS, p, levels)
-    _score_kernel[(batch * triton.cdiv(seq_len, _ROWS) * n_kv_heads,)](
+    fit = next(n for n in range(levels, 0, -1) if p ** (n - 1) <= _SCORE_ROWS)
+    _score_kernel[(batch * triton.cdiv(seq_len, _SCORE_ROWS) * n_kv_heads,)](
         q, k, scores, seq_len, n_entries, n_kv_heads, head_dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         scores.stride(0),
-        GROUP=q.shape[2] // n_kv_heads, P=p, LEVELS=fit, R=_ROWS, BLOCK_D=triton.next_power_of_2(head_dim),
+        GROUP=q.shape[2] // n_kv_heads, P=p, LEVELS=fit, R=_SCORE_ROWS, BLOCK_D=triton.next_power_of_2(head_dim),
     )  # fmt: skip
     for level in range(fit, levels):
         start, length = _n_entries(seq_len, p, level), seq_len // p**level
@@ -363,7 +473,7 @@ def _select_op(
     _select_kernel[(programs,)](
         scores, slots, scratch, seq_len, n_entries, scores.stride(0),
         P=p, LEVELS=levels, WINNERS=tile_winners, TILES=tiles, COARSEST=coarsest, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),
+        num_warps=min(max(block // 128, 4), 16),
     )  # fmt: skip
     return slots
 
@@ -378,8 +488,15 @@ def _reduce_op(
     x: torch.Tensor, slots: torch.Tensor, freqs_cis: torch.Tensor | None,
     levels: int, p: int, gathered_len: int, shift: int, mean: bool, rope: int,
 ) -> torch.Tensor:  # fmt: skip
+    x = _rows_of_heads(x)
     freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
-    return _reduce(x, slots, freqs, levels, p, gathered_len, shift, mean, rope)
+    gathered = x.new_empty(x.shape[0], x.shape[2], gathered_len, x.shape[3])
+    grid, sizes, constants = _pair_launch(x, slots, levels, p, shift)
+    _reduce_kernel[grid](
+        x, slots, freqs, gathered, *sizes, gathered_len, x.stride(0), x.stride(1),
+        MEAN=mean, ROPE=rope, AT_ONCE=_REDUCE_AT_ONCE, **constants,
+    )  # fmt: skip
+    return gathered
 
 
 @_reduce_op.register_fake
@@ -392,8 +509,16 @@ def _spread_op(
     gathered: torch.Tensor, slots: torch.Tensor, freqs_cis: torch.Tensor | None,
     seq_len: int, levels: int, p: int, shift: int, mean: bool, rope: int,
 ) -> torch.Tensor:  # fmt: skip
+    gathered = gathered.contiguous()
+    batch, n_heads, gathered_len, head_dim = gathered.shape
     freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
-    return _spread(gathered, slots, freqs, seq_len, levels, p, shift, mean, rope)
+    out = gathered.new_empty(batch, seq_len, n_heads, head_dim)
+    grid, sizes, constants = _pair_launch(out, slots, levels, p, shift)
+    _spread_kernel[grid](
+        gathered, slots, freqs, out, *sizes, gathered_len, out.stride(0), out.stride(1),
+        MEAN=mean, ROPE=rope, AT_ONCE=_SPREAD_AT_ONCE, **constants,
+    )  # fmt: skip
+    return out
 
 
 @_spread_op.register_fake
@@ -433,13 +558,11 @@ def score(q: torch.Tensor, k: torch.Tensor, config: LighthouseConfig) -> torch.T
 
 def select(scores: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """See `operators.select`."""
+    seq_len = config.seq_len_of(scores.shape[-1])
+    if seq_len // config.span(config.levels - 1) // config.n_tiles > _MOST_CANDIDATES:
+        return operators.select(scores, config)
     return _select_op(
-        scores,
-        config.seq_len_of(scores.shape[-1]),
-        config.levels,
-        config.pooling_factor,
-        config.top_k,
-        config.tile_winners,
+        scores, seq_len, config.levels, config.pooling_factor, config.top_k, config.tile_winners
     )
 
 
