@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint clean
+.PHONY: help setup demo table test test-gpu bench lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -20,8 +20,22 @@ $(VENV)/.patched: $(VENV)/.installed $(wildcard patches/*)
 	$(BIN)/python -m torchtitan_ext.patching apply
 	@touch $@
 
+demo: setup  ## the whole path on this machine, in minutes: dense, Lighthouse, three splits, table and plot
+	$(BIN)/python scripts/run_splits.py --configs configs/demo
+	$(BIN)/python scripts/make_table.py outputs/demo
+
+RUNS ?= outputs/demo
+table: setup  ## the split-point table of the runs under RUNS=outputs/...
+	$(BIN)/python scripts/make_table.py $(RUNS)
+
 test: setup  ## the test suite (CPU, under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest
+
+test-gpu: setup  ## the kernels at full size, on a CUDA device
+	$(BIN)/python -m pytest tests/test_kernels.py -m "gpu or not gpu"
+
+bench: setup  ## one attention layer beside dense SDPA and the floor
+	$(BIN)/python scripts/bench_attention.py
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
