@@ -1,13 +1,14 @@
 """Time one Lighthouse layer beside dense SDPA and beside SDPA on the gathered rows alone (the floor).
 
-On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure, one row a sequence length. On a
-CPU: one small case. Writes the records as JSON and, for several lengths, a log-log plot beside them.
+On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a range of contexts. On a CPU:
+one small case. Writes the records as JSON and, for several lengths, a log-log plot beside them.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,13 @@ from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 
 ROPE_THETA = 10000.0
+# Contexts of the figure, and the settings that differ there: short ones need smaller tiles, the longest a
+# fourth level.
+FIGURE = [
+    *((seq_len, {"tile_winners": 32}) for seq_len in (4_096, 8_192, 16_384, 32_768, 65_536)),
+    *((seq_len, {}) for seq_len in (98_304, 262_144, 524_288)),
+    (1_048_576, {"levels": 4, "top_k": 4_096, "repeats": 10}),
+]
 
 
 def cuda_sdpa(q, k, v, *, enable_gqa=False):
@@ -31,15 +39,15 @@ def cuda_sdpa(q, k, v, *, enable_gqa=False):
         return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
 
 
-def captured(function):
-    """`function` as a CUDA graph to replay: its kernels without the gaps of launching them one by one."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        function()
+def kernels_ms(function, repeats):
+    """Mean milliseconds that the function's kernels take on the GPU, the gaps between their launches left out."""
+    function()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / repeats / 1e3
 
 
 def synchronize(device):
@@ -115,8 +123,9 @@ def stages_of(q, k, v, config, freqs_cis, attention, device, repeats):
     }
     calls = {name: function for name, (function, _) in functions.items()}
     if device == "cuda":
-        calls = {name: captured(function) for name, function in calls.items()}
-    times = medians_ms(calls, repeats, device)
+        times = {name: kernels_ms(function, repeats) for name, function in calls.items()}
+    else:
+        times = medians_ms(calls, repeats, device)
     return {name: (times[name], moved) for name, (_, moved) in functions.items()}
 
 
@@ -270,9 +279,7 @@ def main():
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     on_gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--seq-lens", type=int, nargs="+", default=[98_304, 262_144, 524_288] if on_gpu else [8_192]
-    )
+    parser.add_argument("--seq-lens", type=int, nargs="+", help="instead of the figure's contexts")
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--pooling-factor", type=int, default=4)
     parser.add_argument(
@@ -287,10 +294,8 @@ def main():
     parser.add_argument(
         "--dense-up-to", type=int, default=524_288, help="longest sequence to time dense SDPA at"
     )
-    parser.add_argument(
-        "--append", action="store_true", help="keep the rows of other cases in the output file"
-    )
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench_attention.json"))
+    folder = Path("results" if on_gpu else "outputs")
+    parser.add_argument("--output", type=Path, default=folder / "bench_attention.json")
     args = parser.parse_args()
 
     device = "cuda" if on_gpu else "cpu"
@@ -302,15 +307,19 @@ def main():
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "threads": torch.get_num_threads(),
+        "command": " ".join(["python", *sys.argv]),
         "copy_gb_s": bandwidth / 1e9,
         "settings": f"{'bf16' if on_gpu else 'fp32'}, B=1, H={args.n_heads}, H_kv={args.n_kv_heads}, D={args.head_dim}",
     }
+    cases = [(8_192, {})] if device == "cpu" else FIGURE
+    if args.seq_lens:
+        cases = [(seq_len, {}) for seq_len in args.seq_lens]
     records, stages = [], {}
-    for seq_len in args.seq_lens:
+    for seq_len, settings in cases:
         print(f"{seq_len:,} tokens ...", flush=True)
-        record, stages_ms = bench(seq_len, args, device)
+        record, stages_ms = bench(seq_len, argparse.Namespace(**vars(args) | settings), device)
         records.append(record)
-        stages[f"{seq_len} L{args.levels} p{args.pooling_factor}"] = [
+        stages[f"{seq_len} L{record['levels']} p{record['pooling_factor']}"] = [
             {
                 "stage": name,
                 "ms": ms,
@@ -320,15 +329,6 @@ def main():
             }
             for name, (ms, moved) in stages_ms.items()
         ]
-    if args.append and args.output.exists():
-
-        def case(r):
-            return [r[key] for key in ("seq_len", "levels", "pooling_factor", "top_k", "scorer")]
-
-        before = json.loads(args.output.read_text())
-        new = [case(r) for r in records]
-        records = sorted([r for r in before["rows"] if case(r) not in new] + records, key=case)
-        stages = before["stages"] | stages
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(
         json.dumps({"machine": machine, "rows": records, "stages": stages}, indent=1) + "\n"
