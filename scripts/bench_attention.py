@@ -260,6 +260,11 @@ def plot(records, machine, path):
                 "floor": "SDPA on the gathered rows",
             }
             axis.plot(*zip(*points, strict=True), style, color=colour, label=label[name])
+        for r in records:
+            if r["levels"] != records[0]["levels"]:
+                point = r["seq_len"], r[f"lighthouse_{direction}_ms"]
+                note = f"L={r['levels']}, k={r['top_k']:,}"
+                axis.annotate(note, point, (0, -20), textcoords="offset points", ha="right", size=8)
         axis.set(xscale="log", yscale="log", xlabel="context (tokens)", title=title)
         axis.set_xscale("log", base=2)
         axis.set_xticks(
