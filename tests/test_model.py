@@ -8,10 +8,13 @@ import pytest
 import tomli
 import torch
 from torchtitan.config import ConfigManager
+from torchtitan.config import JobConfig as TorchtitanJobConfig
+from torchtitan.config.job_config import Metrics
 from torchtitan.models.llama3 import Transformer
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_ext.model import Lighthouse, LighthouseTransformer, flavors
+from torchtitan_ext.model.train_spec import DeviceMetricsProcessor
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*/*.toml"))
@@ -194,3 +197,9 @@ def test_the_stages_differ_only_where_they_must(recipe):
         0, settings(stage1)["training.steps"] + 1, settings(stage1)["checkpoint.interval"]
     )
     assert step in saved[-settings(stage1)["checkpoint.keep_latest_k"] :]
+
+
+def test_the_first_step_of_every_process_is_logged():
+    processor = object.__new__(DeviceMetricsProcessor)
+    processor.job_config = TorchtitanJobConfig(metrics=Metrics(log_freq=10))
+    assert [step for step in range(101, 121) if processor.should_log(step)] == [101, 110, 120]

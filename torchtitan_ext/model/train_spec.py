@@ -39,6 +39,13 @@ def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
 class DeviceMetricsProcessor(MetricsProcessor):
     """Logs the number of devices too, and leaves no logged step behind when the job is killed."""
 
+    first_step = True
+
+    def should_log(self, step: int) -> bool:
+        # The first step of a process shows what resuming, or switching to dense, did to the loss.
+        first, self.first_step = self.first_step, False
+        return first or super().should_log(step)
+
     def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
         extra_metrics = {**(extra_metrics or {}), "n_devices": self.parallel_dims.world_size}
         super().log(*args, extra_metrics=extra_metrics, **kwargs)
