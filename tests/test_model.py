@@ -104,18 +104,20 @@ def test_other_masks_and_attention_types_are_refused_with_lighthouse_only(change
         build(args(**change, lighthouse=SMALL), device="meta")
 
 
-def test_flops_count_the_pairs_that_a_lighthouse_layer_attends():
-    def flops(**section):
+def test_flops_count_the_pairs_that_each_layer_attends():
+    def keys(**section):
+        """Keys a token pays for in all layers; each costs 6 * 2 * dim FLOPs."""
         model_args = args(lighthouse=dataclasses.replace(SMALL, **section))
-        return model_args.get_nparams_and_flops(build(model_args, device="meta"), 64)[1]
+        model = build(model_args, device="meta")
+        weights = 6 * sum(p.numel() for p in model.parameters())
+        weights -= 6 * model.tok_embeddings.weight.numel()
+        return (model_args.get_nparams_and_flops(model, 64)[1] - weights) / (12 * model_args.dim)
 
-    dense = flops(enable=False)
-    stock = build(args(), Transformer, "meta")
-    assert dense == stock.model_args.get_nparams_and_flops(stock, 64)[1]
-    assert flops(dense_layers=[0, 1, 2, 3]) == dense
-    # torchtitan counts 6 * 2 * dim FLOPs a token, layer and key
-    saved = (dense - flops(dense_layers=[])) / (6 * 2 * stock.model_args.dim * stock.n_layers)
-    assert 64 - saved == SMALL.gathered_len(64) ** 2 / 64
+    n_layers, lighthouse = args().n_layers, SMALL.gathered_len(64) ** 2 / 64 / 2
+    assert keys(enable=False) == n_layers * 32  # causal: half of the 64 x 64 pairs
+    assert keys(dense_layers=list(range(n_layers))) == n_layers * 32
+    assert keys(dense_layers=[]) == pytest.approx(n_layers * lighthouse)
+    assert keys(dense_layers=[1]) == pytest.approx(32 + (n_layers - 1) * lighthouse)
 
 
 def test_importing_registers_the_model_once():

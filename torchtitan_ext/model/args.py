@@ -28,15 +28,18 @@ class LighthouseModelArgs(TransformerModelArgs):
         self.lighthouse = job_config.lighthouse
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters and FLOPs a token, in torchtitan's convention (causal masks not deducted).
+        """Parameters and FLOPs a token that training computes, forward and backward.
 
-        A Lighthouse layer attends S x S pairs for N tokens, so each token pays for S^2/N keys
-        instead of N.
+        torchtitan's count, but of the attention that is there: causal attention computes half of the
+        pairs, and a Lighthouse layer attends S x S pairs for N tokens. So a token pays for N/2 keys in a
+        dense layer and for S^2/2N in a Lighthouse layer, where torchtitan counts N.
         """
         nparams, flops = super().get_nparams_and_flops(model, seq_len)
-        if self.lighthouse_layers:
-            keys_saved = seq_len - self.lighthouse.gathered_len(seq_len) ** 2 / seq_len
-            flops -= 6 * len(self.lighthouse_layers) * 2 * self.dim * keys_saved
+        n_lighthouse = len(self.lighthouse_layers)
+        keys = (self.n_layers - n_lighthouse) * seq_len / 2
+        if n_lighthouse:
+            keys += n_lighthouse * self.lighthouse.gathered_len(seq_len) ** 2 / seq_len / 2
+        flops += 6 * 2 * self.dim * (keys - self.n_layers * seq_len)
         return nparams, round(flops)
 
 
