@@ -287,3 +287,17 @@ def test_no_checkpoint_rule_binds_a_job_that_keeps_none(job, tmp_path):
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     check_job(job("--checkpoint.no_enable", "--checkpoint.last_save_model_only"))
     assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tensor_parallel_degree", 2),
+        ("pipeline_parallel_degree", 2),
+        ("fsdp_reshard_after_forward", "always"),
+    ],
+)
+def test_a_fused_output_needs_its_projection_beside_the_loss(job, field, value):
+    setting = f"--parallelism.{field}={value}"
+    check_job(job(setting))
+    only_problem(job(setting, "--loss.fuse_output"), field, value, "loss.fuse_output")

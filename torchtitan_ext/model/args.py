@@ -9,10 +9,11 @@ from .config import Lighthouse
 
 @dataclass
 class LighthouseModelArgs(TransformerModelArgs):
-    """llama3's arguments, the flavor's dense layers and the job's `[lighthouse]` section."""
+    """llama3's arguments, the flavor's dense layers and what the job's own sections say of the model."""
 
     dense_layers: tuple[int, ...] = ()
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
+    fuse_output: bool = False
 
     @property
     def lighthouse_layers(self) -> list[int]:
@@ -26,6 +27,7 @@ class LighthouseModelArgs(TransformerModelArgs):
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         super().update_from_config(job_config, **kwargs)
         self.lighthouse = job_config.lighthouse
+        self.fuse_output = job_config.loss.fuse_output
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters and FLOPs a token that training computes, forward and backward.

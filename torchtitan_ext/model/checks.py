@@ -50,6 +50,7 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
                 f"lighthouse.dense_layers = {lighthouse.dense_layers}: {bad} out of range, "
                 f"flavor {flavor} has layers 0 to {n_layers - 1}"
             )
+    yield from _loss_problems(job_config)
     if not lighthouse.enable:
         return
     sections = ["training"] + ["validation"] * job_config.validation.enable
@@ -65,6 +66,23 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
         yield (
             f"parallelism.context_parallel_degree = {degree}: not supported with Lighthouse yet, "
             "set it to 1 (or lighthouse.enable to false)"
+        )
+
+
+def _loss_problems(job_config: JobConfig) -> Iterator[str]:
+    if not job_config.loss.fuse_output:
+        return
+    dims = job_config.parallelism
+    for field in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+        if getattr(dims, field) > 1:
+            yield (
+                f"parallelism.{field} = {getattr(dims, field)}: loss.fuse_output needs the whole output "
+                "projection beside the loss; set one of the two back (1, or false)"
+            )
+    if dims.fsdp_reshard_after_forward == "always":
+        yield (
+            "parallelism.fsdp_reshard_after_forward = 'always': the output projection would be gone when "
+            "the loss needs it; use 'default' or 'never', or set loss.fuse_output to false"
         )
 
 

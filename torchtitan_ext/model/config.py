@@ -1,4 +1,4 @@
-"""The `[lighthouse]` section of a job's TOML; named by `job.custom_config_module`."""
+"""The sections that this package adds to a job's TOML; named by `job.custom_config_module`."""
 
 from dataclasses import dataclass, field
 
@@ -15,5 +15,12 @@ class Lighthouse(LighthouseConfig):
 
 
 @dataclass
+class Loss:
+    fuse_output: bool = False
+    """Take the loss from the last hidden states, a chunk of tokens at a time: the logits never exist whole"""
+
+
+@dataclass
 class JobConfig:
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
+    loss: Loss = field(default_factory=Loss)

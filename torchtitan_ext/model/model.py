@@ -6,6 +6,7 @@ from torchtitan.protocols.model import AttentionMasksType
 from torchtitan_ext.lighthouse import lighthouse_attention
 
 from .args import LighthouseModelArgs
+from .loss import ProjectionForLoss
 
 
 class LighthouseSelfAttention(Attention):
@@ -58,3 +59,5 @@ class LighthouseTransformer(Transformer):
         super().__init__(model_args)
         for layer in model_args.lighthouse_layers:
             self.layers[str(layer)].attention = LighthouseSelfAttention(model_args)
+        if model_args.fuse_output:
+            self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size, bias=False)

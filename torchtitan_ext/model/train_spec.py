@@ -17,6 +17,7 @@ from torchtitan_ext.data import build_dataloader
 
 from .args import flavors
 from .checks import check_job
+from .loss import build_loss
 from .model import LighthouseTransformer
 
 
@@ -72,5 +73,6 @@ def get_train_spec() -> TrainSpec:
         parallelize_fn=parallelize,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_checked_tokenizer,
+        build_loss_fn=build_loss,
         build_metrics_processor_fn=build_metrics_processor,
     )

@@ -1,0 +1,117 @@
+"""The chunked loss: equal to plain cross entropy, without the logits, alone and in a model."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
+from torchtitan.models.llama3.infra.parallelize import apply_fsdp
+
+from torchtitan_ext.model import LighthouseModelArgs, LighthouseTransformer, loss
+from torchtitan_ext.model.loss import linear_cross_entropy_loss
+
+TOKENS, VOCAB, DIM = 150, 500, 16
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "_CHUNK", 64)
+
+
+def example(dtype=torch.float32, ignored=0):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, TOKENS, DIM, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, DIM, generator=g).to(dtype).requires_grad_()
+    labels = torch.randint(VOCAB, (2, TOKENS), generator=g)
+    labels[:, :ignored] = IGNORE_INDEX
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("ignored", [0, 7, TOKENS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_value_and_gradients_are_those_of_cross_entropy(dtype, ignored, compiled):
+    hidden, weight, labels = example(dtype, ignored)
+    step = loss._loss_and_gradient
+    step = torch.compile(step, backend="aot_eager") if compiled else step
+    ours = linear_cross_entropy_loss((hidden, weight), labels, step)
+    exact = cross_entropy_loss(hidden.double() @ weight.double().T, labels)
+    assert ours.dtype == torch.float32
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert abs(ours - exact) <= tolerance * 0.1 * exact
+    for grad, expected in zip(
+        torch.autograd.grad(ours / 3, (hidden, weight)),
+        torch.autograd.grad(exact / 3, (hidden, weight)),
+        strict=True,
+    ):
+        assert grad.dtype == dtype
+        assert (grad - expected).norm() <= tolerance * expected.norm()
+
+
+def test_the_logits_never_exist_whole():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    hidden, weight, labels = example()
+    with Largest() as seen:
+        linear_cross_entropy_loss((hidden, weight), labels).backward()
+    assert 64 * VOCAB <= seen.numel < 2 * TOKENS * VOCAB / 4
+
+
+def gradients(fuse_output, wrap=lambda model: None):
+    args = LighthouseModelArgs(
+        dim=32, n_layers=2, n_heads=2, vocab_size=VOCAB, max_seq_len=128, fuse_output=fuse_output
+    )
+    model = LighthouseTransformer(args)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.init_weights()
+    wrap(model)
+    g = torch.Generator().manual_seed(1)
+    tokens, labels = (torch.randint(VOCAB, (1, 128), generator=g) for _ in range(2))
+    loss_fn = linear_cross_entropy_loss if fuse_output else cross_entropy_loss
+    total = loss_fn(model(tokens), labels)
+    (total / 128).backward()
+    return total, {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_close(ours, expected, tolerance):
+    assert abs(ours[0] - expected[0]) <= tolerance * expected[0]
+    assert ours[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        assert (ours[1][name] - grad).norm() <= tolerance * grad.norm(), name
+
+
+def test_a_model_trains_the_same_and_keeps_its_parameters():
+    assert_close(gradients(True), gradients(False), 1e-5)
+
+
+def test_a_model_under_autocast_trains_the_same():
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, expected = gradients(True), gradients(False)
+    assert_close(ours, expected, 2e-2)
+
+
+def test_a_sharded_model_trains_the_same(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+
+        def shard(model):
+            apply_fsdp(model, mesh, torch.float32, torch.float32, pp_enabled=False)
+            for module in model.modules():
+                if hasattr(module, "set_force_sum_reduction_for_comms"):
+                    module.set_force_sum_reduction_for_comms(True)
+
+        total, grads = gradients(True, shard)
+        grads = {name: grad.full_tensor() for name, grad in grads.items()}
+    finally:
+        dist.destroy_process_group()
+    assert_close((total, grads), gradients(False), 1e-5)
