@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+# Before torch loads OpenMP: waiting threads must not spin where other processes need the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+CONFIG_FILE = "config.json"  # the job config of a run's last start
 LOSS = "loss_metrics/global_avg_loss"
 TOKENS_PER_SECOND = "throughput(tps)"
 SECONDS = "time_metrics/end_to_end(s)"
@@ -70,7 +71,7 @@ def read_run(folder: str | Path) -> Run | None:
     its first step on. Raises ValueError when the records lack the job config or a scalar.
     """
     folder = Path(folder)
-    config_file = folder / "config.json"
+    config_file = folder / CONFIG_FILE
     event_files = sorted(folder.glob("**/events.out.tfevents.*"))
     starts = [points for points in map(_read_events, event_files) if points is not None]
     if not starts:

@@ -243,6 +243,15 @@ def run_script(nproc: int, *args, **kwargs) -> None:
         sys.exit(130)
 
 
+def child_environment() -> dict[str, str]:
+    """Environment for a training process: this one's, output unbuffered, idle threads asleep.
+
+    On a CPU that something else shares, OpenMP threads that wait by spinning hold up the very thread
+    they wait for: many small operators then take tens of times as long.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+
+
 def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]) -> None:
     if run.newest == run.start:
         # what a kill left half-saved: torchtitan would take its folder for the run's own
@@ -260,7 +269,7 @@ def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env=child_environment(),
             # Ctrl-C reaches this process alone, which then ends the child in order
             start_new_session=True,
         )

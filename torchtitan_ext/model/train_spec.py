@@ -1,4 +1,7 @@
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +17,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import build_dataloader
+from torchtitan_ext.records import CONFIG_FILE
 
 from .args import flavors
 from .checks import check_job
@@ -34,6 +38,12 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     # torchtitan builds the tokenizer before anything else, so this is where a bad job stops.
     check_job(job_config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        # torchtitan's job.save_config_file comes before the check: a refused job would replace the
+        # config of the run that its folder holds.
+        file = Path(job_config.job.dump_folder, CONFIG_FILE)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(job_config.to_dict(), indent=2) + "\n")
     return build_hf_tokenizer(job_config)
 
 
