@@ -110,6 +110,16 @@ def test_selection_is_exactly_that_of_the_torch_path(shape, kinds, poisoned):
     assert torch.equal(kernels.select(scores, config), operators.select(scores, config))
 
 
+def test_tiles_too_large_for_one_program_are_selected_all_the_same(monkeypatch):
+    config, seq_len = setting(SMALL[0])
+    base = torch.stack([adversarial_scores("random", (1, 1, seq_len), seed) for seed in (0, 1)])
+    scores = operators.score_pyramid(base.to(DEVICE), config)
+    expected = kernels.select(scores, config)
+    monkeypatch.setattr(kernels, "_MOST_CANDIDATES", 1)
+    monkeypatch.setattr(kernels, "_select_op", None)
+    assert torch.equal(kernels.select(scores, config), expected)
+
+
 @shapes
 @pytest.mark.parametrize(
     ("dtype", "rope"),
