@@ -161,11 +161,14 @@ def test_the_section_is_missed_when_its_module_is_not_named():
         check_job(ConfigManager().parse_args([]))
 
 
-def test_the_train_spec_checks_before_it_builds(job):
+def test_the_train_spec_checks_before_it_builds_or_saves(job, tmp_path):
     spec = get_train_spec("llama3_lighthouse")
     assert spec.build_tokenizer_fn(job()).get_vocab_size() >= 256
+    saved = [path.read_text() for path in tmp_path.glob("run/*")]
+    assert len(saved) == 1  # the config
     with pytest.raises(ValueError, match="seq_len = 4100"):
         spec.build_tokenizer_fn(job("--training.seq_len=4100"))
+    assert [path.read_text() for path in tmp_path.glob("run/*")] == saved
 
 
 def test_lighthouse_rules_do_not_bind_a_dense_job(job):

@@ -1,4 +1,4 @@
-"""A run's own records: the TensorBoard events and the job config that torchtitan leaves behind.
+"""A run's own records: the TensorBoard events and the job config that it leaves behind.
 
 torchtitan opens a new event file at each process start, so a run that was killed and resumed has
 several; `read_run` makes one curve of them.
@@ -78,8 +78,8 @@ def read_run(folder: str | Path) -> Run | None:
         return None
     if not config_file.is_file():
         raise ValueError(
-            f"{config_file} is missing: train with job.save_config_file = 'config.json', "
-            "the table reads training.steps and metrics.log_freq there"
+            f"{config_file} is missing: train with model.name = 'llama3_lighthouse', which saves "
+            "it; the table reads training.steps and metrics.log_freq there"
         )
     config = json.loads(config_file.read_text())
 

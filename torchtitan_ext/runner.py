@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torchtitan.config import ConfigManager, JobConfig
 
 from .model.checks import check_job
+from .records import CONFIG_FILE
 
 STAGES = ("dense", "stage1", "stage2")
 SECONDS_BETWEEN_LINES = 10
@@ -177,7 +178,7 @@ def _checkpoint_problems(
 
 def _changed(run: PlannedRun) -> Iterator[str]:
     """What `run` already has was made with other settings: going on would mix the two."""
-    saved_file = run.folder / "config.json"
+    saved_file = run.folder / CONFIG_FILE
     if run.newest == run.start or not saved_file.is_file():
         return
     saved, now = json.loads(saved_file.read_text()), json.loads(json.dumps(run.config.to_dict()))
@@ -197,9 +198,8 @@ def train_command(run: PlannedRun, nproc: int) -> list[str]:
     command += [f"--nproc_per_node={nproc}", "-m", "torchtitan.train"]
     command += ["--job.config_file", str(run.config_file), *run.overrides]
     command += ["--job.dump_folder", str(run.folder), "--training.steps", str(run.steps)]
-    # what the table is made from
-    command += ["--job.save_config_file", "config.json", "--metrics.enable_tensorboard"]
-    command += ["--checkpoint.enable"]
+    # what the table, and the next run, are made from
+    command += ["--metrics.enable_tensorboard", "--checkpoint.enable"]
     if run.load:
         command += ["--checkpoint.initial_load_path", str(run.load)]
     return command
