@@ -208,6 +208,8 @@ def test_settings_changed_since_a_run_are_not_mixed_with_it(plan, output):
     assert plan(output, only=["dense"], overrides=longer)
     with pytest.raises(ValueError, match=r"dense was run with optimizer\.lr = 0\.5.* 0\.25 now"):
         plan(output, only=["dense"], overrides=["--optimizer.lr=0.25"])
+    with pytest.raises(ValueError, match=r"dense was run with debug\.seed = "):
+        plan(output, only=["dense"], overrides=["--optimizer.lr=0.5", "--debug.seed=99"])
 
 
 def test_a_deleted_checkpoint_of_stage_1_is_missed_at_once(plan, output):

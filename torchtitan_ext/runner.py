@@ -182,7 +182,7 @@ def _changed(run: PlannedRun) -> Iterator[str]:
     if run.newest == run.start or not saved_file.is_file():
         return
     saved, now = json.loads(saved_file.read_text()), json.loads(json.dumps(run.config.to_dict()))
-    for section in ("model", "lighthouse", "training", "optimizer", "lr_scheduler"):
+    for section in ("model", "lighthouse", "training", "optimizer", "lr_scheduler", "debug"):
         for field, value in now[section].items():
             before = saved[section].get(field, value)
             if value != before and (section, field) != ("training", "steps"):
