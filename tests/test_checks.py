@@ -275,6 +275,10 @@ def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path
     only_problem(job(*start_from(path), "--training.steps=100"), "training.steps = 100", path)
     check_job(job(*start_from(path), "--training.steps=101"))
 
+    own = save(tmp_path / "own", step=100).parent
+    check_job(job("--training.steps=100", dump="own"))  # done, and so is its repetition
+    only_problem(job("--training.steps=99", dump="own"), "training.steps = 99", own, "step 100")
+
 
 def test_only_the_first_rank_notes_the_start(job, tmp_path, monkeypatch):
     config = job(*start_from(save(tmp_path / "old")))

@@ -170,6 +170,11 @@ def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
             f"checkpoint.load_step = {step}: {folder} holds no complete checkpoint of that step, "
             f"only of {sorted(steps)}; choose one of them, or -1 for the newest"
         )
+    elif step > job_config.training.steps:
+        yield (
+            f"training.steps = {job_config.training.steps}: {folder} holds a run that is past it, at "
+            f"step {step}; raise it, choose another job.dump_folder or delete {folder}"
+        )
     elif step > 0:  # step 0 is torchtitan's seed checkpoint: weights alone
         yield from _state_problems(job_config, "job.dump_folder", folder / f"step-{step}")
 
