@@ -222,6 +222,7 @@ def test_a_local_change_is_refused(tree, state):
 
 def test_a_folder_without_torchtitan_is_refused(tmp_path):
     refused(tmp_path, str(tmp_path), "--root")
+    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "--root")
 
 
 def test_patches_that_are_not_there(tree, monkeypatch, tmp_path, capsys):

@@ -123,6 +123,8 @@ def change(root: Path, patched: bool) -> bool:
     """
     package = (root / "torchtitan").resolve()
     work = package.parent / WORK_DIR
+    if not package.parent.is_dir():
+        raise PatchingError(f"there is no {package.parent}: name torchtitan's folder with --root.")
     lock = os.open(package.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # it only keeps runs apart, and NFS can't lock a folder
