@@ -27,7 +27,9 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"make_table: {error}\n")
     print(text)
-    print(*paths, sep="\n")
+    for kind, path in zip(("table", "table, as CSV", "plot"), paths, strict=True):
+        print(f"{kind}: {path}")
+    print(f"records: {args.folder}/*/tb (TensorBoard)")
 
 
 if __name__ == "__main__":

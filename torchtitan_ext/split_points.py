@@ -205,6 +205,7 @@ def markdown(experiment: Experiment, published: dict) -> str:
     """Our table, then the published rows, each labelled for what it is."""
     run = next(r for r in [experiment.dense, experiment.stage1, *experiment.tails.values()] if r)
     n_devices, w = int(run.n_devices[-1]), window(run.total_steps, run.log_freq)
+    lacking = notes(experiment)
     theirs = [Row(**row) for row in published["split_points"]]
     their_cells = [_cells(theirs[0])]
     for row in theirs[1:]:
@@ -222,8 +223,8 @@ def markdown(experiment: Experiment, published: dict) -> str:
             f"switch until the mean of the last {w} is back at its level before. From batch to batch "
             f"the loss varies by {batch_noise(run):.3f}: a jump has to be seen against that.",
             "",
-            *(f"- {line}" for line in notes(experiment)),
-            "",
+            *(f"- {line}" for line in lacking),
+            *[""] * bool(lacking),
             f"**Published, not measured here**: {published['source']}, {published['hardware']}, "
             f"{published['setting']}",
             "",
