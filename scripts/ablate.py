@@ -33,11 +33,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cells", nargs="+", choices=cells, metavar="CELL")
-    parser.add_argument("--configs", type=Path, default=CONFIGS / "530m")
-    parser.add_argument("--output", type=Path, default=Path("outputs/ablations"))
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        choices=cells,
+        metavar="CELL",
+        help="all of them are listed without it",
+    )
+    parser.add_argument(
+        "--configs",
+        type=Path,
+        default=CONFIGS / "530m",
+        help="folder of dense, stage1 and stage2.toml (default: configs/530m)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/ablations"),
+        help="folder of the cells' runs (default: outputs/ablations)",
+    )
     parser.add_argument("--nproc", type=int, default=1, help="processes, one a device")
-    parser.add_argument("--splits", type=int, nargs="+", default=[10_000])
+    parser.add_argument(
+        "--splits",
+        type=int,
+        nargs="+",
+        default=[10_000],
+        help="steps at which stage 2 takes over (default: 10000)",
+    )
     parser.add_argument("overrides", nargs="*", help="torchtitan arguments for every run, after --")
     args = parser.parse_args()
     if not args.cells:
