@@ -230,11 +230,13 @@ def test_progress_tells_which_run_step_loss_speed_and_time_left(
     )
     monkeypatch.setattr(runner, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setenv("STEP_SECONDS", "0.005")  # long enough for the live line to be drawn
-    runner.run_all(plan(output, splits=[100]))
+    runner.run_all(plan(output, splits=[100]), nproc=2)
     text = runner.ANSI_COLOR.sub("", shown.getvalue())
     for title in ("[1/3] dense", "[2/3] stage1", "[3/3] stage2-100"):
         assert title in text
     assert "160/160" in text and "100/100" in text
+    if not terminal:  # a line a step, though each rank logs it
+        assert text.count("100/100") == 1
     assert re.search(r"loss \d\.\d+  1,234 tok/s/device  left 0:\d\d, all 0:\d\d", text)
 
 

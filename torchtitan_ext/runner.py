@@ -309,7 +309,7 @@ class _Display:
         self.seconds_per_step: dict[str, float] = {}
 
     def start(self, run: PlannedRun) -> None:
-        self.run, self.first, self.last_line = run, None, time.monotonic()
+        self.run, self.step, self.first, self.last_line = run, 0, None, time.monotonic()
         self.title = f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
         if run.done:
             self.say(f"{self.title}: done already, at step {run.steps}")
@@ -328,6 +328,9 @@ class _Display:
         if not (match := STEP_LINE.search(line)):
             return
         step, now = int(match[1]), time.monotonic()
+        if step <= self.step:  # each rank logs it
+            return
+        self.step = step
         self.first = self.first or (step, now)
         if steps_seen := step - self.first[0]:
             self.seconds_per_step[_kind(self.run)] = (now - self.first[1]) / steps_seen
