@@ -10,6 +10,7 @@ import socket
 import sysconfig
 import tempfile
 import time
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -288,6 +289,15 @@ def test_a_rank_without_documents_is_refused(dataset, tmp_path):
     path = WRITE[dataset](tmp_path / "data", [["a"], ["b"], []])
     with pytest.raises(ValueError, match=r"training\.dataset = .* rank 2, give at least 3"):
         loader(dataset, path, 8, rank=2, world=3)
+
+
+def test_a_hub_out_of_reach_is_named_with_the_way_on(monkeypatch):
+    def unreachable(path):
+        raise ConnectionError(f"Couldn't reach {path}")
+
+    monkeypatch.setitem(DATASETS, "c4", replace(DATASETS["c4"], loader=unreachable))
+    with pytest.raises(ValueError, match=r"training\.dataset = 'c4'.*reach.*dataset_path"):
+        loader("c4", None, 8)
 
 
 def test_more_than_one_worker_is_refused(tmp_path):

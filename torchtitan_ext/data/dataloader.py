@@ -59,7 +59,7 @@ def build_dataloader(
         A loader of ({"input": tokens}, labels), int64 [local_batch_size, seq_len] each.
 
     Raises:
-        ValueError: more than one worker, or no document for this rank.
+        ValueError: more than one worker, no document for this rank, or a hub that can't be reached.
     """
     training = job_config.training
     if training.dataloader.num_workers > 1:
@@ -83,6 +83,11 @@ def build_dataloader(
         raise ValueError(
             f"training.dataset = {training.dataset!r}, training.dataset_path = {training.dataset_path!r}: "
             f"no document for data-parallel rank {dp_rank}, give at least {dp_world_size} documents"
+        ) from error
+    except ConnectionError as error:
+        raise ValueError(
+            f"training.dataset = {training.dataset!r}: {error}; without a network, set it to 'c4_local' and "
+            "training.dataset_path to a local copy"
         ) from error
     return ParallelAwareDataloader(
         dataset,
