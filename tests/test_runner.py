@@ -41,8 +41,9 @@ if saved.exists():
 with open(args.folder.parent / "launches.txt", "a") as f:
     print(args.folder.name, start, args.steps, args.load, file=f)
 for step in range(start + 1, args.steps + 1):
-    print(f"[titan] now - root - INFO - \\x1b[31mstep: {step:2}  \\x1b[32mloss: {9 / step:8.5f}  "
-          f"\\x1b[38mgrad_norm:  1.0  \\x1b[34mtps: 1,234  \\x1b[36mtflops: 1.00\\x1b[39m")
+    for rank in range(int(os.environ.get("RANKS", 1))):
+        print(f"[titan] now - root - INFO - \\x1b[31mstep: {step:2}  \\x1b[32mloss: {9 / step:8.5f}  "
+              f"\\x1b[38mgrad_norm:  1.0  \\x1b[34mtps: 1,234  \\x1b[36mtflops: 1.00\\x1b[39m")
     if step == die_at:
         sys.exit("the reason why it died")
     if step % 10 == 0 and os.environ.get("SAVE", "1") == "1":
@@ -229,8 +230,9 @@ def test_progress_tells_which_run_step_loss_speed_and_time_left(
         runner, "Console", lambda: Console(file=shown, force_terminal=terminal, width=120)
     )
     monkeypatch.setattr(runner, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setenv("RANKS", "2")
     monkeypatch.setenv("STEP_SECONDS", "0.005")  # long enough for the live line to be drawn
-    runner.run_all(plan(output, splits=[100]), nproc=2)
+    runner.run_all(plan(output, splits=[100]))
     text = runner.ANSI_COLOR.sub("", shown.getvalue())
     for title in ("[1/3] dense", "[2/3] stage1", "[3/3] stage2-100"):
         assert title in text
