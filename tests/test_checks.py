@@ -308,3 +308,11 @@ def test_a_fused_output_needs_its_projection_beside_the_loss(job, field, value):
     setting = f"--parallelism.{field}={value}"
     check_job(job(setting))
     only_problem(job(setting, "--loss.fuse_output"), field, value, "loss.fuse_output")
+
+
+@pytest.mark.parametrize("decay", ["None", "0.1"])
+def test_a_rate_that_decays_within_stage_1_is_refused(job, decay):
+    setting = f"--lr_scheduler.decay_ratio={decay}"
+    only_problem(job(setting), "lr_scheduler.decay_ratio", decay, "0.0", "total_steps")
+    check_job(job(setting, "--lr_scheduler.total_steps=320"))
+    check_job(job(setting, stage="dense"))

@@ -61,6 +61,13 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             yield f"[lighthouse] on [{section}]: {error}"
     if lighthouse.scorer != "norm":
         yield f"lighthouse.scorer = {lighthouse.scorer!r}: not available yet, use 'norm'"
+    schedule = job_config.lr_scheduler
+    if schedule.decay_ratio != 0.0 and schedule.total_steps is None:
+        yield (
+            f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the rate would decay to the end of this "
+            "stage and jump back in the dense one; set it to 0.0, or lr_scheduler.total_steps to the steps "
+            "of both stages"
+        )
     degree = job_config.parallelism.context_parallel_degree
     if degree > 1:
         yield (
