@@ -27,7 +27,7 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"make_table: {error}\n")
     print(text)
-    for kind, path in zip(("table", "table, as CSV", "plot"), paths, strict=True):
+    for kind, path in zip(("table", "table, as CSV", "curves, as CSV", "plot"), paths, strict=True):
         print(f"{kind}: {path}")
     print(f"records: {args.folder}/*/tb (TensorBoard)")
 

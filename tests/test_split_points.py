@@ -168,11 +168,16 @@ def test_the_table_of_a_made_experiment(made):
 def test_files_written(made, tmp_path):
     folder, _ = made
     text, paths = split_points.write(folder, tmp_path / "out", PUBLISHED)
-    markdown, table, plot = paths
+    markdown, table, curves, plot = paths
     assert markdown.read_text() == text
     rows = split_points.table(split_points.read_experiment(folder))
     with table.open() as f:
         assert [row["run"] for row in csv.DictReader(f)] == [row.run for row in rows]
+    dense = split_points.read_experiment(folder).dense
+    with curves.open() as f:
+        points = [row for row in csv.DictReader(f) if row["run"] == "dense"]
+    assert [float(row["step"]) for row in points] == dense.step.tolist()
+    assert [float(row["loss"]) for row in points] == pytest.approx(dense.loss, rel=1e-6)
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
 
     ours, theirs = text.split("**Published, not measured here**")

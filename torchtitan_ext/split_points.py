@@ -35,6 +35,8 @@ from matplotlib import pyplot as plt
 
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency
 DENSE_COLOR, STAGE1_COLOR = "#000000", "#0072B2"
+# columns of curves.csv, the logged points that everything is made of
+CURVES = ("run", "step", "loss", "tokens_per_second", "seconds", "n_devices")
 TAIL_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -183,13 +185,13 @@ def notes(experiment: Experiment) -> list[str]:
 
 
 def write(folder: str | Path, out: str | Path, published: dict) -> tuple[str, list[Path]]:
-    """Make table.md, table.csv and loss.png of the experiment in `folder` in `out`.
+    """Make table.md, table.csv, curves.csv and loss.png of the experiment in `folder` in `out`.
 
     published: what configs/published.toml holds. Returns the Markdown and the paths written."""
     experiment = read_experiment(folder)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / name for name in ("table.md", "table.csv", "loss.png")]
+    paths = [out / name for name in ("table.md", "table.csv", "curves.csv", "loss.png")]
 
     text = markdown(experiment, published)
     paths[0].write_text(text)
@@ -197,7 +199,14 @@ def write(folder: str | Path, out: str | Path, published: dict) -> tuple[str, li
         writer = csv.DictWriter(f, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in table(experiment))
-    plot(experiment, paths[2])
+    with paths[2].open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(CURVES)
+        for run in [experiment.dense, experiment.stage1, *experiment.tails.values()]:
+            if run:
+                columns = zip(*(getattr(run, name) for name in CURVES[1:]), strict=True)
+                writer.writerows([run.folder.name, *(f"{x:.7g}" for x in row)] for row in columns)
+    plot(experiment, paths[3])
     return text, paths
 
 
