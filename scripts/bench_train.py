@@ -22,8 +22,8 @@ import tomli
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from torchtitan_ext.records import LOSS, SECONDS, TOKENS_PER_SECOND
-from torchtitan_ext.runner import child_environment
+from torchtitan_ext.records import CONFIG_FILE, LOSS, SECONDS, TOKENS_PER_SECOND
+from torchtitan_ext.runner import child_environment, torchrun
 
 MFU, PEAK = "mfu(%)", "memory/max_reserved(GiB)"
 WARMUP = 3  # steps that compile and fill caches
@@ -33,9 +33,7 @@ RECIPE = [["dense", "configs/530m/dense.toml"], ["stage1", "configs/530m/stage1.
 def train(config: str, settings: list[str], args: argparse.Namespace, folder: Path) -> str | None:
     """Run one job; returns the last lines of its output if it failed."""
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc_per_node={args.nproc}", "-m", "torchtitan.train"),
-        *(f"--job.config_file={config}", f"--job.dump_folder={folder}"),
+        *(*torchrun(args.nproc, config), f"--job.dump_folder={folder}"),
         *("--checkpoint.no_enable", f"--training.steps={args.steps}"),
         *("--training.global_batch_size=-1", "--training.dataset=python_source"),
         *("--metrics.log_freq=1", "--metrics.enable_tensorboard"),
@@ -59,7 +57,7 @@ def record(name: str, config: str, settings: list[str], n_gpus: int, folder: Pat
         tag: [point.value for point in events.Scalars(tag)]
         for tag in (LOSS, SECONDS, TOKENS_PER_SECOND, MFU, PEAK)
     }
-    job = json.loads((folder / "config.json").read_text())
+    job = json.loads((folder / CONFIG_FILE).read_text())
     return {
         "name": name,
         "config": " ".join([config, *settings]),

@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from torchtitan.config import ConfigManager, JobConfig
 
-from .model.checks import check_job
+from .model.checks import check_job, complete_steps
 from .records import CONFIG_FILE
 
 STAGES = ("dense", "stage1", "stage2")
@@ -61,8 +61,7 @@ class PlannedRun:
     @property
     def newest(self) -> int:
         """The step that a launch starts from."""
-        complete = self.checkpoint(0).parent.glob("step-*/.metadata")
-        return max([self.start, *(int(path.parent.name[len("step-") :]) for path in complete)])
+        return max([self.start, *complete_steps(self.checkpoint(0).parent)])
 
     @property
     def done(self) -> bool:
@@ -192,11 +191,16 @@ def _changed(run: PlannedRun) -> Iterator[str]:
                 )
 
 
-def train_command(run: PlannedRun, nproc: int) -> list[str]:
-    # the later of two arguments holds, so ours come last
+def torchrun(nproc: int, config_file: str | Path) -> list[str]:
+    """The command that trains a job file on this machine; torchtitan arguments may follow."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={nproc}", "-m", "torchtitan.train"]
-    command += ["--job.config_file", str(run.config_file), *run.overrides]
+    return [*command, "--job.config_file", str(config_file)]
+
+
+def train_command(run: PlannedRun, nproc: int) -> list[str]:
+    # the later of two arguments holds, so ours come last
+    command = [*torchrun(nproc, run.config_file), *run.overrides]
     command += ["--job.dump_folder", str(run.folder), "--training.steps", str(run.steps)]
     # what the table, and the next run, are made from
     command += ["--metrics.enable_tensorboard", "--checkpoint.enable"]

@@ -81,6 +81,11 @@ class Experiment:
     stage1: Run | None
     tails: dict[int, Run | None]  # by split, latest first
 
+    @property
+    def runs(self) -> list[Run]:
+        """Those that have records, in the table's order."""
+        return [run for run in (self.dense, self.stage1, *self.tails.values()) if run]
+
 
 def read_experiment(folder: str | Path) -> Experiment:
     """The experiment in `folder`; a run of which nothing is logged yet is None.
@@ -93,7 +98,7 @@ def read_experiment(folder: str | Path) -> Experiment:
         stage1=read_run(folder / "stage1"),
         tails={s: read_run(folder / f"stage2-{s}") for s in sorted(splits, reverse=True)},
     )
-    if not any([experiment.dense, experiment.stage1, *experiment.tails.values()]):
+    if not experiment.runs:
         raise FileNotFoundError(
             f"{folder} holds no records of a run: expected TensorBoard events under "
             "dense/, stage1/ or stage2-<split>/, as scripts/run_splits.py leaves them"
@@ -202,17 +207,16 @@ def write(folder: str | Path, out: str | Path, published: dict) -> tuple[str, li
     with paths[2].open("w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(CURVES)
-        for run in [experiment.dense, experiment.stage1, *experiment.tails.values()]:
-            if run:
-                columns = zip(*(getattr(run, name) for name in CURVES[1:]), strict=True)
-                writer.writerows([run.folder.name, *(f"{x:.7g}" for x in row)] for row in columns)
+        for run in experiment.runs:
+            points = zip(*(getattr(run, name) for name in CURVES[1:]), strict=True)
+            writer.writerows([run.folder.name, *(f"{x:.7g}" for x in point)] for point in points)
     plot(experiment, paths[3])
     return text, paths
 
 
 def markdown(experiment: Experiment, published: dict) -> str:
     """Our table, then the published rows, each labelled for what it is."""
-    run = next(r for r in [experiment.dense, experiment.stage1, *experiment.tails.values()] if r)
+    run = experiment.runs[0]
     n_devices, w = int(run.n_devices[-1]), window(run.total_steps, run.log_freq)
     lacking = notes(experiment)
     theirs = [Row(**row) for row in published["split_points"]]

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torchtitan.config import JobConfig
@@ -45,6 +45,16 @@ class LighthouseModelArgs(TransformerModelArgs):
         return nparams, round(flops)
 
 
+_530M = LighthouseModelArgs(
+    dim=1024,
+    n_layers=30,
+    n_heads=8,
+    vocab_size=128256,
+    ffn_dim_multiplier=0.5,  # llama3 rounds half of 2/3 of 4 * dim up to a width of 1536
+    rope_theta=10000,
+    dense_layers=(0, 1, 28, 29),
+)
+
 flavors = {
     # Small enough for a laptop's CPU. No layer stays dense: one dense layer of two would do all the
     # attending that so small a model learns, and hide what Lighthouse does.
@@ -56,22 +66,6 @@ flavors = {
         rope_theta=10000,
     ),
     # The body of 530M with a byte vocabulary, padded to a multiple of 128.
-    "270M": LighthouseModelArgs(
-        dim=1024,
-        n_layers=30,
-        n_heads=8,
-        vocab_size=384,
-        ffn_dim_multiplier=0.5,  # llama3 rounds half of 2/3 of 4 * dim up to a width of 1536
-        rope_theta=10000,
-        dense_layers=(0, 1, 28, 29),
-    ),
-    "530M": LighthouseModelArgs(
-        dim=1024,
-        n_layers=30,
-        n_heads=8,
-        vocab_size=128256,
-        ffn_dim_multiplier=0.5,
-        rope_theta=10000,
-        dense_layers=(0, 1, 28, 29),
-    ),
+    "270M": replace(_530M, vocab_size=384),
+    "530M": _530M,
 }

@@ -155,7 +155,7 @@ def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
         return
 
     # From here on torchtitan loads from the run's own folder and ignores initial_load_path.
-    steps = _complete_steps(folder)
+    steps = complete_steps(folder)
     if initial and not steps:
         yield (
             f"checkpoint.initial_load_path = {initial!r} would be ignored, because the run's own "
@@ -240,7 +240,7 @@ def _folder(job_config: JobConfig) -> Path:
     return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
 
 
-def _complete_steps(folder: Path) -> list[int]:
+def complete_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that torchtitan would consider: the metadata is written last."""
     return [int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/.metadata")]
 
@@ -259,7 +259,7 @@ def _started_from(job_config: JobConfig) -> str | None:
 
 
 def _note_start(job_config: JobConfig) -> None:
-    if _complete_steps(_folder(job_config)):
+    if complete_steps(_folder(job_config)):
         return
     note, initial = _start_note(job_config), _resolved(job_config.checkpoint.initial_load_path)
     if initial:
