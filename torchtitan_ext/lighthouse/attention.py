@@ -43,10 +43,7 @@ def _check_inputs(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}:"
             " must be [B, N, H, D] and twice [B, N, H_kv, D]"
         )
-    if config.scorer != "norm":
-        raise NotImplementedError(
-            f"scorer = {config.scorer!r}: not available yet; use scorer = 'norm'"
-        )
+    config.check_scorer()
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads: must be a multiple of {k.shape[2]} KV heads")
     config.check_seq_len(q.shape[1])

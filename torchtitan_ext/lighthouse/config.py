@@ -58,6 +58,13 @@ class LighthouseConfig:
             self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}"
         )
 
+    def check_scorer(self) -> None:
+        """Raise NotImplementedError for a scorer that is not available yet."""
+        if self.scorer != "norm":
+            raise NotImplementedError(
+                f"scorer = {self.scorer!r}: not available yet; use scorer = 'norm'"
+            )
+
     @property
     def n_tiles(self) -> int:
         """Contiguous tiles that the sequence is cut into."""
