@@ -14,7 +14,7 @@ from torchtitan.models.llama3 import Transformer
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_ext.model import Lighthouse, LighthouseTransformer, flavors
-from torchtitan_ext.model.train_spec import DeviceMetricsProcessor
+from torchtitan_ext.model.train_spec import LighthouseMetricsProcessor
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*/*.toml"))
@@ -202,6 +202,7 @@ def test_the_stages_differ_only_where_they_must(recipe):
 
 
 def test_the_first_step_of_every_process_is_logged():
-    processor = object.__new__(DeviceMetricsProcessor)
+    processor = object.__new__(LighthouseMetricsProcessor)
+    processor.first_step = True
     processor.job_config = TorchtitanJobConfig(metrics=Metrics(log_freq=10))
     assert [step for step in range(101, 121) if processor.should_log(step)] == [101, 110, 120]

@@ -47,10 +47,18 @@ def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     return build_hf_tokenizer(job_config)
 
 
-class DeviceMetricsProcessor(MetricsProcessor):
-    """Logs the number of devices too, and leaves no logged step behind when the job is killed."""
+class LighthouseMetricsProcessor(MetricsProcessor):
+    """Logs the number of devices and the gathered length too, and no logged step is lost in a kill."""
 
-    first_step = True
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
+        super().__init__(job_config, parallel_dims, tag)
+        self.first_step = True
+        self.constants = {"n_devices": parallel_dims.world_size}
+        if job_config.lighthouse.enable:
+            seq_len = job_config.training.seq_len
+            gathered_len = job_config.lighthouse.gathered_len(seq_len)
+            self.constants["gathered_len"] = gathered_len
+            self.extra_columns = f"gathered: {gathered_len:,} of {seq_len:,}"
 
     def should_log(self, step: int) -> bool:
         # The first step of a process shows what resuming, or switching to dense, did to the loss.
@@ -58,7 +66,7 @@ class DeviceMetricsProcessor(MetricsProcessor):
         return first or super().should_log(step)
 
     def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        extra_metrics = {**(extra_metrics or {}), "n_devices": self.parallel_dims.world_size}
+        extra_metrics = {**(extra_metrics or {}), **self.constants}
         super().log(*args, extra_metrics=extra_metrics, **kwargs)
         for logger in getattr(self.logger, "_loggers", ()):
             if isinstance(logger, TensorBoardLogger):
@@ -71,7 +79,7 @@ def build_metrics_processor(
     model_args: BaseModelArgs | None = None,
     tag: str | None = None,
 ) -> MetricsProcessor:
-    return DeviceMetricsProcessor(job_config, parallel_dims, tag)
+    return LighthouseMetricsProcessor(job_config, parallel_dims, tag)
 
 
 def get_train_spec() -> TrainSpec:
