@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from datasets import Dataset, IterableDataset
 from torchtitan.hf_datasets import DatasetConfig
@@ -40,6 +42,46 @@ def c4_files(dataset_path: str) -> list[str]:
             "give the root of a copy of allenai/c4, or its en folder"
         )
     return [str(file) for file in files]
+
+
+def _stop(problem: str, error: Exception) -> NoReturn:
+    raise ValueError(
+        f"{problem}; see all that is damaged with: "
+        "python scripts/check_c4.py, on the folder that training.dataset_path names"
+    ) from error
+
+
+def read_documents(
+    file: str, damaged: Callable[[str, Exception], None] = _stop
+) -> Iterator[tuple[int, str]]:
+    """The documents of one file of gzip'd JSON lines.
+
+    Args:
+        file: each line a JSON object in UTF-8, with a string `text`; other fields are left alone.
+        damaged: gets what is wrong and where, and the error that showed it; where it returns, reading goes
+            on with the next line. By default the first damage stops the reading.
+
+    Yields:
+        The line's number, from 1, and its text.
+
+    Raises:
+        ValueError: the file can't be read or decompressed to its end, or a line is no document; it names
+            the file and the line.
+    """
+    number = 0
+    try:
+        if not os.path.getsize(file):
+            raise EOFError("the file has no bytes")  # gzip takes it for a whole one
+        with gzip.open(file) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = _text_of_line(line)
+                except ValueError as error:
+                    damaged(f"{file}, line {number}: {error}", error)
+                else:
+                    yield number, text
+    except (OSError, EOFError, zlib.error) as error:
+        damaged(f"{file}, after line {number}: {error}", error)
 
 
 def source_files(dataset_path: str) -> list[str]:
@@ -96,11 +138,25 @@ def _folder(path: str) -> Path:
     return Path(path)
 
 
+def _text_of_line(line: bytes) -> str:
+    try:
+        text = json.loads(line.decode())["text"]
+        text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
+    except UnicodeError as error:
+        raise ValueError(f"not UTF-8 ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, at character {error.pos + 1})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read (nested too deeply)") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError('not a JSON object with a string "text"') from error
+    return text
+
+
 def _read_json_lines(files: list[str]) -> Iterator[dict[str, str]]:
     for file in files:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield {"text": json.loads(line)["text"]}
+        for _, text in read_documents(file):
+            yield {"text": text}
 
 
 def _text(sample: dict[str, str]) -> str:
