@@ -46,8 +46,7 @@ def c4_files(dataset_path: str) -> list[str]:
 
 def _stop(problem: str, error: Exception) -> NoReturn:
     raise ValueError(
-        f"{problem}; see all that is damaged with: "
-        "python scripts/check_c4.py, on the folder that training.dataset_path names"
+        f"{problem}; to find all that is damaged, run scripts/check_c4.py on training.dataset_path"
     ) from error
 
 

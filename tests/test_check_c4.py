@@ -1,0 +1,261 @@
+"""The check of a local copy of C4 counts what is there, names all that is damaged, and so does training."""
+
+import gzip
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data import loader, write_c4
+
+from torchtitan_ext.data import c4_check
+from torchtitan_ext.data.datasets import c4_files
+
+SHARDS = [[f"é {i}.{j} 🗼" * (i + 2 * j + 1) for j in range(6)] for i in range(4)]
+RUN = {"seq_len": 8, "global_batch_size": 2, "steps": 10}
+
+
+def check(path, workers=2):
+    files = c4_files(str(path))
+    checked = list(c4_check.check_files(files, workers))
+    return checked, *c4_check.report(files, checked, **RUN)
+
+
+def total(checked, name):
+    return sum(getattr(contents, name) for contents in checked)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shards=st.lists(st.lists(texts, min_size=1, max_size=4), min_size=1, max_size=4),
+    workers=st.integers(1, 3),
+)
+def test_a_healthy_copy_is_counted(shards, workers):
+    with tempfile.TemporaryDirectory() as folder:
+        checked, report, damaged = check(write_c4(Path(folder), shards), workers)
+    assert not damaged and "damaged files: 0" in report and "note" not in report
+    assert [contents.documents for contents in checked] == [len(shard) for shard in shards]
+    everything = [text for shard in shards for text in shard]
+    assert total(checked, "characters") == sum(map(len, everything))
+    assert total(checked, "utf8_bytes") == sum(len(text.encode()) for text in everything)
+
+
+def test_tokens_sequences_and_passes_are_those_of_training(tmp_path):
+    path = write_c4(tmp_path, SHARDS)
+    checked, report, _ = check(path)
+    sequences = list(loader("c4_local", path, RUN["seq_len"], infinite=False))
+    tokens = total(checked, "tokens")
+    assert f"{tokens:,} tokens" in report and f"{len(sequences):,} sequences" in report
+    assert f"{len(sequences) // RUN['global_batch_size']:,} steps" in report
+    passes = RUN["steps"] * RUN["global_batch_size"] * (RUN["seq_len"] + 1) / tokens
+    assert float(report.split(" times the copy")[0].split()[-1]) == pytest.approx(passes, abs=0.006)
+
+
+# ---- damage
+
+
+def with_line(line: bytes, at: int):
+    def damage(file: Path):
+        lines = gzip.decompress(file.read_bytes()).splitlines(keepends=True)
+        file.write_bytes(
+            gzip.compress(b"".join([*lines[: at - 1], line + b"\n", *lines[at - 1 :]]))
+        )
+
+    return damage
+
+
+def with_bytes(change):
+    def damage(file: Path):
+        file.write_bytes(change(file.read_bytes()))
+
+    return damage
+
+
+def flip(data: bytes, at: int) -> bytes:
+    data = bytearray(data)
+    data[at] ^= 1
+    return bytes(data)
+
+
+N = len(SHARDS[0])
+# What is done to a file, the place that the problem names, and what it says.
+STOPS_TRAINING = {
+    "cut short": (with_bytes(lambda data: data[:-4]), f"after line {N}", "ended before"),
+    "cut in the header": (with_bytes(lambda data: data[:5]), "after line 0", "ended before"),
+    "wrong checksum": (with_bytes(lambda data: flip(data, -6)), f"after line {N}", "CRC"),
+    "wrong length": (with_bytes(lambda data: flip(data, -2)), f"after line {N}", "length"),
+    "corrupt": (
+        with_bytes(lambda data: gzip.compress(b"")[:10] + b"\xff" * 20),
+        "after line 0",
+        "decompress",
+    ),
+    "no gzip": (with_bytes(gzip.decompress), "after line 0", "Not a gzipped file"),
+    "no bytes": (with_bytes(lambda data: b""), "after line 0", "no bytes"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), "after line 0", "director"),
+    "no JSON": (with_line(b'{"text": "a"', 3), "line 3", "not JSON"),
+    "blank line": (with_line(b"", 1), "line 1", "not JSON"),
+    "nested": (with_line(b"[" * 200_000, 2), "line 2", "nested"),
+    "no object": (with_line(b'["text"]', N + 1), f"line {N + 1}", 'string "text"'),
+    "no text": (with_line(b'{"url": "u"}', 2), "line 2", 'string "text"'),
+    "text is no string": (with_line(b'{"text": 7}', 2), "line 2", 'string "text"'),
+    "no UTF-8": (with_line(b'{"text": "\xff"}', 4), "line 4", "not UTF-8"),
+    "half a pair": (with_line(b'{"text": "\\ud800"}', 4), "line 4", "not UTF-8"),
+}
+ONLY_CHECKED = {
+    "empty text": (with_line(b'{"text": ""}', 5), "line 5", "empty text"),
+    "no document": (with_bytes(lambda data: gzip.compress(b"")), "", "no document"),
+}
+DAMAGE = STOPS_TRAINING | ONLY_CHECKED
+
+
+@pytest.mark.parametrize("kind", STOPS_TRAINING)
+def test_training_stops_with_file_and_line(kind, tmp_path):
+    damage, place, what = STOPS_TRAINING[kind]
+    path = write_c4(tmp_path, [SHARDS[0], SHARDS[0]])
+    file = Path(c4_files(str(path))[1])
+    damage(file)
+    with pytest.raises(ValueError) as error:
+        list(loader("c4_local", path, 8, infinite=False))
+    assert f"{file}, {place}: " in str(error.value) and what in str(error.value)
+    assert "check_c4.py" in str(error.value) and error.value.__cause__
+
+
+@pytest.mark.parametrize("kind", ONLY_CHECKED)
+def test_training_takes_what_holds_nothing(kind, tmp_path):
+    path = write_c4(tmp_path, [SHARDS[0], SHARDS[0]])
+    ONLY_CHECKED[kind][0](Path(c4_files(str(path))[1]))
+    assert list(loader("c4_local", path, 8, infinite=False))
+
+
+@settings(max_examples=20, deadline=None)
+@given(kinds=st.lists(st.sampled_from([None, *DAMAGE]), min_size=1, max_size=5))
+def test_every_damaged_file_is_reported_and_no_other(kinds):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_c4(Path(folder), [SHARDS[0]] * len(kinds))
+        files = c4_files(str(path))
+        for file, kind in zip(files, kinds, strict=True):
+            if kind:
+                DAMAGE[kind][0](Path(file))
+        checked, report, damaged = check(path)
+    assert damaged == any(kinds) and f"damaged files: {sum(map(bool, kinds))}" in report
+    assert report.count("remedy: fetch it again") == sum(map(bool, kinds))
+    for file, kind, contents in zip(files, kinds, checked, strict=True):
+        if kind is None:
+            assert contents.documents == N and file not in report
+            continue
+        _, place, what = DAMAGE[kind]
+        [problem] = contents.problems
+        assert problem in report and what in problem
+        assert problem.startswith(f"{file}, {place}: " if place else f"{file}: ")
+
+
+def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_path):
+    path = write_c4(tmp_path, [SHARDS[0]])
+    [file] = map(Path, c4_files(str(path)))
+    for kind in ("empty text", "no UTF-8", "no JSON"):  # from below, so that each stays in its line
+        DAMAGE[kind][0](file)
+    DAMAGE["cut short"][0](file)
+    [contents], *_ = check(path)
+    places = [problem.split(": ")[0].removeprefix(f"{file}, ") for problem in contents.problems]
+    assert places == ["line 3", "line 5", "line 7", f"after line {N + 3}"]
+    assert contents.documents == N + 1  # the empty one is a document
+
+
+def test_a_file_with_many_problems_shows_some_and_counts_the_rest(tmp_path):
+    path = write_c4(tmp_path, [SHARDS[0]])
+    [file] = map(Path, c4_files(str(path)))
+    lines = 3 * c4_check.PROBLEMS_KEPT
+    file.write_bytes(gzip.compress(b"no JSON\n" * lines))
+    [contents], report, _ = check(path)
+    assert contents.n_problems == lines
+    assert report.count("not JSON") == c4_check.PROBLEMS_KEPT
+    assert f"{lines - c4_check.PROBLEMS_KEPT} more problems" in report
+
+
+# ---- names
+
+
+@settings(max_examples=40)
+@given(total=st.integers(1, 30), data=st.data())
+def test_a_partial_copy_is_a_note_that_names_what_is_missing(total, data):
+    present = data.draw(st.sets(st.integers(0, total - 1), min_size=1))
+    files = [f"/data/c4/en/c4-train.{i:05d}-of-{total:05d}.json.gz" for i in sorted(present)]
+    problems, notes = c4_check.check_names(files)
+    assert not problems and len(notes) == (len(present) < total)
+    if notes:
+        assert notes[0].startswith(f"{total - len(present)} of {total} files")
+        ranges = notes[0].split(": ")[1].split(";")[0].split(", ")
+        ends = [[int(end) for end in ends.split(" to ")] for ends in ranges]
+        named = [i for first, *last in ends for i in range(first, (last or [first])[0] + 1)]
+        assert named == sorted(set(range(total)) - present)
+
+
+def test_names_of_two_copies_in_one_folder_are_a_problem(tmp_path):
+    path = write_c4(tmp_path / "a", SHARDS)
+    other = write_c4(tmp_path / "b", SHARDS[:2])
+    shutil.copytree(other, path, dirs_exist_ok=True)
+    _, report, damaged = check(path)
+    assert damaged and "-of-00002 (2 files)" in report and "-of-00004 (4 files)" in report
+    assert "remedy: keep the files of one copy" in report and "damaged files: 0" in report
+
+
+def test_names_without_a_number_are_noted(tmp_path):
+    path = write_c4(tmp_path, SHARDS)
+    shutil.move(c4_files(str(path))[0], path / "en/c4-train.mine.json.gz")
+    _, report, damaged = check(path)
+    assert not damaged and "c4-train.mine.json.gz" in report
+
+
+def test_the_remedy_names_a_command_only_where_its_file_would_lie(tmp_path):
+    path = write_c4(tmp_path, SHARDS)
+    flat = shutil.copytree(path / "en", tmp_path / "flat")
+    assert f"--local-dir {path}" in c4_check.remedy(c4_files(str(path))[0])
+    assert "hf download" not in c4_check.remedy(c4_files(str(flat))[0])
+
+
+# ---- script
+
+
+def run_script(*arguments):
+    return subprocess.run(
+        [sys.executable, "scripts/check_c4.py", *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_script_exits_by_what_it_found(tmp_path):
+    path = write_c4(tmp_path / "copy", SHARDS)
+    healthy = run_script(path)
+    assert healthy.returncode == 0 and "damaged files: 0" in healthy.stdout
+    documents = sum(map(len, SHARDS))
+    assert (
+        f"{documents} documents" in healthy.stdout
+        and f"{len(SHARDS)}/{len(SHARDS)}" in healthy.stderr
+    )
+
+    DAMAGE["cut short"][0](Path(c4_files(str(path))[2]))
+    broken = run_script(path / "en", "--workers", 1, "--seq-len", 16)
+    assert broken.returncode == 1 and "damaged files: 1" in broken.stdout
+    assert "sequences of 16," in broken.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["missing"], ["missing", "not a folder", "give one that exists"]),
+        ([".", "--workers", "0"], ["--workers", "'0'", "1 or more"]),
+    ],
+)
+def test_the_script_refuses_a_wrong_argument_in_a_sentence(arguments, words):
+    done = run_script(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not [word for word in words if word not in done.stderr]
