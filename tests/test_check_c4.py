@@ -134,6 +134,17 @@ def test_training_takes_what_holds_nothing(kind, tmp_path):
     assert list(loader("c4_local", path, 8, infinite=False))
 
 
+def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path):
+    path = write_c4(tmp_path, SHARDS)
+    program = (
+        f"from test_data import loader; b = iter(loader('c4_local', {str(path)!r}, 8)); next(b)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 @settings(max_examples=20, deadline=None)
 @given(kinds=st.lists(st.sampled_from([None, *DAMAGE]), min_size=1, max_size=5))
 def test_every_damaged_file_is_reported_and_no_other(kinds):

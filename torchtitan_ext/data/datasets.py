@@ -68,6 +68,8 @@ def read_documents(
             the file and the line.
     """
     number = 0
+    # Looked up now: when a program ends amid a file, the generator is closed after the module's names are gone.
+    unreadable = (OSError, EOFError, zlib.error)
     try:
         if not os.path.getsize(file):
             raise EOFError("the file has no bytes")  # gzip takes it for a whole one
@@ -79,7 +81,7 @@ def read_documents(
                     damaged(f"{file}, line {number}: {error}", error)
                 else:
                     yield number, text
-    except (OSError, EOFError, zlib.error) as error:
+    except unreadable as error:
         damaged(f"{file}, after line {number}: {error}", error)
 
 
