@@ -31,8 +31,8 @@ table: setup  ## the split-point table of the runs under RUNS=outputs/...
 test: setup  ## the test suite (CPU, under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
-test-gpu: setup  ## the kernels at full size, on a CUDA device
-	$(BIN)/python -m pytest tests/test_kernels.py -m "gpu or not gpu"
+test-gpu: setup  ## the kernels at full size, and the loss, on a CUDA device
+	$(BIN)/python -m pytest tests/test_kernels.py tests/test_loss.py -m "gpu or not gpu"
 
 bench: setup  ## one attention layer beside dense SDPA and the floor
 	$(BIN)/python scripts/bench_attention.py

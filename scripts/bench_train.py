@@ -5,7 +5,8 @@
         --run selective configs/530m/stage1.toml activation_checkpoint.mode=selective
 
 A run is a name, a job file and settings of it. Every run trains on local sources, one sequence a device and
-step, without checkpoints. One that fails, for want of memory say, is reported and the others go on.
+step, without checkpoints. One that fails, for want of memory say, is reported and the others go on. --profile
+takes each run's last step apart, every part beside its limit on this GPU.
 """
 
 import argparse
@@ -16,29 +17,40 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import tomli
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchtitan.config import ConfigManager, JobConfig
 
+from torchtitan_ext import step_profile
+from torchtitan_ext.model import flavors
 from torchtitan_ext.records import CONFIG_FILE, LOSS, SECONDS, TOKENS_PER_SECOND
 from torchtitan_ext.runner import child_environment, torchrun
 
 MFU, PEAK = "mfu(%)", "memory/max_reserved(GiB)"
-WARMUP = 3  # steps that compile and fill caches
+PROFILED = 2  # steps at the end, one before them to warm the profiler up
 RECIPE = [["dense", "configs/530m/dense.toml"], ["stage1", "configs/530m/stage1.toml"]]
 
 
-def train(config: str, settings: list[str], args: argparse.Namespace, folder: Path) -> str | None:
+def train(
+    nproc: int, config: str, settings: list[str], args: argparse.Namespace, folder: Path
+) -> str | None:
     """Run one job; returns the last lines of its output if it failed."""
     command = [
-        *(*torchrun(args.nproc, config), f"--job.dump_folder={folder}"),
+        *(*torchrun(nproc, config), f"--job.dump_folder={folder}"),
         *("--checkpoint.no_enable", f"--training.steps={args.steps}"),
         *("--training.global_batch_size=-1", "--training.dataset=python_source"),
         *("--metrics.log_freq=1", "--metrics.enable_tensorboard"),
-        *(f"--{setting}" for setting in [*settings, *args.settings]),
+        *(f"--{setting}" for setting in settings),
     ]
+    if args.profile:
+        command += [
+            *("--profiling.enable_profiling", f"--profiling.profile_freq={args.steps}"),
+            *(f"--profiling.profiler_active={PROFILED}", "--profiling.profiler_warmup=1"),
+        ]
     if args.dataset_path:
         command.append(f"--training.dataset_path={args.dataset_path}")
     done = subprocess.run(
@@ -48,8 +60,8 @@ def train(config: str, settings: list[str], args: argparse.Namespace, folder: Pa
     return "\n".join((done.stdout + done.stderr).splitlines()[-60:]) if done.returncode else None
 
 
-def record(name: str, config: str, settings: list[str], n_gpus: int, folder: Path) -> dict:
-    """One row, from the run's TensorBoard events; medians over the steps after the warm-up."""
+def record(folder: Path, timed: slice) -> dict:
+    """A row's figures, from the run's TensorBoard events; medians over the timed steps."""
     [file] = folder.glob("**/events.out.tfevents.*")
     events = EventAccumulator(str(file), size_guidance={"scalars": 0})
     events.Reload()
@@ -59,17 +71,38 @@ def record(name: str, config: str, settings: list[str], n_gpus: int, folder: Pat
     }
     job = json.loads((folder / CONFIG_FILE).read_text())
     return {
-        "name": name,
-        "config": " ".join([config, *settings]),
-        "n_gpus": n_gpus,
         "seq_len": job["training"]["seq_len"],
-        "tok_s_gpu": statistics.median(values[TOKENS_PER_SECOND][WARMUP:]),
-        "step_s": statistics.median(values[SECONDS][WARMUP:]),
+        "tok_s_gpu": statistics.median(values[TOKENS_PER_SECOND][timed]),
+        "step_s": statistics.median(values[SECONDS][timed]),
         "peak_gib": max(values[PEAK]),
-        "mfu": statistics.median(values[MFU][WARMUP:]),
+        "mfu": statistics.median(values[MFU][timed]),
         "loss_first": values[LOSS][0],
         "loss_last": values[LOSS][-1],
     }
+
+
+def profile(row: dict, folder: Path, config: str, settings: list[str]) -> tuple[JobConfig, dict]:
+    """The run's job, and the parts of its last step with the kernels behind them; its idle time is that of the
+    timed steps, since the profiler holds up the launches."""
+    [trace] = folder.glob("profile_traces/*/rank0_trace.json")
+    job = ConfigManager().parse_args(
+        ["--job.config_file", config, *(f"--{setting}" for setting in settings)]
+    )
+    vocab_size = flavors[job.model.flavor].vocab_size
+    step = step_profile.last_step(step_profile.read_kernels(trace))
+    parts, kernels = step_profile.breakdown(step, job.training.seq_len, vocab_size)
+    parts[step_profile.IDLE] = 1e3 * row["step_s"] - sum(parts.values())
+    return job, {"parts_ms": parts, "kernels": kernels[:60]}
+
+
+def add_limits(jobs: dict[str, JobConfig], profiles: dict[str, dict]) -> None:
+    """Measure this GPU's rates, and give every profile the limits of its parts."""
+    rates = step_profile.measure_rates()
+    for name, job in jobs.items():
+        args = replace(flavors[job.model.flavor])
+        args.update_from_config(job)
+        profiles[name]["rates"] = rates
+        profiles[name]["limits_ms"] = step_profile.limits(job, args, rates)
 
 
 def table(rows: list[dict]) -> str:
@@ -78,11 +111,14 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ratio = row["tok_s_gpu"] / rows[0]["tok_s_gpu"]
+        if "error" in row:
+            lines.append(f"| {row['name']} | {row['n_gpus']} | {row['error']} | | | | | | |")
+            continue
+        first = rows[0].get("tok_s_gpu", float("nan"))
         lines.append(
             f"| {row['name']} | {row['n_gpus']} | {row['seq_len']:,} | {row['tok_s_gpu']:,.0f} | {row['step_s']:.3f} "
             f"| {row['peak_gib']:.1f} | {row['mfu']:.1f} | {row['loss_first']:.2f} to {row['loss_last']:.2f} "
-            f"| {ratio:.2f}x |"
+            f"| {row['tok_s_gpu'] / first:.2f}x |"
         )
     return "\n".join(lines)
 
@@ -95,44 +131,83 @@ def main() -> None:
     parser.add_argument(
         "--run", action="append", nargs="+", metavar=("NAME CONFIG", "section.field=value")
     )
-    parser.add_argument("--nproc", type=int, default=1, help="processes, one a device")
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="processes, one a device; all runs at each",
+    )
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="untimed steps, that compile and fill caches"
+    )
     parser.add_argument("--dataset-path", help="a tree of sources (default: the standard library)")
     parser.add_argument(
         "--settings", nargs="+", default=[], help="section.field=value for every run"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="take the last step apart (on a GPU)"
+    )
     folder = Path("results" if on_gpu else "outputs")
     parser.add_argument("--output", type=Path, default=folder / "bench_train.json")
+    parser.add_argument("--append", action="store_true", help="add to the records in --output")
     args = parser.parse_args()
-    if args.steps <= WARMUP:
-        parser.error(f"--steps {args.steps}: must be more than the {WARMUP} steps of warm-up")
+    least = args.warmup + (PROFILED + 1) * args.profile
+    if args.steps <= least:
+        parser.error(
+            f"--steps {args.steps}: must be more than {least}, the steps of warm-up and profile"
+        )
+    if args.profile and not on_gpu:
+        parser.error("--profile: there is no CUDA device here")
     runs = args.run or RECIPE
     for run in runs:
         if len(run) < 2 or not Path(run[1]).is_file():
             parser.error(f"--run {' '.join(run)}: give a name and the path of a job file")
         tomli.loads(Path(run[1]).read_text())
 
-    rows, failed = [], []
-    for number, (name, config, *settings) in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {name}: {args.steps} steps of {config}", flush=True)
-        with tempfile.TemporaryDirectory() as tmp:
-            error = train(config, settings, args, Path(tmp))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(tmp, "log.txt"), args.output.parent / f"bench_train_{name}.log")
-            if error:
-                print(f"{name} failed:\n{error}", file=sys.stderr)
-                failed.append(name)
-                continue
-            rows.append(record(name, config, [*settings, *args.settings], args.nproc, Path(tmp)))
     machine = {
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "command": " ".join(["python", *sys.argv]),
     }
-    args.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    records = {"machine": machine, "commands": [], "rows": [], "profiles": {}}
+    if args.append and args.output.exists():
+        records = json.loads(args.output.read_text())
+        if records["machine"] != machine:
+            parser.error(f"--append: {args.output} is of {records['machine']}, this is {machine}")
+    records["commands"].append(" ".join(["python", *sys.argv]))
+
+    rows, jobs, profiles = [], {}, {}
+    todo = [(nproc, *run) for nproc in args.nproc for run in runs]
+    timed = slice(args.warmup, -PROFILED - 1 if args.profile else None)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for number, (nproc, name, config, *settings) in enumerate(todo, 1):
+        print(f"[{number}/{len(todo)}] {name}: {args.steps} steps of {config}", flush=True)
+        settings += args.settings
+        rows.append({"name": name, "config": " ".join([config, *settings]), "n_gpus": nproc})
+        with tempfile.TemporaryDirectory() as tmp:
+            error = train(nproc, config, settings, args, Path(tmp))
+            log = args.output.with_name(f"bench_train_{name}_{nproc}.log")
+            shutil.copy(Path(tmp, "log.txt"), log)
+            if error:
+                out_of_memory = "OutOfMemoryError" in log.read_text()
+                rows[-1]["error"] = "out of memory" if out_of_memory else f"failed: {log}"
+                print(rows[-1]["error"] if out_of_memory else error, file=sys.stderr)
+                continue
+            rows[-1] |= record(Path(tmp), timed)
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            if args.profile:
+                jobs[name], profiles[name] = profile(rows[-1], Path(tmp), config, settings)
+    if jobs:
+        add_limits(jobs, profiles)
+    records["rows"] += rows
+    records["profiles"] |= profiles
+    args.output.write_text(json.dumps(records, indent=1) + "\n")
+    for name, found in profiles.items():
+        print(f"\n{name}\n\n{step_profile.table(found['parts_ms'], found['limits_ms'])}")
     print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {args.output}")
-    if failed:
+    if failed := [row["name"] for row in rows if "error" in row]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 

@@ -11,6 +11,8 @@ fi
 if [[ ${NNODES:-1} != 1 ]]; then
     : "${RDZV_ENDPOINT:?RDZV_ENDPOINT is not set: NNODES = $NNODES nodes meet at the host:port of one of them}"
 fi
+# Segments of GPU memory that can grow leave no gaps that an activation of a long sequence doesn't fit into.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 exec torchrun --nnodes="${NNODES:-1}" --nproc_per_node="${NGPU:-8}" --rdzv_backend=c10d \
     --rdzv_endpoint="${RDZV_ENDPOINT:-localhost:0}" --rdzv_id="${RDZV_ID:-train}" \
     -m torchtitan.train --job.config_file "$CONFIG" "$@"

@@ -25,11 +25,12 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path):
     )
     assert done.returncode == 1 and "failed: broken" in done.stderr
     assert "top_k = 17: must be a multiple of tile_winners" in done.stderr
-    [row] = json.loads(output.read_text())["rows"]
+    row, broken = json.loads(output.read_text())["rows"]
+    assert broken["name"] == "broken" and "failed" in broken["error"]
     assert row["name"] == "small" and row["seq_len"] == 1024 and row["n_gpus"] == 1
     assert row["tok_s_gpu"] > 0 and row["step_s"] > 0 and row["peak_gib"] > 0
     assert row["loss_last"] < row["loss_first"]
     assert f"| small | 1 | 1,024 | {row['tok_s_gpu']:,.0f} |" in done.stdout
-    log = (tmp_path / "bench_train_small.log").read_text()
+    log = (tmp_path / "bench_train_small_1.log").read_text()
     assert "Mixed precision training is handled by fully_shard" in log  # on one device too
     assert log.count("gathered: 192 of 1,024") == 5  # 1,024 / 16 + 2 * 4 * 16, on every step's line

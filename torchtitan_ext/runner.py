@@ -248,12 +248,15 @@ def run_script(nproc: int, *args, **kwargs) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """Environment for a training process: this one's, output unbuffered, idle threads asleep.
+    """Environment for a training process: this one's, output unbuffered, idle threads asleep, GPU memory
+    in segments that can grow.
 
     On a CPU that something else shares, OpenMP threads that wait by spinning hold up the very thread
-    they wait for: many small operators then take tens of times as long.
+    they wait for: many small operators then take tens of times as long. Segments of a fixed size leave
+    gaps that no activation of a long sequence fits into.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+    ours = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return {**ours, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]) -> None:

@@ -1,13 +1,16 @@
 """Cross entropy from the last hidden states, so that the logits of a long sequence never exist whole."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss
 from torchtitan.config import JobConfig
-from torchtitan.tools.logging import logger
+
+try:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+except ImportError:  # no Triton on this platform
+    liger_fused_linear_cross_entropy = None
 
 _CHUNK = 4096  # tokens whose logits exist at once
 
@@ -40,14 +43,14 @@ class _ChunkedLoss(torch.autograd.Function):
     """Both gradients are computed in forward, a chunk of tokens at a time, while its logits exist."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, loss_and_gradient):
+    def forward(ctx, hidden, weight, labels):
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for h, grad_h, y in zip(
             hidden.split(_CHUNK), grad_hidden.split(_CHUNK), labels.split(_CHUNK), strict=True
         ):
-            chunk_loss, grad = loss_and_gradient(h @ weight.T, y)
+            chunk_loss, grad = _loss_and_gradient(h @ weight.T, y)
             loss += chunk_loss
             torch.mm(grad, weight, out=grad_h)
             grad_weight += grad.T @ h
@@ -62,19 +65,17 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_hidden * grad.to(grad_hidden.dtype),
             grad_weight * grad.to(grad_weight.dtype),
             None,
-            None,
         )
 
 
 def linear_cross_entropy_loss(
-    pred: tuple[torch.Tensor, torch.Tensor],
-    labels: torch.Tensor,
-    loss_and_gradient=_loss_and_gradient,
+    pred: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor
 ) -> torch.Tensor:
     """Summed cross entropy: torchtitan's `cross_entropy_loss` of the logits, without the logits.
 
-    torch's own `linear_cross_entropy` (from 2.13) returns the sum in the dtype of its input: in bf16 it is
-    off by some tenths of a percent, more than the differences that a training curve has to show.
+    On a CUDA device Liger-Kernel's, elsewhere a chunk of tokens at a time in torch. torch's own
+    `linear_cross_entropy` (from 2.13) returns the sum in the dtype of its input: in bf16 it is off by some
+    tenths of a percent, more than the differences that a training curve has to show.
 
     Args:
         pred: what `ProjectionForLoss` returns: [B, N, dim] hidden states and the [vocab_size, dim] weight.
@@ -84,15 +85,22 @@ def linear_cross_entropy_loss(
         fp32 scalar.
     """
     hidden, weight = pred
-    return _ChunkedLoss.apply(hidden.flatten(0, 1), weight, labels.flatten(), loss_and_gradient)
+    hidden, labels = hidden.flatten(0, 1), labels.flatten()
+    if hidden.is_cuda and liger_fused_linear_cross_entropy:
+        # By itself it would sum the weight's gradient over its chunks in the weight's dtype.
+        return liger_fused_linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            accum_dtype=torch.float32,
+        )
+    return _ChunkedLoss.apply(hidden, weight, labels)
 
 
 def build_loss(job_config: JobConfig, **kwargs: Any) -> LossFunction:
-    """torchtitan's loss, or the chunked one where `loss.fuse_output` asks for it."""
-    if not job_config.loss.fuse_output:
-        return build_cross_entropy_loss(job_config, **kwargs)
-    if job_config.compile.enable and "loss" in job_config.compile.components:
-        logger.info("Compiling the loss of a chunk with torch.compile")
-        compiled = torch.compile(_loss_and_gradient, backend=job_config.compile.backend)
-        return partial(linear_cross_entropy_loss, loss_and_gradient=compiled)
-    return linear_cross_entropy_loss
+    """torchtitan's loss, or the one above where `loss.fuse_output` asks for it."""
+    if job_config.loss.fuse_output:
+        return linear_cross_entropy_loss
+    return build_cross_entropy_loss(job_config, **kwargs)

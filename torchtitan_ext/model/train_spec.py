@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
@@ -12,11 +13,13 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
 from torchtitan.models.llama3 import parallelize_llama
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import build_dataloader
+from torchtitan_ext.lighthouse.attention import kernels
 from torchtitan_ext.records import CONFIG_FILE
 
 from .args import flavors
@@ -26,6 +29,9 @@ from .model import LighthouseTransformer
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    if kernels:
+        # What attention's output was computed from: with it kept, no selection is made twice.
+        _op_sac_save_list.add(torch.ops.lighthouse.select.default)
     model = parallelize_llama(model, parallel_dims, job_config)
     if device_type == "cpu":
         for module in model.modules():
