@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table test test-gpu bench lint clean
+.PHONY: help setup demo table test test-gpu test-gpus bench lint clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
 setup: $(VENV)/.patched  ## virtual environment with pinned dependencies, torchtitan patched
 
@@ -33,6 +33,9 @@ test: setup  ## the test suite (CPU, under 10 minutes on 2 cores)
 
 test-gpu: setup  ## the kernels at full size, and the loss, on a CUDA device
 	$(BIN)/python -m pytest tests/test_kernels.py tests/test_loss.py -m "gpu or not gpu"
+
+test-gpus: setup  ## exact resume of the 530M recipe across the switch, on two CUDA devices
+	$(BIN)/python -m pytest tests/test_resume.py -m gpu --timeout 900
 
 bench: setup  ## one attention layer beside dense SDPA and the floor
 	$(BIN)/python scripts/bench_attention.py
