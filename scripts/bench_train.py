@@ -31,7 +31,7 @@ from torchtitan_ext.records import CONFIG_FILE, LOSS, SECONDS, TOKENS_PER_SECOND
 from torchtitan_ext.runner import child_environment, torchrun
 
 MFU, PEAK = "mfu(%)", "memory/max_reserved(GiB)"
-PROFILED = 2  # steps at the end, one before them to warm the profiler up
+PROFILED = 2  # steps
 RECIPE = [["dense", "configs/530m/dense.toml"], ["stage1", "configs/530m/stage1.toml"]]
 
 
@@ -43,7 +43,7 @@ def train(
         *(*torchrun(nproc, config), f"--job.dump_folder={folder}"),
         *("--checkpoint.no_enable", f"--training.steps={args.steps}"),
         *("--training.global_batch_size=-1", "--training.dataset=python_source"),
-        *("--metrics.log_freq=1", "--metrics.enable_tensorboard"),
+        *(f"--metrics.log_freq={args.window}", "--metrics.enable_tensorboard"),
         *(f"--{setting}" for setting in settings),
     ]
     if args.profile:
@@ -61,7 +61,7 @@ def train(
 
 
 def record(folder: Path, timed: slice) -> dict:
-    """A row's figures, from the run's TensorBoard events; medians over the timed steps."""
+    """A row's figures, from the run's TensorBoard events; medians over the timed windows."""
     [file] = folder.glob("**/events.out.tfevents.*")
     events = EventAccumulator(str(file), size_guidance={"scalars": 0})
     events.Reload()
@@ -82,8 +82,8 @@ def record(folder: Path, timed: slice) -> dict:
 
 
 def profile(row: dict, folder: Path, config: str, settings: list[str]) -> tuple[JobConfig, dict]:
-    """The run's job, and the parts of its last step with the kernels behind them; its idle time is that of the
-    timed steps, since the profiler holds up the launches."""
+    """The run's job, and the parts of its last step with the kernels behind them; its idle time is what a timed
+    step takes longer than those, since the profiler holds up the launches."""
     [trace] = folder.glob("profile_traces/*/rank0_trace.json")
     job = ConfigManager().parse_args(
         ["--job.config_file", config, *(f"--{setting}" for setting in settings)]
@@ -138,9 +138,9 @@ def main() -> None:
         default=[1],
         help="processes, one a device; all runs at each",
     )
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument(
-        "--warmup", type=int, default=3, help="untimed steps, that compile and fill caches"
+        "--window", type=int, default=4, help="steps timed at a time; the first of them warm up"
     )
     parser.add_argument("--dataset-path", help="a tree of sources (default: the standard library)")
     parser.add_argument(
@@ -153,10 +153,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=folder / "bench_train.json")
     parser.add_argument("--append", action="store_true", help="add to the records in --output")
     args = parser.parse_args()
-    least = args.warmup + (PROFILED + 1) * args.profile
-    if args.steps <= least:
+    least = (3 if args.profile else 2) * args.window
+    if args.steps < least or args.steps % args.window:
         parser.error(
-            f"--steps {args.steps}: must be more than {least}, the steps of warm-up and profile"
+            f"--steps {args.steps}: must be a multiple of --window {args.window}, at least {least}"
         )
     if args.profile and not on_gpu:
         parser.error("--profile: there is no CUDA device here")
@@ -180,7 +180,8 @@ def main() -> None:
 
     rows, jobs, profiles = [], {}, {}
     todo = [(nproc, *run) for nproc in args.nproc for run in runs]
-    timed = slice(args.warmup, -PROFILED - 1 if args.profile else None)
+    # Step 1 is logged too. What is profiled is the end of the last window.
+    timed = slice(2, -1 if args.profile else None)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for number, (nproc, name, config, *settings) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {name}: {args.steps} steps of {config}", flush=True)

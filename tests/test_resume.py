@@ -56,7 +56,7 @@ def runs(request, tmp_path_factory):
         records.mkdir()
         env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
             "OMP_NUM_THREADS": "1",
             "RECORDS": str(records),
             **env,
@@ -65,6 +65,9 @@ def runs(request, tmp_path_factory):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={n_ranks}", "-m", "torchtitan.train"]
         command += [f"--job.config_file={job.configs}/{stage}.toml", f"--job.dump_folder={dump}"]
+        command += [
+            f"--training.dataloader.num_workers={n_ranks - 1}"
+        ]  # beside the trainer, or in it
         command += [*COMMON, *job.overrides, f"--training.steps={steps}", *overrides]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         return SimpleNamespace(

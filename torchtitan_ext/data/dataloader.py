@@ -1,10 +1,12 @@
 """torchtitan's text dataloader, exact on resume in every epoch."""
 
+import signal
 from copy import copy
 from dataclasses import asdict
 from typing import Any
 
 from datasets import IterableDataset
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
@@ -37,6 +39,11 @@ class TextDataset(HuggingFaceTextDataset):
         if isinstance(self._data, IterableDataset):
             return f"{self.dataset_name}, {self._data.num_shards} shards"
         return f"{self.dataset_name}, {len(self._data)} documents"
+
+
+def _end_with_the_trainer(worker_id: int) -> None:
+    # What outlives a killed trainer would wait forever to hand on what it has drawn.
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
 
 
 def build_dataloader(
@@ -94,5 +101,6 @@ def build_dataloader(
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         batch_size=training.local_batch_size,
+        worker_init_fn=_end_with_the_trainer,
         **asdict(training.dataloader),
     )
