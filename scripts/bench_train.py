@@ -180,8 +180,8 @@ def main() -> None:
 
     rows, jobs, profiles = [], {}, {}
     todo = [(nproc, *run) for nproc in args.nproc for run in runs]
-    # Step 1 is logged too. What is profiled is the end of the last window.
-    timed = slice(2, -1 if args.profile else None)
+    # Step 1 is logged whatever the window. What is profiled is the end of the last window.
+    timed = slice(1 if args.window == 1 else 2, -1 if args.profile else None)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for number, (nproc, name, config, *settings) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {name}: {args.steps} steps of {config}", flush=True)
