@@ -102,7 +102,9 @@ def add_limits(jobs: dict[str, JobConfig], profiles: dict[str, dict]) -> None:
         args = replace(flavors[job.model.flavor])
         args.update_from_config(job)
         profiles[name]["rates"] = rates
-        profiles[name]["limits_ms"] = step_profile.limits(job, args, rates)
+        profiles[name]["limits_ms"] = step_profile.limits(
+            job.training.seq_len, job.training.local_batch_size, args, rates
+        )
 
 
 def table(rows: list[dict]) -> str:
@@ -199,7 +201,8 @@ def main() -> None:
             rows[-1] |= record(Path(tmp), timed)
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             if args.profile:
-                jobs[name], profiles[name] = profile(rows[-1], Path(tmp), config, settings)
+                key = name if nproc == 1 else f"{name} on {nproc}"
+                jobs[key], profiles[key] = profile(rows[-1], Path(tmp), config, settings)
     if jobs:
         add_limits(jobs, profiles)
     records["rows"] += rows

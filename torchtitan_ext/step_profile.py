@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torchtitan.config import JobConfig
 
 from .model import LighthouseModelArgs, LighthouseTransformer
 
@@ -44,6 +43,7 @@ class Kernel:
     stack: tuple[str, ...]
     dims: frozenset[int]  # of the inputs of the innermost operator that recorded any
     rows: int  # dimension 2 of its first input, 0 if it has none
+    alone: float = 0.0  # microseconds in which no kernel that started earlier ran
 
 
 def read_kernels(trace: Path) -> list[Kernel]:
@@ -104,10 +104,14 @@ def _stacks(ranges: dict[int, list[dict]], launches: Iterable[dict]) -> dict[int
     return stacks
 
 
+def _in_optimizer(kernel: Kernel) -> bool:
+    return any("Optimizer.step" in op for op in kernel.stack)
+
+
 def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
     """The part of the step that a kernel belongs to."""
     stack = " ".join(kernel.stack)
-    if "Optimizer.step" in stack or "_foreach" in stack or "clip_grad" in stack:
+    if _in_optimizer(kernel) or "_foreach" in stack or "clip_grad" in stack:
         return OPTIMIZER
     if "FSDP::" in stack or "fsdp::" in stack or "nccl" in kernel.name:
         return SHARDING
@@ -129,37 +133,39 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
 def last_step(kernels: list[Kernel]) -> list[Kernel]:
     """The kernels of a trace's last step, which lies between the ends of two optimizer steps.
 
-    Where several kernels run at once, the time belongs to the one that started first: what is left of the
-    others adds up with it to the time in which any ran.
+    Where several run at once the time belongs to the one that started first, so that the times `alone` add up to
+    the time in which any ran.
 
     Raises:
         ValueError: the trace holds fewer than two optimizer steps.
     """
-    adam = [k.end for k in kernels if "Optimizer.step" in " ".join(k.stack)]
+    adam = [k.end for k in kernels if _in_optimizer(k)]
     gaps = [i for i in range(1, len(adam)) if adam[i] - adam[i - 1] > (adam[-1] - adam[0]) / 5]
     if not gaps:
         raise ValueError("the trace holds fewer than two optimizer steps: profile two or more")
-    covered, found = adam[gaps[-1] - 1], []
+    begin = covered = adam[gaps[-1] - 1]
+    found = []
     for kernel in kernels:
-        if covered <= kernel.end <= adam[-1] and kernel.start >= adam[gaps[-1] - 1]:
-            found.append(replace(kernel, start=max(kernel.start, covered)))
-            covered = kernel.end
+        if begin <= kernel.start < adam[-1]:
+            alone = max(0.0, kernel.end - max(kernel.start, covered))
+            found.append(replace(kernel, alone=alone))
+            covered = max(covered, kernel.end)
     return found
 
 
 def breakdown(
     step: list[Kernel], seq_len: int, vocab_size: int
 ) -> tuple[dict[str, float], list[dict]]:
-    """Milliseconds of each of PARTS (IDLE left at 0), and a row a kernel name, the longest first."""
+    """Milliseconds of each of PARTS (`alone`; IDLE left at 0), and a row a kernel name, the longest first."""
     parts, rows = dict.fromkeys(PARTS, 0.0), {}
     for kernel in step:
-        part, ms = part_of(kernel, seq_len, vocab_size), (kernel.end - kernel.start) / 1e3
-        parts[part] += ms
+        part = part_of(kernel, seq_len, vocab_size)
+        parts[part] += kernel.alone / 1e3
         row = rows.setdefault(
             (part, kernel.name), {"part": part, "kernel": kernel.name, "calls": 0, "ms": 0.0}
         )
         row["calls"] += 1
-        row["ms"] += ms
+        row["ms"] += (kernel.end - kernel.start) / 1e3
     return parts, sorted(rows.values(), key=lambda row: -row["ms"])
 
 
@@ -219,13 +225,14 @@ def attention_ms(rows: int, n_heads: int, n_kv_heads: int, head_dim: int) -> flo
     return _median_ms(step, 7)
 
 
-def limits(job: JobConfig, args: LighthouseModelArgs, rates: dict[str, float]) -> dict[str, float]:
+def limits(
+    seq_len: int, batch: int, args: LighthouseModelArgs, rates: dict[str, float]
+) -> dict[str, float]:
     """Milliseconds that each part of a step on one device takes at least, with no activation recomputed.
 
     Every kernel reads its inputs and writes its outputs once, in bf16. What stands between two GEMMs or attention
     calls counts as one kernel; a sum of gradients counts as done by the GEMM that makes one of them.
     """
-    seq_len, batch = job.training.seq_len, job.training.local_batch_size
     tokens, n, dim = seq_len * batch, args.n_layers, args.dim
     n_lighthouse = len(args.lighthouse_layers)
     heads, kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
