@@ -91,7 +91,7 @@ def profile(row: dict, folder: Path, config: str, settings: list[str]) -> tuple[
     vocab_size = flavors[job.model.flavor].vocab_size
     step = step_profile.last_step(step_profile.read_kernels(trace))
     parts, kernels = step_profile.breakdown(step, job.training.seq_len, vocab_size)
-    parts[step_profile.IDLE] = 1e3 * row["step_s"] - sum(parts.values())
+    parts[step_profile.IDLE] = max(0.0, 1e3 * row["step_s"] - sum(parts.values()))
     return job, {"parts_ms": parts, "kernels": kernels[:60]}
 
 
@@ -185,29 +185,37 @@ def main() -> None:
     # Step 1 is logged whatever the window. What is profiled is the end of the last window.
     timed = slice(1 if args.window == 1 else 2, -1 if args.profile else None)
     args.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def save():
+        both = {
+            "rows": records["rows"] + rows,
+            "profiles": records["profiles"] | profiles,
+        }
+        args.output.write_text(json.dumps(records | both, indent=1) + "\n")
+
     for number, (nproc, name, config, *settings) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {name}: {args.steps} steps of {config}", flush=True)
         settings += args.settings
-        rows.append({"name": name, "config": " ".join([config, *settings]), "n_gpus": nproc})
+        row = {"name": name, "config": " ".join([config, *settings]), "n_gpus": nproc}
         with tempfile.TemporaryDirectory() as tmp:
             error = train(nproc, config, settings, args, Path(tmp))
             log = args.output.with_name(f"bench_train_{name}_{nproc}.log")
             shutil.copy(Path(tmp, "log.txt"), log)
             if error:
                 out_of_memory = "OutOfMemoryError" in log.read_text()
-                rows[-1]["error"] = "out of memory" if out_of_memory else f"failed: {log}"
-                print(rows[-1]["error"] if out_of_memory else error, file=sys.stderr)
-                continue
-            rows[-1] |= record(Path(tmp), timed)
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-            if args.profile:
-                key = name if nproc == 1 else f"{name} on {nproc}"
-                jobs[key], profiles[key] = profile(rows[-1], Path(tmp), config, settings)
+                row["error"] = "out of memory" if out_of_memory else f"failed: {log}"
+                print(row["error"] if out_of_memory else error, file=sys.stderr)
+            else:
+                row |= record(Path(tmp), timed)
+                if args.profile:
+                    key = name if nproc == 1 else f"{name} on {nproc}"
+                    jobs[key], profiles[key] = profile(row, Path(tmp), config, settings)
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+        save()
     if jobs:
         add_limits(jobs, profiles)
-    records["rows"] += rows
-    records["profiles"] |= profiles
-    args.output.write_text(json.dumps(records, indent=1) + "\n")
+        save()
     for name, found in profiles.items():
         print(f"\n{name}\n\n{step_profile.table(found['parts_ms'], found['limits_ms'])}")
     print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {args.output}")
