@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
@@ -191,28 +191,10 @@ def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
 def _state_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[str]:
     """What the checkpoint at `path`, which `field` leads to, lacks to be resumed by this launch."""
     try:
-        metadata = FileSystemReader(path).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        yield (
-            f"{field}: {path} is not a complete checkpoint ({error}); "
-            "give the step-N folder of one that was saved to its end"
-        )
+        metadata = complete_metadata(path)
+    except ValueError as error:
+        yield f"{field}: {error}"
         return
-    sizes: dict[str, int] = {}
-    for stored in metadata.storage_data.values():
-        end = stored.offset + stored.length
-        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
-    broken = [
-        name
-        for name, size in sorted(sizes.items())
-        if not (path / name).is_file() or (path / name).stat().st_size < size
-    ]
-    if broken:
-        yield (
-            f"{field}: {path} is not a complete checkpoint, {', '.join(broken)} missing or cut "
-            "short; restore it, or delete the folder and resume from an earlier checkpoint"
-        )
-
     saved = metadata.state_dict_metadata
     excluded = job_config.checkpoint.exclude_from_loading
     wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
@@ -240,6 +222,32 @@ def _state_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[s
 
 def _folder(job_config: JobConfig) -> Path:
     return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
+
+
+def complete_metadata(path: Path) -> Metadata:
+    """The metadata of the checkpoint in the step-N folder `path`; ValueError where it isn't complete."""
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is not a complete checkpoint ({error}); "
+            "give the step-N folder of one that was saved to its end"
+        ) from error
+    sizes: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        end = stored.offset + stored.length
+        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    broken = [
+        name
+        for name, size in sorted(sizes.items())
+        if not (path / name).is_file() or (path / name).stat().st_size < size
+    ]
+    if broken:
+        raise ValueError(
+            f"{path} is not a complete checkpoint, {', '.join(broken)} missing or cut short; "
+            "restore it, or delete the folder and use an earlier checkpoint"
+        )
+    return metadata
 
 
 def complete_steps(folder: Path) -> list[int]:
