@@ -228,6 +228,19 @@ def test_python_source_keeps_bytes_and_replaces_what_is_no_utf8(tmp_path):
     assert documents("python_source", tmp_path) == [b"\xef\xbb\xbf\r\n\x00 \xef\xbf\xbd<eos>"]
 
 
+def test_python_source_holds_some_files_out_for_validation():
+    parts = {
+        name: DATASETS[name].loader(DATASETS[name].path)["path"]
+        for name in ("python_source", "python_source_train", "python_source_validation")
+    }
+    train, held_out = (set(parts[f"python_source_{part}"]) for part in ("train", "validation"))
+    assert train.isdisjoint(held_out) and train | held_out == set(parts["python_source"])
+    assert 0 < len(held_out) < len(train) / 50
+    assert [file for file in parts["python_source"] if file in train] == parts[
+        "python_source_train"
+    ]
+
+
 def test_python_source_is_the_standard_library_by_default():
     root = sysconfig.get_path("stdlib")
     files = DATASETS["python_source"].loader(DATASETS["python_source"].path)["path"]
@@ -250,10 +263,10 @@ def test_needs_no_network(dataset, tmp_path, monkeypatch):
 
 
 def test_registration_leaves_upstream_alone_and_repeats():
-    before = dict(DATASETS)
+    before, ours = dict(DATASETS), {"c4_local", *datasets.SOURCE_PARTS}
     importlib.reload(datasets)
-    assert before.keys() == DATASETS.keys() >= {"c4", "c4_validation", *LOCAL}
-    assert all(DATASETS[name] is before[name] for name in before if name not in LOCAL)
+    assert before.keys() == DATASETS.keys() >= {"c4", "c4_validation", *ours}
+    assert all(DATASETS[name] is before[name] for name in before if name not in ours)
 
 
 # ---- refusals
@@ -274,6 +287,7 @@ def test_check_dataset_accepts_what_is_there(tmp_path):
         ("c4_local", "empty", ["training.dataset_path = ", "empty", "c4-train"]),
         ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
         ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
+        ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
         ("c4_test", "missing", ["training.dataset = ", "missing", "training.dataset_path"]),
     ],
 )

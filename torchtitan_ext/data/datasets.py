@@ -17,6 +17,12 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 TEXT_SUFFIXES = (".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh")
 TEXT_SUFFIXES += (".rst", ".md", ".txt", ".toml")
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+HELD_OUT = 128  # one file of so many is for validation
+SOURCE_PARTS = {
+    "python_source": None,
+    "python_source_train": False,
+    "python_source_validation": True,
+}
 FROM_THE_HUB = {"c4", "c4_validation"}
 
 
@@ -85,27 +91,37 @@ def read_documents(
         damaged(f"{file}, after line {number}: {error}", error)
 
 
-def source_files(dataset_path: str) -> list[str]:
+def source_files(dataset_path: str, held_out: bool | None = None) -> list[str]:
     """The text files of a tree, in an order that mixes it and depends on nothing but the names inside.
 
     Left out: other suffixes than TEXT_SUFFIXES, SKIPPED_FOLDERS, hidden files and folders, symbolic links.
 
+    Args:
+        dataset_path: the tree's root.
+        held_out: those that are held out for validation, the others, or (None) all. A file's place in the
+            tree alone decides.
+
     Raises:
-        ValueError: the tree doesn't exist or has no text file.
+        ValueError: the tree doesn't exist or has no such file.
     """
     root = _folder(dataset_path)
-    files = []
+    files = {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = {name for name in subfolders if name[0] != "."} - SKIPPED_FOLDERS
-        texts = [name for name in names if name[0] != "." and name.endswith(TEXT_SUFFIXES)]
-        files += [file for name in texts if not (file := Path(folder, name)).is_symlink()]
+        for name in names:
+            file = Path(folder, name)
+            if name[0] == "." or not name.endswith(TEXT_SUFFIXES) or file.is_symlink():
+                continue
+            digest = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()
+            if held_out is None or held_out == (digest[-1] % HELD_OUT == 0):
+                files[digest] = str(file)
     if not files:
         raise ValueError(
-            f"training.dataset_path = {dataset_path!r} has no text file: "
-            f"give a folder with files that end in {', '.join(TEXT_SUFFIXES)}"
+            f"training.dataset_path = {dataset_path!r} has no text file"
+            + (f" among the one in {HELD_OUT} held out for validation" if held_out else "")
+            + f": give a folder with {'more ' * bool(held_out)}files that end in {', '.join(TEXT_SUFFIXES)}"
         )
-    files.sort(key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode()).digest())
-    return [str(file) for file in files]
+    return [files[digest] for digest in sorted(files)]
 
 
 def check_dataset(dataset: str, dataset_path: str | None) -> None:
@@ -124,8 +140,8 @@ def check_dataset(dataset: str, dataset_path: str | None) -> None:
     path = dataset_path or DATASETS[name].path
     if name == "c4_local":
         c4_files(path)
-    elif name == "python_source":
-        source_files(path)
+    elif name in SOURCE_PARTS:
+        source_files(path, SOURCE_PARTS[name])
     elif name not in FROM_THE_HUB and not os.path.exists(path):
         raise ValueError(
             f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: "
@@ -179,8 +195,11 @@ DATASETS["c4_local"] = DatasetConfig(
 )
 
 # Only the paths are held: a tree of any size loads at once, and its n-th document is found by its index.
-DATASETS["python_source"] = DatasetConfig(
-    path=sysconfig.get_path("stdlib"),
-    loader=lambda path: Dataset.from_dict({"path": source_files(path)}),
-    sample_processor=_text_of_file,
-)
+for name, held_out in SOURCE_PARTS.items():
+    DATASETS[name] = DatasetConfig(
+        path=sysconfig.get_path("stdlib"),
+        loader=lambda path, held_out=held_out: Dataset.from_dict(
+            {"path": source_files(path, held_out)}
+        ),
+        sample_processor=_text_of_file,
+    )
