@@ -21,12 +21,14 @@ $(VENV)/.patched: $(VENV)/.installed $(wildcard patches/*)
 	@touch $@
 
 demo: setup  ## the whole path on this machine, in minutes: dense, Lighthouse, three splits, table and plot
-	$(BIN)/python scripts/run_splits.py --configs configs/demo
-	$(BIN)/python scripts/make_table.py outputs/demo
+	$(MAKE) --no-print-directory table PRESET=demo
 
-RUNS ?= outputs/demo
-table: setup  ## the split-point table of the runs under RUNS=outputs/...
-	$(BIN)/python scripts/make_table.py $(RUNS)
+PRESET ?= demo
+NPROC ?= 1
+OVERRIDES ?=
+table: setup  ## the split-point experiment of configs/PRESET, continued where it stopped, then table and plot
+	$(BIN)/python scripts/run_splits.py --configs configs/$(PRESET) --nproc $(NPROC) -- $(OVERRIDES)
+	$(BIN)/python scripts/make_table.py outputs/$(PRESET)
 
 test: setup  ## the test suite (CPU, under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest

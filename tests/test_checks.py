@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.config import ConfigManager
 from torchtitan.protocols.train_spec import get_train_spec
 
-from torchtitan_ext.model import check_job
+from torchtitan_ext.model import check_job, flavors
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -83,7 +83,7 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         ("--lighthouse.scorer gla", ["lighthouse.scorer = 'gla'"]),
         ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
         ("--lighthouse.dense_layers -1", ["lighthouse.dense_layers = [-1]", "0 to 1"]),
-        ("--model.flavor 7B", ["model.flavor = '7B'", "debug, 270M, 530M"]),
+        ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
         ("--model.hf_assets_path nowhere", ["model.hf_assets_path = 'nowhere'", "tokenizer.json"]),
         ("--model.hf_assets_path tests", ["model.hf_assets_path = 'tests'", "tokenizer.json"]),
         ("--training.dataset books", ["books"]),

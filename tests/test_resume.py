@@ -27,7 +27,12 @@ DEMO = SimpleNamespace(
     configs="configs/demo",
     steps=6,
     split=4,
-    overrides=("--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"),
+    overrides=(
+        *("--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"),
+        *("--validation.enable", "--validation.dataset=python_source_validation"),
+        *("--validation.seq_len=256", "--validation.local_batch_size=2"),
+        *("--validation.steps=3", "--validation.freq=2"),
+    ),
     repeats=True,
 )
 RECIPE = SimpleNamespace(
@@ -92,12 +97,13 @@ def runs(request, tmp_path_factory):
     )
 
 
-def losses(dump):
+def losses(dump, tag="loss_metrics/global_avg_loss"):
     """Every (step, loss) that was logged, of all the starts of a run."""
     logged = []
     for file in dump.glob("tb/*/*tfevents*"):
         events = EventAccumulator(str(file)).Reload()
-        logged += [(e.step, e.value) for e in events.Scalars("loss_metrics/global_avg_loss")]
+        if tag in events.Tags()["scalars"]:
+            logged += [(e.step, e.value) for e in events.Scalars(tag)]
     return sorted(logged)
 
 
@@ -117,6 +123,16 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(runs):
     assert first == again
     if job.repeats:
         assert all(loss == whole[step] for step, loss in resumed)
+
+
+def test_every_validation_of_every_start_reads_the_same_documents(runs):
+    whole, resumed = (
+        losses(run.dump, "validation_metrics/loss") for run in (runs.whole, runs.resumed)
+    )
+    if runs.job.repeats:
+        assert [step for step, _ in whole] == [1, 2, 4, 6]
+        assert resumed == whole
+        assert whole == sorted(whole, key=lambda point: -point[1])  # it learns
 
 
 def test_the_first_batch_of_stage_2_is_the_one_that_stage_1_would_have_drawn_next(runs):

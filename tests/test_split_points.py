@@ -100,7 +100,16 @@ def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
 
 
 def write_start(
-    folder: Path, step, loss, *, total: int, log_freq: int, seconds=0.5, n_devices=2, name="a"
+    folder: Path,
+    step,
+    loss,
+    *,
+    total: int,
+    log_freq: int,
+    seconds=0.5,
+    n_devices=2,
+    name="a",
+    validate_every=10,
 ) -> Path:
     """The records of one process start that logged `loss` at `step`, and its event file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +126,8 @@ def write_start(
         writer.add_scalar(records.TOKENS_PER_SECOND, 1000 * s, s)
         writer.add_scalar(records.SECONDS, n_steps * seconds / log_freq, s)
         writer.add_scalar(records.N_DEVICES, n_devices, s)
+        if s % validate_every == 0:
+            writer.add_scalar(records.VALIDATION_LOSS, value + 0.25, s)
     writer.close()
     return next((folder / "tb" / name).iterdir())
 
@@ -157,6 +168,8 @@ def test_the_table_of_a_made_experiment(made):
     for row, split in zip(rows, sorted(SPLITS)[::-1], strict=True):
         assert row.device_hours == pytest.approx(2 * (0.5 * split + TOTAL - split) / 3600)
         assert row.difference == pytest.approx(-0.5)
+        assert row.validation_difference == pytest.approx(-0.5)
+        assert row.validation_loss == pytest.approx(curve(TOTAL) - 0.5 + 0.25)
         before = curve(logged_steps(split - w, split, log_freq)).mean()
         assert row.jump == pytest.approx(curve(split + log_freq) + 1 - before)
         assert row.recovery >= w
@@ -178,6 +191,8 @@ def test_files_written(made, tmp_path):
         points = [row for row in csv.DictReader(f) if row["run"] == "dense"]
     assert [float(row["step"]) for row in points] == dense.step.tolist()
     assert [float(row["loss"]) for row in points] == pytest.approx(dense.loss, rel=1e-6)
+    validated = {float(row["step"]) for row in points if row["validation_loss"]}
+    assert validated == set(dense.validation_step) == set(range(10, TOTAL + 1, 10))
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
 
     ours, theirs = text.split("**Published, not measured here**")
@@ -282,6 +297,8 @@ def test_a_run_killed_and_resumed_reads_as_one_in_one_go(tmp_path, kills, log_fr
     run = records.read_run(tmp_path / "run")
     assert run.step.tolist() == whole.step.tolist()
     assert run.loss.tolist() == whole.loss.tolist()
+    assert run.validation_step.tolist() == whole.validation_step.tolist()
+    assert run.validation_loss.tolist() == whole.validation_loss.tolist()
     assert run.device_hours == pytest.approx(whole.device_hours)
     assert run.finished and run.gaps(0) == []
     assert run.starts.sum() == surviving_starts

@@ -17,6 +17,9 @@ LOSS = "loss_metrics/global_avg_loss"
 TOKENS_PER_SECOND = "throughput(tps)"
 SECONDS = "time_metrics/end_to_end(s)"
 N_DEVICES = "n_devices"
+VALIDATION_LOSS = "validation_metrics/loss"
+VALIDATION_STEP = "validation_step"
+VALIDATION = (VALIDATION_STEP, VALIDATION_LOSS)
 TAGS = (LOSS, TOKENS_PER_SECOND, SECONDS, N_DEVICES)
 
 
@@ -27,7 +30,8 @@ class Run:
     step: strictly increasing. loss: nats a token. tokens_per_second: of one device.
     seconds: wall time since the point logged before (or since the process start).
     n_devices: devices at work. starts: True at the first point of each process start, whose time
-    holds loading and compilation.
+    holds loading and compilation. validation_step, validation_loss: [n_validated], under the run's own
+    attention; the time of validation is in none of the others.
     """
 
     folder: Path
@@ -38,6 +42,8 @@ class Run:
     seconds: np.ndarray
     n_devices: np.ndarray
     starts: np.ndarray
+    validation_step: np.ndarray
+    validation_loss: np.ndarray
 
     @property
     def total_steps(self) -> int:
@@ -86,8 +92,11 @@ def read_run(folder: str | Path) -> Run | None:
     starts.sort(key=lambda points: points["wall_time"][0])
     merged = starts[0]
     for points in starts[1:]:
-        kept = merged["step"] < points["step"][0]
-        merged = {key: np.concatenate([merged[key][kept], points[key]]) for key in merged}
+        first = points["step"][0]
+        kept = {
+            key: merged[VALIDATION_STEP if key in VALIDATION else "step"] < first for key in merged
+        }
+        merged = {key: np.concatenate([merged[key][kept[key]], points[key]]) for key in merged}
     return Run(
         folder=folder,
         config=config,
@@ -98,6 +107,8 @@ def read_run(folder: str | Path) -> Run | None:
         seconds=merged[SECONDS] * config["metrics"]["log_freq"],
         n_devices=merged[N_DEVICES],
         starts=merged["starts"],
+        validation_step=merged[VALIDATION_STEP],
+        validation_loss=merged[VALIDATION_LOSS],
     )
 
 
@@ -121,4 +132,7 @@ def _read_events(file: Path) -> dict[str, np.ndarray] | None:
     points["step"] = np.array([e.step for e in series[LOSS][:n_logged]])
     points["wall_time"] = np.array([e.wall_time for e in series[LOSS][:n_logged]])
     points["starts"] = np.arange(n_logged) == 0
+    validated = events.Scalars(VALIDATION_LOSS) if VALIDATION_LOSS in logged else []
+    points[VALIDATION_STEP] = np.array([e.step for e in validated], dtype=int)
+    points[VALIDATION_LOSS] = np.array([e.value for e in validated])
     return points

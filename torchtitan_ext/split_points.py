@@ -13,6 +13,8 @@ logged step. Means are over the logged steps of a window.
   (split + n - W, split + n] is at most before. The window lies in stage 2, so n is at least W;
   there is none where the run ends first.
 - final loss: mean loss over the steps in (T - W, T]. Difference: final loss minus dense's.
+- validation loss: the last one of a finished run, on documents held out; difference as above. Only
+  where the runs validate (validation.enable).
 - device-hours: seconds x devices / 3600 over a run's logged steps; for a split, stage 1's up to
   the split and stage 2's (records.Run.device_hours).
 - tok/s a device: median over the logged steps, the first one of each process start left out. For
@@ -36,7 +38,7 @@ from matplotlib import pyplot as plt
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency
 DENSE_COLOR, STAGE1_COLOR = "#000000", "#0072B2"
 # columns of curves.csv, the logged points that everything is made of
-CURVES = ("run", "step", "loss", "tokens_per_second", "seconds", "n_devices")
+CURVES = ("run", "step", "loss", "tokens_per_second", "seconds", "n_devices", "validation_loss")
 TAIL_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -71,6 +73,8 @@ class Row:
     jump: float | None = None
     recovery: int | None = None
     difference: float | None = None
+    validation_loss: float | None = None
+    validation_difference: float | None = None
     steps_after_switch: int | None = None
     status: str = "finished"
 
@@ -115,6 +119,7 @@ def table(experiment: Experiment) -> list[Row]:
         if dense.finished:
             rows[0].device_hours = float(dense.device_hours[-1])
             rows[0].final_loss = _final_loss(dense)
+            rows[0].validation_loss = _validation_loss(dense)
 
     for split, tail in experiment.tails.items():
         row = Row(f"split at {_steps(split)}", status=_status(tail, split))
@@ -133,8 +138,9 @@ def table(experiment: Experiment) -> list[Row]:
             row.recovery = recovery(tail.step, tail.loss, split, before, w)
         if tail.finished:
             row.final_loss = _final_loss(tail)
-            if rows[0].final_loss is not None:
-                row.difference = row.final_loss - rows[0].final_loss
+            row.difference = _difference(row.final_loss, rows[0].final_loss)
+            row.validation_loss = _validation_loss(tail)
+            row.validation_difference = _difference(row.validation_loss, rows[0].validation_loss)
             if has_stage1:
                 row.device_hours = hours_at(stage1, split) + float(tail.device_hours[-1])
     return rows
@@ -159,6 +165,14 @@ def _ktok_s(run: Run, upto: int) -> float | None:
 
 def _final_loss(run: Run) -> float:
     return mean_loss(run.step, run.loss, run.total_steps, window(run.total_steps, run.log_freq))
+
+
+def _validation_loss(run: Run) -> float | None:
+    return float(run.validation_loss[-1]) if run.validation_loss.size else None
+
+
+def _difference(loss: float | None, of_dense: float | None) -> float | None:
+    return None if loss is None or of_dense is None else loss - of_dense
 
 
 def _status(run: Run | None, start: int = 0) -> str:
@@ -208,8 +222,11 @@ def write(folder: str | Path, out: str | Path, published: dict) -> tuple[str, li
         writer = csv.writer(f)
         writer.writerow(CURVES)
         for run in experiment.runs:
-            points = zip(*(getattr(run, name) for name in CURVES[1:]), strict=True)
-            writer.writerows([run.folder.name, *(f"{x:.7g}" for x in point)] for point in points)
+            validated = dict(zip(run.validation_step, run.validation_loss, strict=True))
+            for point in zip(*(getattr(run, name) for name in CURVES[1:-1]), strict=True):
+                validation = [validated[point[0]]] if point[0] in validated else []
+                cells = [f"{x:.7g}" for x in (*point, *validation)]
+                writer.writerow([run.folder.name, *cells, *[""] * (len(CURVES) - 1 - len(cells))])
     plot(experiment, paths[3])
     return text, paths
 
@@ -248,6 +265,7 @@ def markdown(experiment: Experiment, published: dict) -> str:
 
 
 def _markdown_table(rows: list[list[str]]) -> list[str]:
+    """A column in which no row says anything is left out."""
     columns = [
         "run",
         "device-hours",
@@ -256,9 +274,13 @@ def _markdown_table(rows: list[list[str]]) -> list[str]:
         "jump (nats)",
         "steps to recover",
         "difference from dense",
+        "validation loss",
+        "difference from dense",
     ]
     align = ["---"] + ["---:"] * (len(columns) - 1)
-    return [f"| {' | '.join(cells)} |" for cells in [columns, align, *rows]]
+    filled = [i for i in range(len(columns)) if i < 7 or any(row[i] != "-" for row in rows)]
+    lines = [[cells[i] for i in filled] for cells in [columns, align, *rows]]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _cells(row: Row, jump: str = "", recovered: str = "") -> list[str]:
@@ -274,6 +296,8 @@ def _cells(row: Row, jump: str = "", recovered: str = "") -> list[str]:
         jump or _loss(row.jump, "+"),
         recovered or "-",
         _loss(row.difference, "+"),
+        _loss(row.validation_loss),
+        _loss(row.validation_difference, "+"),
     ]
 
 
@@ -289,7 +313,7 @@ def _loss(x: float | None, sign: str = "") -> str:
 
 def plot(experiment: Experiment, path: str | Path) -> None:
     """Loss against steps, and its lower end against device-hours: raw points pale, their trailing
-    mean over the window on top, a ring where stage 1 hands over and a dotted line for the jump."""
+    mean over the window on top, crosses for validation, a ring where stage 1 hands over and a dotted line for the jump."""
     dense, stage1 = experiment.dense, experiment.stage1
     tails = {split: tail for split, tail in experiment.tails.items() if tail}
     runs = [run for run in (dense, stage1, *tails.values()) if run]
@@ -301,6 +325,8 @@ def plot(experiment: Experiment, path: str | Path) -> None:
         for panel, x in zip(panels, (run.step, hours_before + run.device_hours), strict=True):
             panel.plot(x, run.loss, color=color, alpha=0.25, linewidth=0.8)
             panel.plot(x, smooth, color=color, linewidth=1.6, label=label)
+            validated_at = np.interp(run.validation_step, run.step, x)
+            panel.plot(validated_at, run.validation_loss, "x", color=color, markersize=5)
 
     if dense:
         draw(dense, "dense from scratch", DENSE_COLOR)

@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
+from torchtitan.components.validate import Validator, build_validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
@@ -88,6 +90,20 @@ def build_metrics_processor(
     return LighthouseMetricsProcessor(job_config, parallel_dims, tag)
 
 
+def build_repeating_validator(job_config: JobConfig, **kwargs: Any) -> Validator:
+    """torchtitan's validator, on the same sequences each time.
+
+    By itself it would draw on from where the last validation stopped, so that neither two validations of
+    a run nor a run and its resumed twin could be compared.
+    """
+    validator = build_validator(job_config=job_config, **kwargs)
+    steps = job_config.validation.steps
+    validator.validation_dataloader = list(
+        islice(validator.validation_dataloader, None if steps == -1 else steps)
+    )
+    return validator
+
+
 def get_train_spec() -> TrainSpec:
     """llama3's train spec with the model, the checks and the records of this package."""
     return replace(
@@ -98,5 +114,6 @@ def get_train_spec() -> TrainSpec:
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_checked_tokenizer,
         build_loss_fn=build_loss,
+        build_validator_fn=build_repeating_validator,
         build_metrics_processor_fn=build_metrics_processor,
     )
