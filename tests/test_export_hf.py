@@ -1,0 +1,324 @@
+"""What is exported is the trained model: transformers computes, generates and tokenizes as we do."""
+
+import argparse
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from torchtitan_ext import runner
+from torchtitan_ext.export_hf import export, find_checkpoint, llama_config
+from torchtitan_ext.model import LighthouseTransformer, flavors, get_train_spec
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "export_hf.py"
+TOKENIZER_PATH = ROOT / "torchtitan_ext" / "data" / "byte_tokenizer"
+TOKENIZER = HuggingFaceTokenizer(str(TOKENIZER_PATH))
+TEXT = Path(argparse.__file__).read_text()
+TOLERANCE = 1e-4  # largest absolute difference of two logits, fp32
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@torch.no_grad()
+def build(flavor, seq_len):
+    """A dense model of ours whose logits depend on the positions of far tokens."""
+    model = LighthouseTransformer(replace(flavors[flavor], max_seq_len=seq_len))
+    torch.manual_seed(0)
+    model.init_weights()
+    for layer in model.layers.values():
+        for proj in (layer.attention.wq, layer.attention.wk):
+            proj.weight *= 8  # else attention is nearly uniform
+    return model
+
+
+def save_run(dump_folder, model, *, flavor, step=3, lighthouse=False):
+    """What a run leaves: its checkpoint of `step`, with more than the model in it, and its job config."""
+    path = dump_folder / "checkpoint" / f"step-{step}"
+    state = {**model.state_dict(), "optimizer": {"lr": 1.0}, "train_state": {"step": step}}
+    dcp.save(state, checkpoint_id=path, no_dist=True)
+    job = {
+        "model": {"flavor": flavor, "hf_assets_path": str(TOKENIZER_PATH)},
+        "training": {"seq_len": model.model_args.max_seq_len},
+        "checkpoint": {"folder": "checkpoint"},
+        "lighthouse": {"enable": lighthouse},
+    }
+    (dump_folder / "config.json").write_text(json.dumps(job))
+    return path
+
+
+@pytest.fixture(scope="module", params=["debug", "grouped"])
+def exported(request, tmp_path_factory):
+    """A model of ours beside its Hugging Face folder; `grouped` has 2 query heads a KV head."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        grouped = replace(flavors["debug"], n_heads=4, n_kv_heads=2)
+        monkeypatch.setitem(flavors, "grouped", grouped)
+        model = build(request.param, seq_len=9000)
+        export(find_checkpoint(save_run(folder, model, flavor=request.param)), folder / "hf")
+    hf = folder / "hf"
+    return SimpleNamespace(model=model, hf=hf, tokenizer=AutoTokenizer.from_pretrained(hf))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two steps with Lighthouse, two more under dense attention, each a real launch of torchtitan."""
+    folder = tmp_path_factory.mktemp("trained")
+    overrides = ("--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4")
+    overrides += ("--training.steps=4", "--checkpoint.interval=2", "--lr_scheduler.warmup_steps=2")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(ROOT)
+        runner.run_all(
+            runner.plan(
+                ROOT / "configs" / "demo",
+                folder,
+                splits=[2],
+                only=("stage1", "stage2"),
+                overrides=overrides,
+            )
+        )
+    return folder
+
+
+@torch.no_grad()
+def ours(model, tokens):
+    return model(tokens)
+
+
+@torch.no_grad()
+def theirs(model, tokens):
+    return model(tokens).logits
+
+
+def largest_difference(a, b):
+    assert a.shape == b.shape and a.isfinite().all() and b.isfinite().all()
+    return (a - b).abs().max().item()
+
+
+def run_script(monkeypatch, *arguments):
+    """The exit code of scripts/export_hf.py."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as exit:
+        return exit.code
+    return 0
+
+
+@pytest.mark.parametrize("length", [1, 257, 3000, 9000])
+@pytest.mark.parametrize("content", ["random", "text"])
+def test_logits_are_transformers(exported, length, content):
+    if content == "random":
+        vocab_size = exported.model.model_args.vocab_size
+        tokens = torch.randint(vocab_size, (1, length), generator=torch.manual_seed(length))
+    else:
+        tokens = exported.tokenizer(TEXT, return_tensors="pt").input_ids[:, :length]
+    assert tokens.shape == (1, length)
+    llama = LlamaForCausalLM.from_pretrained(exported.hf)
+    assert largest_difference(ours(exported.model, tokens), theirs(llama, tokens)) < TOLERANCE
+
+
+def test_logits_would_show_rope_without_its_scaling(exported):
+    tokens = torch.randint(384, (1, 3000), generator=torch.manual_seed(0))
+    config = LlamaConfig.from_pretrained(exported.hf)
+    config.rope_parameters = {
+        "rope_type": "default",
+        "rope_theta": config.rope_parameters["rope_theta"],
+    }
+    llama = LlamaForCausalLM.from_pretrained(exported.hf, config=config)
+    assert largest_difference(ours(exported.model, tokens), theirs(llama, tokens)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("flavor", flavors)
+def test_every_flavor_has_the_tensors_of_its_llama(flavor):
+    args = flavors[flavor]
+    with torch.device("meta"):
+        expected = LlamaForCausalLM(LlamaConfig(**llama_config(args))).state_dict()
+        got = LighthouseTransformer(args).state_dict()
+    got = get_train_spec().state_dict_adapter(args, None).to_hf(got)
+    assert {key: t.shape for key, t in got.items()} == {key: t.shape for key, t in expected.items()}
+
+
+def test_config_says_what_the_model_was_trained_with(exported):
+    config, args = LlamaConfig.from_pretrained(exported.hf), exported.model.model_args
+    assert config.max_position_embeddings == args.max_seq_len
+    assert (config.bos_token_id, config.eos_token_id) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_weights_keep_their_values_in_the_dtype_asked_for(tmp_path, monkeypatch, dtype):
+    model = build("debug", seq_len=64)
+    path = save_run(tmp_path, model, flavor="debug")
+    option = [f"--dtype={dtype}"] if dtype else []
+    assert run_script(monkeypatch, path, tmp_path / "hf", *option) == 0
+    dtype = getattr(torch, dtype or "float32")
+    expected = get_train_spec().state_dict_adapter(model.model_args, None).to_hf(model.state_dict())
+    got = load_file(tmp_path / "hf" / "model.safetensors")
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key].dtype == dtype and torch.equal(got[key], value.to(dtype)), key
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == dtype
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("<bos><<eos>> <pad>\n e\u0301 \r\n\0 don 't")
+def test_the_tokenizer_begins_with_bos_and_gives_the_text_back(exported, text):
+    ids = exported.tokenizer(text).input_ids
+    assert ids == TOKENIZER.encode(text, add_bos=True, add_eos=False)
+    assert exported.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_lighthouse_trained_model_finished_densely_leaves_as_a_llama(
+    trained, tmp_path, monkeypatch, capsys
+):
+    stage2 = trained / "stage2-2"
+    assert run_script(monkeypatch, stage2 / "checkpoint" / "step-4", tmp_path / "hf") == 0
+    assert capsys.readouterr().err == ""
+
+    model = build("debug", seq_len=256)
+    dcp.load(model.state_dict(), checkpoint_id=stage2 / "checkpoint" / "step-4", no_dist=True)
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(llama) is LlamaForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokens = tokenizer(TEXT, return_tensors="pt").input_ids[:, :256]
+    assert largest_difference(ours(model, tokens), theirs(llama, tokens)) < TOLERANCE
+
+    prompt = tokens[:, :100]
+    generated = llama.generate(prompt, do_sample=False, max_new_tokens=20)
+    assert torch.equal(generated, llama.generate(prompt, do_sample=False, max_new_tokens=20))
+    new = generated[0, prompt.shape[1] :]
+    assert len(new) == 20 or new[-1] == TOKENIZER.eos_id
+    # greedy: each token is the one that our own model finds likeliest after those before it
+    logits = ours(model, generated)[0, prompt.shape[1] - 1 : -1]
+    assert torch.equal(logits.argmax(-1), new)
+    assert isinstance(tokenizer.decode(new), str)
+
+
+def test_a_first_stage_is_exported_with_a_warning(trained, tmp_path, monkeypatch, capsys):
+    assert run_script(monkeypatch, trained / "stage1", tmp_path / "hf") == 0
+    err = capsys.readouterr().err
+    assert "warning" in err and "not been finished under dense attention" in err
+    assert str(trained / "stage1" / "checkpoint" / "step-2") in err
+    LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+def test_a_plain_process_without_transformers_exports(trained, tmp_path):
+    code = "import runpy, sys; sys.modules['transformers'] = None; "
+    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, str(trained / "stage2-2"), str(tmp_path / "hf")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
+    model = build("debug", seq_len=64)
+    for step in (9, 10, 11):
+        path = save_run(tmp_path, model, flavor="debug", step=step)
+    (path / ".metadata").unlink()  # saved last: step 11 is not complete
+    assert find_checkpoint(tmp_path).path == tmp_path / "checkpoint" / "step-10"
+
+
+def no_checkpoint(path):
+    shutil.rmtree(path.parent)
+    return path.parents[1], "no complete checkpoint", "checkpoint.interval"
+
+
+def not_there(path):
+    return path.with_name("step-4"), "not a complete checkpoint", "give the step-N folder"
+
+
+def no_metadata(path):
+    (path / ".metadata").unlink()
+    return path, "not a complete checkpoint", "give the step-N folder"
+
+
+def cut_short(path):
+    data = next(path.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    return path, "not a complete checkpoint", "restore it"
+
+
+def no_job(path):
+    (path.parents[1] / "config.json").unlink()
+    return path, "config.json is missing", "copy the run's"
+
+
+def another_config(path):
+    (path.parents[1] / "config.json").write_text('{"model_type": "llama"}')
+    return path, "not the job config", "restore"
+
+
+def broken_config(path):
+    (path.parents[1] / "config.json").write_text("{")
+    return path, "not the job config", "restore"
+
+
+def changed_job(path, section, field, value):
+    file = path.parents[1] / "config.json"
+    job = json.loads(file.read_text())
+    job[section][field] = value
+    file.write_text(json.dumps(job))
+
+
+def unknown_flavor(path):
+    changed_job(path, "model", "flavor", "8B")
+    return path, "model.flavor = '8B'", ", ".join(flavors)
+
+
+def wrong_flavor(path):
+    changed_job(path, "model", "flavor", "270M")
+    return path, "no model of flavor '270M'", "correct model.flavor"
+
+
+def no_tokenizer(path):
+    changed_job(path, "model", "hf_assets_path", "gone")
+    return path, "model.hf_assets_path = 'gone'", "correct the path"
+
+
+def full_folder(path):
+    hf = path.parents[1] / "hf"
+    hf.mkdir()
+    (hf / "mine").touch()
+    return path, f"{hf} exists and is not empty", "name another folder"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_checkpoint,
+        not_there,
+        no_metadata,
+        cut_short,
+        no_job,
+        another_config,
+        broken_config,
+        unknown_flavor,
+        wrong_flavor,
+        no_tokenizer,
+        full_folder,
+    ],
+)
+def test_what_cannot_be_exported_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, spoil):
+    path = save_run(tmp_path, build("debug", seq_len=64), flavor="debug")
+    argument, reason, remedy = spoil(path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run_script(monkeypatch, argument, tmp_path / "hf") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "Traceback" not in message
+    assert reason in message and remedy in message
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was written

@@ -1,0 +1,203 @@
+"""A checkpoint of torchtitan's as a Hugging Face folder that loads as a plain Llama.
+
+The job config that a run leaves in its dump folder says which model its checkpoints hold.
+"""
+
+import json
+import shutil
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from .model import LighthouseModelArgs, get_train_spec
+from .model.checks import complete_metadata, complete_steps
+from .records import CONFIG_FILE
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+JOB_FIELDS = (
+    ("model", "flavor"),
+    ("model", "hf_assets_path"),
+    ("training", "seq_len"),
+    ("checkpoint", "folder"),
+    ("lighthouse", "enable"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint and what its run's job config says of it.
+
+    path: the step-N folder. model_args: of the model under dense attention, max_seq_len that of the
+    training. tokenizer_path: the training's tokenizer. lighthouse: whether that run had Lighthouse on.
+    """
+
+    path: Path
+    model_args: LighthouseModelArgs
+    tokenizer_path: Path
+    lighthouse: bool
+
+    def load_state(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """The model's state dict, on the CPU; of the rest of the checkpoint nothing is read."""
+        state = {
+            key: torch.empty_like(tensor, dtype=dtype, device="cpu")
+            for key, tensor in _meta_state(self.model_args).items()
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what we want
+            dcp.load(state, checkpoint_id=self.path, no_dist=True)
+        return state
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`: a step-N folder, or a run's dump folder for its newest complete step.
+
+    Raises ValueError, with the remedy, where there is none that is complete, or where the run's job
+    config or tokenizer is missing or doesn't fit the checkpoint.
+    """
+    path = Path(path).resolve()
+    if (path / CONFIG_FILE).is_file():
+        dump_folder = path
+        job = _read_job(dump_folder)
+        folder = dump_folder / job["checkpoint"]["folder"]
+        steps = complete_steps(folder)
+        if not steps:
+            raise ValueError(
+                f"{folder} holds no complete checkpoint: train with checkpoint.enable = true until the "
+                "first is saved (checkpoint.interval)"
+            )
+        path = folder / f"step-{max(steps)}"
+        metadata = complete_metadata(path)
+    else:
+        metadata = complete_metadata(path)
+        dump_folder = path.parents[1]
+        job = _read_job(dump_folder)
+
+    flavor, flavors = job["model"]["flavor"], get_train_spec().model_args
+    if flavor not in flavors:
+        raise ValueError(
+            f"model.flavor = {flavor!r} in {dump_folder / CONFIG_FILE} is unknown: export with the "
+            f"version of this package that trained it; this one has {', '.join(flavors)}"
+        )
+    model_args = replace(flavors[flavor], max_seq_len=job["training"]["seq_len"])
+    saved = metadata.state_dict_metadata
+    unfit = [
+        key
+        for key, tensor in _meta_state(model_args).items()
+        if key not in saved or saved[key].size != tensor.shape
+    ]
+    if unfit:
+        raise ValueError(
+            f"{path} holds no model of flavor {flavor!r}, {len(unfit)} of its tensors ({unfit[0]}, ...) are "
+            f"missing or of another shape: correct model.flavor in {dump_folder / CONFIG_FILE}"
+        )
+
+    tokenizer_path = Path(job["model"]["hf_assets_path"])
+    try:
+        HuggingFaceTokenizer(str(tokenizer_path))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(
+            f"model.hf_assets_path = {str(tokenizer_path)!r} in {dump_folder / CONFIG_FILE}: no tokenizer "
+            f"there ({error}); call from the folder that the training was launched from, or correct the path"
+        ) from error
+    return Checkpoint(path, model_args, tokenizer_path, job["lighthouse"]["enable"])
+
+
+def export(checkpoint: Checkpoint, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write config.json, model.safetensors (weights in `dtype`) and the tokenizer's files to `folder`.
+
+    Raises ValueError where `folder` exists and isn't an empty folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = HuggingFaceTokenizer(str(checkpoint.tokenizer_path))
+    _save_tokenizer(tokenizer, checkpoint.tokenizer_path, folder)
+    adapter = get_train_spec().state_dict_adapter(checkpoint.model_args, None)
+    state = adapter.to_hf(checkpoint.load_state(dtype))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    # Last, so that a folder that lacks something doesn't load.
+    config = llama_config(checkpoint.model_args) | {
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def llama_config(args: LighthouseModelArgs) -> dict:
+    """The model's part of transformers' config.json for a LlamaForCausalLM.
+
+    RoPE is in the spelling that every version with rope_type llama3 reads, rope_scaling beside
+    rope_theta, not the rope_parameters that transformers 5 writes.
+    """
+    scaling = args.rope_scaling_args
+    width, _ = _meta_state(args)["layers.0.feed_forward.w1.weight"].shape
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": width,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads or args.n_heads,
+        "head_dim": args.dim // args.n_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": scaling.scaling_factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        },
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def _read_job(dump_folder: Path) -> dict:
+    file = dump_folder / CONFIG_FILE
+    try:
+        job = json.loads(file.read_text())
+        _ = [job[section][field] for section, field in JOB_FIELDS]
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{file} is missing, which says what model the checkpoint holds: keep the checkpoint in its "
+            f"run's folder, or copy the run's {CONFIG_FILE} there"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the job config of a run ({error!r}): restore the one that a training with "
+            "model.name = 'llama3_lighthouse' left there"
+        ) from error
+    return job
+
+
+def _meta_state(args: LighthouseModelArgs) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        return get_train_spec().model_cls(args).state_dict()
+
+
+def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> None:
+    """The training's tokenizer, which begins a text with bos as the training's documents do."""
+    if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos:
+        tokenizer.tokenizer.post_processor = TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A",
+            special_tokens=[(tokenizer.bos_token, tokenizer.bos_id)],
+        )
+    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+    if (source / TOKENIZER_CONFIG).is_file():
+        shutil.copy(source / TOKENIZER_CONFIG, folder)
