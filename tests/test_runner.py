@@ -295,18 +295,24 @@ def test_scripts_run_a_real_experiment_and_make_its_table(tmp_path):
     assert tail.step[0] in (5, 6) and tail.step[-1] == 6
 
 
-GRID = tomli.loads((ROOT / "configs" / "published.toml").read_text())["ablations"]
+GRIDS = [
+    (configs, cell)
+    for configs, file in (("530m", "published.toml"), ("small", "small/ablations.toml"))
+    for cell in tomli.loads((ROOT / "configs" / file).read_text())["ablations"]
+]
 
 
-@pytest.mark.parametrize("cell", GRID, ids=lambda cell: cell["run"])
-def test_every_cell_of_the_grid_is_a_legal_job_with_its_settings(cell, monkeypatch):
+@pytest.mark.parametrize(
+    "configs, cell", GRIDS, ids=lambda x: x if isinstance(x, str) else x["run"]
+)
+def test_every_cell_of_a_grid_is_a_legal_job_with_its_settings(configs, cell, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import ablate
 
     stages = [
         ConfigManager().parse_args(
-            ["--job.config_file", f"configs/530m/{stage}.toml", *ablate.arguments(cell)]
+            ["--job.config_file", f"configs/{configs}/{stage}.toml", *ablate.arguments(cell)]
         )
         for stage in ("stage1", "stage2")
     ]
