@@ -96,7 +96,7 @@ def stages_of(q, k, v, config, freqs_cis, attention, device, repeats):
     base = batch * seq_len * head_dim * item
     rows = batch * config.gathered_len(seq_len) * head_dim * item
     heads = n_heads + 2 * n_kv_heads
-    scores = ops.score(q, k, config)
+    scores = ops.score(q, k, v, config)
     slots = ops.select(scores, config)
     small = scores.numel() * 4 + slots.numel() * 4
     gathered = ops.gather(q, k, v, freqs_cis, slots, config)
@@ -106,7 +106,7 @@ def stages_of(q, k, v, config, freqs_cis, attention, device, repeats):
     grad = torch.randn_like(positions)
     functions = {
         "score": (
-            lambda: ops.score(q, k, config),
+            lambda: ops.score(q, k, v, config),
             base * (n_heads + n_kv_heads) + scores.numel() * 4,
         ),
         "select": (lambda: ops.select(scores, config), small),

@@ -5,6 +5,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from torchtitan_ext.lighthouse import LighthouseConfig
+from torchtitan_ext.lighthouse.config import SCORERS
 
 SCORES = ("random", "constant", "tied", "clustered", "zero", "infinite", "minus_infinite")
 
@@ -40,14 +41,16 @@ def cases(draw, max_seq_len=256):
     m = draw(st.sampled_from((2, 4, 6, 8)))
     tiles = draw(st.integers(1, 4))
     per_tile = draw(st.integers(m, 4 * m))
+    seq_len = per_tile * tiles * p ** (levels - 1)
     config = LighthouseConfig(
         levels=levels,
         pooling_factor=p,
         top_k=m * tiles,
-        tile_winners=m,
+        scorer=draw(st.sampled_from(SCORERS)),
+        dilation=draw(st.sampled_from([n for n in (1, 2, 3, 4) if seq_len % n == 0])),
         rope=draw(st.sampled_from(("selected", "base"))),
+        tile_winners=m,
     )
-    seq_len = per_tile * tiles * config.span(levels - 1)
     assume(seq_len <= max_seq_len and config.gathered_len(seq_len) < seq_len)
     return config, seq_len
 

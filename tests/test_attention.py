@@ -110,7 +110,7 @@ def test_every_position_has_between_one_and_levels_contributors(case, kind, seed
 def test_with_the_selection_fixed_no_output_sees_a_later_input(case, data):
     config, seq_len = case
     q, k, v = qkv(seq_len, n_kv_heads=2, group=2)
-    slots = operators.select(operators.score(q, k, config), config)
+    slots = operators.select(operators.score(q, k, v, config), config)
     freqs_cis = rotary_table(seq_len, 4)
     t = data.draw(st.integers(1, seq_len - 1))
 
@@ -145,9 +145,9 @@ def test_every_token_gets_a_gradient_through_q_k_and_v(rope):
 
 
 def test_no_gradient_flows_through_the_scores():
-    q, k, _ = qkv(256)
-    assert not operators.score(q, k, SMALL).requires_grad
-    selection = select_entries(q, k, SMALL)
+    inputs = qkv(256)
+    assert not operators.score(*inputs, SMALL).requires_grad
+    selection = select_entries(*inputs, SMALL)
     assert not selection.level.is_floating_point() and not selection.index.is_floating_point()
 
 
@@ -159,7 +159,7 @@ def test_keeps_dtype_and_shape_and_stays_near_the_fp64_result(dtype):
     out = LighthouseAttention(SMALL)(*inputs, freqs_cis)
     assert out.dtype == dtype and out.shape == inputs[0].shape
     with pytest.MonkeyPatch.context() as patch:  # rounding may move a selection: hold it
-        slots = operators.select(operators.score(inputs[0], inputs[1], SMALL), SMALL)
+        slots = operators.select(operators.score(*inputs, SMALL), SMALL)
         patch.setattr(operators, "select", lambda *_: slots)
         exact = lighthouse_attention(*(x.double() for x in inputs), SMALL, freqs_cis=freqs_cis)
     assert (out - exact).norm() <= tolerance[dtype] * exact.norm()
@@ -204,10 +204,3 @@ def test_inputs_that_do_not_fit_are_named():
         lighthouse_attention(q, k, v, SMALL, freqs_cis=rotary_table(128, 4))
     with pytest.raises(ValueError, match=r"seq_len = 204"):
         lighthouse_attention(q[:, :204], k[:, :204], v[:, :204], SMALL)
-
-
-@pytest.mark.parametrize("scorer", ["dilated", "gla"])
-def test_scorers_to_come_say_so(scorer):
-    config = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, tile_winners=8, scorer=scorer)
-    with pytest.raises(NotImplementedError, match=f"{scorer}.*not available yet"):
-        lighthouse_attention(*qkv(256), config)

@@ -80,7 +80,10 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
             "--lighthouse.levels 2 --lighthouse.top_k 768 --lighthouse.tile_winners 48",
             ["top_k = 768", "gathers 4096 rows", "seq_len = 4096"],
         ),
-        ("--lighthouse.scorer gla", ["lighthouse.scorer = 'gla'"]),
+        (
+            "--lighthouse.scorer dilated --lighthouse.dilation 3",
+            ["[training]", "dilation = 3", "seq_len = 4096", "for example 2"],
+        ),
         ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
         ("--lighthouse.dense_layers -1", ["lighthouse.dense_layers = [-1]", "0 to 1"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),

@@ -4,6 +4,8 @@ On a machine without a GPU the kernels run under Triton's interpreter on small s
 repeat the comparison at full size (`make test-gpu`).
 """
 
+import dataclasses
+
 import pytest
 import torch
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
@@ -13,6 +15,7 @@ from torchtitan_ext.lighthouse import LighthouseConfig, kernels, lighthouse_atte
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.oracle import oracle_attention
+from torchtitan_ext.lighthouse.scorers import norm_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -78,10 +81,14 @@ def error(x, reference):
     return ((x - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("rope", ["selected", "base"])
+@pytest.mark.parametrize(
+    ("rope", "scorer"),
+    [("selected", "norm"), ("base", "norm"), ("selected", "gla"), ("base", "dilated")],
+)
 @pytest.mark.parametrize("shape", SMALL[1:3], ids=str)
-def test_layer_equals_the_oracle(shape, rope, triton_everywhere):
+def test_layer_equals_the_oracle(shape, rope, scorer, triton_everywhere):
     tensors, freqs_cis, config = inputs_of(shape, rope=rope)
+    config = dataclasses.replace(config, scorer=scorer)
     out = lighthouse_attention(*tensors, config, freqs_cis=freqs_cis)
     exact = [x.detach().cpu().double().requires_grad_() for x in tensors]
     expected = oracle_attention(*exact, config, freqs_cis.cpu().to(torch.complex128))
@@ -95,9 +102,9 @@ def test_layer_equals_the_oracle(shape, rope, triton_everywhere):
 @shapes
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_scores_are_the_norms_and_their_maxima(shape, dtype):
-    (q, k, _), _, config = inputs_of(shape, dtype)
-    scores, seq_len = kernels.score(q, k, config), q.shape[1]
-    assert error(scores[..., :seq_len], operators.norm_scores(q, k)) < 1e-6
+    (q, k, v), _, config = inputs_of(shape, dtype)
+    scores, seq_len = kernels.score(q, k, v, config), q.shape[1]
+    assert error(scores[..., :seq_len], norm_scores(q, k)) < 1e-6
     assert torch.equal(scores, operators.score_pyramid(scores[..., :seq_len], config))
 
 
@@ -128,7 +135,7 @@ def test_tiles_too_large_for_one_program_are_selected_all_the_same(monkeypatch):
 )
 def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, poisoned):
     tensors, freqs_cis, config = inputs_of(shape, dtype, rope)
-    slots = operators.select(operators.score(*tensors[:2], config), config)
+    slots = operators.select(operators.score(*tensors, config), config)
     exact = [x.detach().float().requires_grad_() for x in tensors]
 
     def check(ours, reference, inputs, exact_inputs):
@@ -181,7 +188,7 @@ def test_operators_are_well_formed_torch_library_operators(shape):
     tensors, freqs_cis, config = inputs_of(shape)
     q, k, _ = tensors
     n, levels, p = q.shape[1], config.levels, config.pooling_factor
-    scores = kernels.score(q, k, config)
+    scores = kernels.score(*tensors, config)
     slots = kernels.select(scores, config)
     rows = torch.randn(*q.shape[::2][:1], q.shape[2], config.gathered_len(n), q.shape[3]).to(DEVICE)
     ops = torch.ops.lighthouse
@@ -230,7 +237,7 @@ def test_layer_equals_an_fp32_reference_at_full_size(shape, dtype, monkeypatch):
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, tensors, grad)
 
-    slots = kernels.select(kernels.score(*tensors[:2], config), config)
+    slots = kernels.select(kernels.score(*tensors, config), config)
     monkeypatch.setattr(operators, "select", lambda *_: slots)  # rounding may move a selection
     monkeypatch.setattr(layer, "_operators_for", lambda _: operators)
     exact = [x.detach().float().requires_grad_() for x in tensors]

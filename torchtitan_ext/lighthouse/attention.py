@@ -43,7 +43,6 @@ def _check_inputs(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}:"
             " must be [B, N, H, D] and twice [B, N, H_kv, D]"
         )
-    config.check_scorer()
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads: must be a multiple of {k.shape[2]} KV heads")
     config.check_seq_len(q.shape[1])
@@ -56,17 +55,34 @@ def _check_inputs(
         )
 
 
-def select_entries(q: torch.Tensor, k: torch.Tensor, config: LighthouseConfig) -> Selection:
-    """The entries that `lighthouse_attention` gathers for these projections, in gathered order.
-
-    Args:
-        q: [B, N, H, D] raw query projections.
-        k: [B, N, H_kv, D] raw key projections.
-    """
-    _check_inputs(q, k, k, config, None)
-    seq_len = q.shape[1]
+@torch.no_grad()
+def _slots(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    freqs_cis: torch.Tensor | None,
+) -> torch.Tensor:
+    """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw."""
     ops = _operators_for(q)
-    slots = ops.select(ops.score(q, k, config), config)
+    if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":
+        table = freqs_cis[: q.shape[1]].unsqueeze(1)  # norms don't change under rotation
+        q, k = operators.rotate(q, table), operators.rotate(k, table)
+    return ops.select(ops.score(q, k, v, config), config)
+
+
+def select_entries(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    *,
+    freqs_cis: torch.Tensor | None = None,
+) -> Selection:
+    """The entries that `lighthouse_attention` gathers for these arguments, in gathered order."""
+    _check_inputs(q, k, v, config, freqs_cis)
+    seq_len = q.shape[1]
+    slots = _slots(q, k, v, config, freqs_cis)
     return entries(gathered_rows(slots, config.gathered_len(seq_len)), config, seq_len)
 
 
@@ -98,11 +114,10 @@ def lighthouse_attention(
 
     Raises:
         ValueError: shapes that don't fit each other or the settings; the message says what would be right.
-        NotImplementedError: a scorer that is not available yet.
     """
     _check_inputs(q, k, v, config, freqs_cis)
     ops = _operators_for(q)
-    slots = ops.select(ops.score(q, k, config), config)
+    slots = _slots(q, k, v, config, freqs_cis)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config)
     out = attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1])
     return ops.scatter(out, slots, config)

@@ -25,10 +25,11 @@ class LighthouseConfig:
     """Winners a head and level: a multiple of `tile_winners`."""
 
     scorer: str = "norm"
-    """What makes an entry matter: norm, dilated or gla."""
+    """What makes an entry matter: its norms (norm), or those of attention's outputs, softmax within residue
+    classes of the positions (dilated) or gated linear (gla)."""
 
     dilation: int = 4
-    """Interleaved residue classes of the `dilated` scorer."""
+    """Interleaved residue classes of the `dilated` scorer; must divide the sequence length."""
 
     rope: str = "selected"
     """Rotate each gathered row at its entry's end (selected), or every token before pooling (base)."""
@@ -57,13 +58,6 @@ class LighthouseConfig:
         require(
             self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}"
         )
-
-    def check_scorer(self) -> None:
-        """Raise NotImplementedError for a scorer that is not available yet."""
-        if self.scorer != "norm":
-            raise NotImplementedError(
-                f"scorer = {self.scorer!r}: not available yet; use scorer = 'norm'"
-            )
 
     @property
     def n_tiles(self) -> int:
@@ -105,6 +99,11 @@ class LighthouseConfig:
             raise ValueError(
                 f"seq_len = {seq_len}: must be a multiple of pooling_factor^(levels - 1) x tiles"
                 f" = {span} x {self.n_tiles} = {unit}; nearest: {nearest}"
+            )
+        if self.scorer == "dilated" and seq_len % self.dilation:
+            nearest = max(n for n in range(1, self.dilation) if seq_len % n == 0)
+            raise ValueError(
+                f"dilation = {self.dilation}: must divide seq_len = {seq_len}, for example {nearest}"
             )
         m = self.tile_winners
         coarsest = seq_len // span

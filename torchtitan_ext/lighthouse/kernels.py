@@ -551,8 +551,12 @@ _reduce_op.register_autograd(_reduce_backward, setup_context=_setup)
 _spread_op.register_autograd(_spread_backward, setup_context=_setup)
 
 
-def score(q: torch.Tensor, k: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def score(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> torch.Tensor:
     """See `operators.score`."""
+    if config.scorer != "norm":
+        return operators.score(q, k, v, config)
     return _score_op(q.detach(), k.detach(), config.levels, config.pooling_factor)
 
 

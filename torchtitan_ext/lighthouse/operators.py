@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .config import LighthouseConfig
+from .scorers import accumulator, base_scores
 
 
 class Selection(NamedTuple):
@@ -24,21 +25,6 @@ class Selection(NamedTuple):
     index: torch.Tensor
 
 
-def _accumulator(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def norm_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """L2 norms of each token's query and key: [B, N, H, D], [B, N, H_kv, D] -> [2, B, H_kv, N], fp32.
-
-    With grouped queries a KV head's query score is the largest of its group.
-    """
-    acc, n_kv_heads = _accumulator(q), k.shape[2]
-    q_norm = torch.linalg.vector_norm(q, dim=-1, dtype=acc).unflatten(2, (n_kv_heads, -1))
-    k_norm = torch.linalg.vector_norm(k, dim=-1, dtype=acc)
-    return torch.stack([q_norm.amax(-1), k_norm]).transpose(2, 3)
-
-
 def score_pyramid(base: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """Scores of every entry, the maximum over its span: [2, B, H_kv, N] -> [2, B, H_kv, M]."""
     levels = [base]
@@ -48,9 +34,11 @@ def score_pyramid(base: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score(q: torch.Tensor, k: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
-    """Scores [2, B, H_kv, M] of the pyramid's entries, without a graph."""
-    return score_pyramid(norm_scores(q, k), config)
+def score(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> torch.Tensor:
+    """Scores [2, B, H_kv, M] of the pyramid's entries by `config.scorer`, without a graph."""
+    return score_pyramid(base_scores(q, k, v, config), config)
 
 
 def _tile_winners(q_score: torch.Tensor, k_score: torch.Tensor, m: int) -> torch.Tensor:
@@ -112,14 +100,14 @@ def gathered_rows(slots: torch.Tensor, gathered_len: int) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     """Rotate the adjacent pairs of `x` [..., D] by the complex `freqs_cis`, broadcast to [..., D/2]."""
-    acc = _accumulator(x)
+    acc = accumulator(x)
     pairs = torch.view_as_complex(x.to(acc).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * freqs_cis.to(pairs.dtype)).flatten(-2).to(x.dtype)
 
 
 def pool(x: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """Mean over every entry's span: [B, N, H, D] -> [B, M, H, D]."""
-    rows, mean = [x], x.to(_accumulator(x))
+    rows, mean = [x], x.to(accumulator(x))
     for _ in range(config.levels - 1):
         mean = mean.unflatten(1, (-1, config.pooling_factor)).mean(2)
         rows.append(mean.to(x.dtype))
@@ -174,7 +162,7 @@ def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) ->
     slots = slots.repeat_interleave(heads // slots.shape[1], 1)
     padded = torch.cat([out.flatten(0, 2), out.new_zeros(1, out.shape[-1])])
     positions = torch.arange(seq_len, device=out.device)
-    total = torch.zeros((), dtype=_accumulator(out), device=out.device)
+    total = torch.zeros((), dtype=accumulator(out), device=out.device)
     for level, offset in enumerate(config.level_offsets(seq_len)[:-1]):
         index = (positions + 1) // config.span(level) - 1
         slot = slots[..., offset + index.clamp(min=0)]

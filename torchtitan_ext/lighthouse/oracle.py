@@ -39,13 +39,43 @@ def oracle_select(
     return sorted(entries, key=lambda entry: ((entry[1] + 1) * p ** entry[0] - 1, entry[0]))
 
 
+def oracle_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key score, each [N], of one KV head: q [N, group, D], k and v [N, D]."""
+    if config.scorer == "norm":
+        return q.norm(dim=-1).amax(-1), k.norm(dim=-1)
+
+    def output(t: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        step = config.dilation if config.scorer == "dilated" else 1
+        past = torch.arange(t % step, t + 1, step)
+        weights = keys[past] @ queries[t] / math.sqrt(q.shape[-1])
+        if config.scorer == "dilated":
+            weights = torch.softmax(weights, 0)
+        else:
+            log_gate = math.log(1 / (1 + math.exp(0))) / 16
+            weights = weights * torch.exp(log_gate * (t - past).to(q.dtype))
+        return weights @ v[past]
+
+    scores = []
+    for t in range(len(k)):
+        heads = [q[:, g] for g in range(q.shape[1])]
+        q_score = max(output(t, head, k).norm() for head in heads)
+        k_score = max(output(t, k, head).norm() for head in heads)
+        scores.append(torch.stack([q_score, k_score]))
+    q_score, k_score = torch.stack(scores, 1)
+    return q_score, k_score
+
+
 def oracle_rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """One row [D], its adjacent pairs rotated by the complex [D/2] `angle`."""
+    """Rows [..., D], their adjacent pairs rotated by the complex [..., D/2] `angle`."""
     pairs = [
-        (x[2 * i] * c.real - x[2 * i + 1] * c.imag, x[2 * i] * c.imag + x[2 * i + 1] * c.real)
-        for i, c in enumerate(angle)
+        (a * c.real - b * c.imag, a * c.imag + b * c.real)
+        for a, b, c in zip(
+            x[..., ::2].unbind(-1), x[..., 1::2].unbind(-1), angle.unbind(-1), strict=True
+        )
     ]
-    return torch.stack([value for pair in pairs for value in pair])
+    return torch.stack([value for pair in pairs for value in pair], -1)
 
 
 def oracle_attention(
@@ -55,16 +85,16 @@ def oracle_attention(
     config: LighthouseConfig,
     freqs_cis: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `lighthouse_attention` must equal with the `norm` scorer: float64 [B, N, H, D] in and out."""
+    """What `lighthouse_attention` must equal: float64 [B, N, H, D] in and out."""
     batch, seq_len, n_heads, head_dim = q.shape
     group = n_heads // k.shape[2]
     p = config.pooling_factor
+    if freqs_cis is not None and config.rope == "base":
+        q, k = (oracle_rotate(x, freqs_cis[:seq_len, None]) for x in (q, k))
 
     def entry_row(x: torch.Tensor, b: int, head: int, level: int, index: int, rotary: bool):
         start, end = index * p**level, (index + 1) * p**level - 1
         span = [x[b, t, head] for t in range(start, end + 1)]
-        if rotary and config.rope == "base":
-            span = [oracle_rotate(row, freqs_cis[t]) for t, row in enumerate(span, start)]
         row = sum(span) / len(span)
         return oracle_rotate(row, freqs_cis[end]) if rotary and config.rope == "selected" else row
 
@@ -73,10 +103,11 @@ def oracle_attention(
     for b in range(batch):
         for head in range(n_heads):
             kv_head = head // group
-            group_heads = range(kv_head * group, (kv_head + 1) * group)
-            q_score = torch.stack([q[b, :, h].detach().norm(dim=-1) for h in group_heads]).amax(0)
-            k_score = k[b, :, kv_head].detach().norm(dim=-1)
-            entries = oracle_select(q_score, k_score, config)
+            of_group = q[b, :, kv_head * group : (kv_head + 1) * group].detach()
+            scores = oracle_scores(
+                of_group, k[b, :, kv_head].detach(), v[b, :, kv_head].detach(), config
+            )
+            entries = oracle_select(*scores, config)
             queries = [entry_row(q, b, head, *entry, rotary) for entry in entries]
             keys = torch.stack([entry_row(k, b, kv_head, *entry, rotary) for entry in entries])
             values = torch.stack([entry_row(v, b, kv_head, *entry, False) for entry in entries])

@@ -59,10 +59,6 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             lighthouse.check_seq_len(getattr(job_config, section).seq_len)
         except ValueError as error:
             yield f"[lighthouse] on [{section}]: {error}"
-    try:
-        lighthouse.check_scorer()
-    except NotImplementedError as error:
-        yield f"lighthouse.{error}"
     schedule = job_config.lr_scheduler
     if schedule.decay_ratio != 0.0 and schedule.total_steps is None:
         yield (
