@@ -263,7 +263,7 @@ def test_needs_no_network(dataset, tmp_path, monkeypatch):
 
 
 def test_registration_leaves_upstream_alone_and_repeats():
-    before, ours = dict(DATASETS), {"c4_local", *datasets.SOURCE_PARTS}
+    before, ours = dict(DATASETS), {"c4_local", "passkey", *datasets.SOURCE_PARTS}
     importlib.reload(datasets)
     assert before.keys() == DATASETS.keys() >= {"c4", "c4_validation", *ours}
     assert all(DATASETS[name] is before[name] for name in before if name not in ours)

@@ -1,10 +1,12 @@
 """torchtitan's text dataloader, exact on resume in every epoch."""
 
 import signal
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from datasets import IterableDataset
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torchtitan.components.dataloader import ParallelAwareDataloader
@@ -12,9 +14,22 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 
+from torchtitan_ext.data.passkey import answers_alone, question_and_answers
+
 
 class TextDataset(HuggingFaceTextDataset):
-    """torchtitan's data set, which by itself restarts a streamed one that was saved after a re-loop."""
+    """torchtitan's data set, which by itself restarts a streamed one that was saved after a re-loop.
+
+    Of passkey documents the answers alone are labels.
+    """
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        if self.dataset_name != "passkey":
+            yield from super().__iter__()
+            return
+        question, _ = question_and_answers(self._tokenizer)
+        for inputs, labels in super().__iter__():
+            yield inputs, answers_alone(inputs["input"], labels, question)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"documents": self._documents()}

@@ -14,6 +14,8 @@ from datasets import Dataset, IterableDataset
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
+from torchtitan_ext.data.passkey import document_length, passkey_documents, passkey_text
+
 TEXT_SUFFIXES = (".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh")
 TEXT_SUFFIXES += (".rst", ".md", ".txt", ".toml")
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
@@ -142,6 +144,8 @@ def check_dataset(dataset: str, dataset_path: str | None) -> None:
         c4_files(path)
     elif name in SOURCE_PARTS:
         source_files(path, SOURCE_PARTS[name])
+    elif name == "passkey":
+        document_length(path)
     elif name not in FROM_THE_HUB and not os.path.exists(path):
         raise ValueError(
             f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: "
@@ -203,3 +207,8 @@ for name, held_out in SOURCE_PARTS.items():
         ),
         sample_processor=_text_of_file,
     )
+
+# Generated, each document from its index.
+DATASETS["passkey"] = DatasetConfig(
+    path="", loader=passkey_documents, sample_processor=passkey_text
+)
