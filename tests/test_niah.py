@@ -1,0 +1,447 @@
+"""The retrieval evaluation: its prompts, its counting, its loading, and that it tells good models from bad."""
+
+import json
+import math
+import re
+import runpy
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from test_export_hf import build, save_run
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from torchtitan_ext import niah
+from torchtitan_ext.export_hf import export, find_checkpoint
+from torchtitan_ext.model import LighthouseTransformer, flavors
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "niah.py"
+BYTE_TOKENIZER = ROOT / "torchtitan_ext" / "data" / "byte_tokenizer"
+BYTES = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
+NEEDLE = re.compile(r" The pass key is (\d)\.")
+QUESTION = " The pass key is "
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A tokenizer of another kind: a token holds several characters, a digit comes with the space before it,
+    and encode() begins by itself with bos."""
+    folder = tmp_path_factory.mktemp("words")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", digit) for digit in "0123456789"] + [("a", "b"), ("i", "s"), ("4", "2")]
+    vocab = [*alphabet, *(a + b for a, b in merges), "<s>"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>"])
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", start)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    return HuggingFaceTokenizer(str(folder))
+
+
+@pytest.fixture(params=["bytes", "words"])
+def tokenizer(request):
+    return BYTES if request.param == "bytes" else request.getfixturevalue("words")
+
+
+def settings(*contexts, **changes):
+    return replace(niah.Settings(contexts), **changes)
+
+
+def mean(cells, trials=10):
+    return sum(cell.correct for cell in cells) / (trials * len(cells))
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize("context", [48, 49, 300, 1000])
+def test_a_prompt_is_exact_in_length_and_hides_its_digit_once(tokenizer, context):
+    prompts = niah.Prompts(tokenizer)
+    for depth, trial in product(niah.DEPTHS, range(10)):
+        tokens = prompts(context, depth, trial, 0)
+        assert len(tokens) == context
+        assert tokens[0] == tokenizer.bos_id and tokenizer.bos_id not in tokens[1:]
+        text = tokenizer.decode(tokens[1:])
+        assert NEEDLE.findall(text) == [str(trial)]
+        assert text.count(QUESTION.rstrip()) == 2
+        # what the answer's token would add to the question is the digit
+        answered = tokenizer.decode([*tokens[1:], prompts.answers[trial]])
+        assert answered.endswith(f"{QUESTION}{trial}")
+
+
+def test_the_shortest_prompt_has_no_filler():
+    prompts = niah.Prompts(BYTES)
+    text = bytes(prompts(prompts.shortest, 50, 6, 0)[1:]).decode()
+    assert text == f"{QUESTION}6.{QUESTION}"
+
+
+@pytest.mark.parametrize("context", [64, 301, 1000])
+def test_depth_is_the_share_of_the_filler_before_the_needle(context):
+    prompts = niah.Prompts(BYTES)
+    for depth in niah.DEPTHS:
+        text = bytes(prompts(context, depth, 3, 0)[1:]).decode()
+        before, after = NEEDLE.split(text)[0], NEEDLE.split(text)[-1].removesuffix(QUESTION)
+        filler = before + after
+        assert filler.isalnum() and filler.isascii()
+        assert abs(len(before) - depth / 100 * len(filler)) <= 0.5
+        assert (not before) == (depth == 0) and (not after) == (depth == 100)
+
+
+def test_filler_is_every_letter_and_digit_equally_often():
+    prompts = niah.Prompts(BYTES)
+    text = "".join(bytes(prompts(10000, 0, trial, 0)[1:]).decode() for trial in range(10))
+    counts = [text.count(char) for char in niah.FILLER if char not in QUESTION]
+    expected = 10 * 10000 / len(niah.FILLER)
+    assert len(niah.FILLER) == 62
+    assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in counts)
+
+
+def test_a_prompt_depends_on_seed_context_depth_and_trial_alone(tokenizer):
+    cases = list(product((0, 1), (200, 201), (30, 31), (3, 13)))
+    first, again = niah.Prompts(tokenizer), niah.Prompts(tokenizer)
+    made = {case: first(case[1], case[2], case[3], case[0]) for case in cases}
+    for seed, context, depth, trial in reversed(cases):
+        assert again(context, depth, trial, seed) == made[seed, context, depth, trial]
+    fillers = {NEEDLE.split(tokenizer.decode(tokens[1:]))[0][:20] for tokens in made.values()}
+    assert len(fillers) == len(cases)
+
+
+def test_a_tokenizer_without_bos_gets_none():
+    tokenizer = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
+    tokenizer.bos_id = None
+    tokens = niah.Prompts(tokenizer)(100, 0, 4, 0)
+    assert len(tokens) == 100 and bytes(tokens).startswith(b" The pass key is 4.")
+
+
+def test_a_tokenizer_without_a_token_for_each_digit_is_refused(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "s Ġ"])}
+    tokenizer = Tokenizer(
+        models.BPE({**vocab, "sĠ": len(vocab), "sĠ7": len(vocab) + 1}, [("s", "Ġ"), ("sĠ", "7")])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="one token a digit"):
+        niah.Prompts(HuggingFaceTokenizer(str(tmp_path)))
+
+
+# ---- counting, with models that are known
+
+
+def finder(tokens):
+    """Reads the digit after the first question."""
+    logits = torch.zeros(len(tokens), 384)
+    for row, prompt in zip(logits, tokens, strict=True):
+        row[ord(NEEDLE.search(bytes(prompt[1:].tolist()).decode())[1])] = 1.0
+    return logits
+
+
+def always_3(tokens):
+    return torch.nn.functional.one_hot(torch.full([len(tokens)], ord("3")), 384).float()
+
+
+def no_digit(tokens):
+    """Likes every letter better than any digit, and of these the right one."""
+    logits = finder(tokens)
+    logits[:, ord("a") :] = 2.0
+    return logits
+
+
+def short_sighted(tokens):
+    """Finds the needle among the last 120 tokens, and says 0 where it isn't there."""
+    logits = torch.zeros(len(tokens), 384)
+    for row, prompt in zip(logits, tokens, strict=True):
+        found = NEEDLE.search(bytes(prompt[1:][-120:].tolist()).decode())
+        row[ord(found[1] if found else "0")] = 1.0
+    return logits
+
+
+@pytest.mark.parametrize(
+    "model, expected", [(finder, 1.0), (no_digit, 1.0), (always_3, 0.1), (torch.zeros_like, 0.1)]
+)
+@pytest.mark.parametrize("trials", [10, 30])
+def test_who_finds_it_scores_1_and_who_always_says_the_same_exactly_a_tenth(
+    model, expected, trials
+):
+    if model is torch.zeros_like:
+
+        def model(tokens):
+            return torch.zeros(len(tokens), 384)
+
+    cells = niah.evaluate(model, niah.Prompts(BYTES), settings(100, 400, trials=trials), CPU)
+    assert {(cell.context, cell.depth) for cell in cells} == set(product((100, 400), niah.DEPTHS))
+    assert {cell.correct for cell in cells} == {round(expected * trials)}
+    assert all(len(cell.answers) == trials for cell in cells)
+
+
+def test_each_cell_has_its_own_trials():
+    cells = niah.evaluate(short_sighted, niah.Prompts(BYTES), settings(100, 1000), CPU)
+    for cell in cells:
+        seen = cell.context == 100 or cell.depth == 100
+        assert cell.answers == ("0123456789" if seen else "0" * 10)
+        assert cell.correct == (10 if seen else 1)
+
+
+def test_batch_size_and_order_change_nothing_but_the_batches():
+    seen = []
+
+    def model(tokens):
+        """Answers that depend on all of a prompt."""
+        seen.append(tokens)
+        torch.manual_seed(0)
+        return torch.stack(
+            [
+                torch.rand(384, generator=torch.manual_seed(int((p * torch.arange(len(p))).sum())))
+                for p in tokens
+            ]
+        )
+
+    prompts = niah.Prompts(BYTES)
+    expected = niah.evaluate(model, prompts, settings(64, 100, 81), CPU)
+    prompts_seen = {tuple(row.tolist()) for tokens in seen for row in tokens}
+    assert len({cell.answers for cell in expected}) > len(expected) / 2
+    for batch_size in (1, 7, 1000):
+        seen.clear()
+        heard = []
+        changed = settings(81, 64, 100, batch_size=batch_size, depths=niah.DEPTHS[::-1])
+        got = niah.evaluate(model, prompts, changed, CPU, heard.append)
+        assert sorted(map(repr, got)) == sorted(map(repr, expected))
+        assert {tuple(row.tolist()) for tokens in seen for row in tokens} == prompts_seen
+        assert max(map(len, seen)) == min(batch_size, 70)
+        assert sum(heard) == sum(tokens.numel() for tokens in seen) == 70 * (64 + 81 + 100)
+        # out of memory shows in the first batch
+        assert seen[0].shape[1] == 100
+
+
+def test_out_of_memory_is_a_sentence_with_a_remedy():
+    def model(tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    for batch_size, remedy in ((8, "smaller --batch-size"), (1, "leave it out of --contexts")):
+        with pytest.raises(
+            ValueError, match=f"--batch-size = {batch_size} at context 200: .*{remedy}"
+        ):
+            niah.evaluate(model, niah.Prompts(BYTES), settings(200, batch_size=batch_size), CPU)
+
+
+def test_logits_that_are_no_numbers_are_no_answer():
+    with pytest.raises(ValueError, match="not finite"):
+        niah.evaluate(
+            lambda tokens: torch.full([len(tokens), 384], torch.nan),
+            niah.Prompts(BYTES),
+            settings(100),
+            CPU,
+        )
+
+
+# ---- checkpoints
+
+
+def run_script(monkeypatch, *arguments):
+    """The exit code of scripts/niah.py."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as exit:
+        return exit.code
+    return 0
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_run(tmp_path / "run", build("debug", seq_len=600), flavor="debug", lighthouse=True)
+
+
+def test_logits_are_the_models_at_the_last_position_wherever_it_lies(checkpoint, tmp_path):
+    model = build("debug", seq_len=600)
+    export(find_checkpoint(checkpoint), tmp_path / "hf")
+    prompts = niah.Prompts(BYTES)
+    tokens = torch.tensor([prompts(600, 50, trial, 0) for trial in range(3)])
+    for path in (checkpoint, tmp_path / "run", tmp_path / "hf"):
+        candidate = niah.find_candidate(path)
+        with torch.inference_mode():
+            got = candidate.load(CPU, torch.float32)(tokens)
+            assert (got - model(tokens)[:, -1]).abs().max() < 1e-4
+            in_bf16 = candidate.load(CPU, torch.bfloat16)(tokens)
+        assert in_bf16.dtype == torch.bfloat16
+        assert 0 < (in_bf16 - got).abs().max() < 0.2 * got.std()
+        assert niah.Prompts(candidate.tokenizer)(600, 50, 2, 0) == tokens[2].tolist()
+        assert candidate.max_context == 600
+
+
+def test_logits_of_the_other_positions_are_never_computed(checkpoint, tmp_path, monkeypatch):
+    export(find_checkpoint(checkpoint), tmp_path / "hf")
+    shapes = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "linear",
+        lambda *args: shapes.append((out := linear(*args)).shape) or out,
+    )
+    for path in (checkpoint, tmp_path / "hf"):
+        shapes.clear()
+        with torch.inference_mode():
+            niah.find_candidate(path).load(CPU, torch.float32)(
+                torch.zeros(2, 50, dtype=torch.int64)
+            )
+        assert [shape for shape in shapes if shape[-1] == flavors["debug"].vocab_size] == [
+            (2, 1, 384)
+        ]
+
+
+def test_an_untrained_model_scores_as_by_chance():
+    torch.manual_seed(0)
+    model = LighthouseTransformer(replace(flavors["debug"], max_seq_len=256))
+    with torch.no_grad():
+        model.init_weights()
+    cells = niah.evaluate(
+        lambda tokens: model(tokens)[:, -1], niah.Prompts(BYTES), settings(64, 256, trials=20), CPU
+    )
+    n_trials = 20 * len(cells)
+    assert abs(mean(cells, 20) - 0.1) < 4 * math.sqrt(0.1 * 0.9 / n_trials)
+
+
+def test_the_script_writes_table_records_and_heat_map(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--contexts", 60, 120, "--depths", 0, 50, "--trials", 20, "--seed", 7]
+    assert run_script(monkeypatch, checkpoint, "--device", "cpu", *options) == 0
+    folder = tmp_path / "results/niah/run-step-3"
+    out, err = capsys.readouterr()
+    assert (folder / "table.md").read_text().strip() in out and "first stage" in err
+    assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+
+    record = json.loads((folder / "niah.json").read_text())
+    assert record["checkpoint"] == str(checkpoint) and record["trained_with_lighthouse"]
+    assert [record[key] for key in ("contexts", "depths", "trials", "seed")] == [
+        [60, 120],
+        [0, 50],
+        20,
+        7,
+    ]
+    assert (record["training.seq_len"], record["dtype"]) == (600, "float32")
+    cells = record["cells"]
+    assert {(cell["context"], cell["depth"]) for cell in cells} == set(product((60, 120), (0, 50)))
+    for cell in cells:
+        right = [int(answer) == trial % 10 for trial, answer in enumerate(cell["answers"])]
+        assert cell["correct"] == sum(right) and cell["mean"] == cell["correct"] / len(right)
+    n_trials = 20 * len(cells)
+    assert record["mean"] == sum(cell["correct"] for cell in cells) / n_trials
+    assert record["standard_error"] == math.sqrt(record["mean"] * (1 - record["mean"]) / n_trials)
+
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    assert rows[0] == ["depth", "60", "120", "mean"]
+    by_place = {(cell["context"], cell["depth"]): cell["mean"] for cell in cells}
+    for row, depth in zip(rows[2:-1], (0, 50), strict=True):
+        assert row[:3] == [
+            f"{depth} %",
+            *(f"{by_place[context, depth]:.2f}" for context in (60, 120)),
+        ]
+    assert rows[-1][0] == "mean" and float(rows[-1][-1].strip("*")) == pytest.approx(
+        record["mean"], abs=0.005
+    )
+
+
+def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, monkeypatch, capsys):
+    path = save_run(tmp_path / "run", build("debug", seq_len=5000), flavor="debug")
+    assert niah.contexts_that_fit(niah.find_candidate(path)) == (4096,)
+    monkeypatch.setattr(niah, "CONTEXTS", (100, 200, 5001, 9000))
+    options = ["--device", "cpu", "--depths", 0, "--output", tmp_path / "out"]
+    assert run_script(monkeypatch, path, *options) == 0
+    err = capsys.readouterr().err
+    assert "left out: contexts 5001, 9000, beyond training.seq_len = 5000" in err
+    assert json.loads((tmp_path / "out/niah.json").read_text())["contexts"] == [100, 200]
+
+
+def hugging_face(path, **changes):
+    folder = path.parents[1] / "hf"
+    export(find_checkpoint(path), folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def no_limit(path):
+    return [
+        hugging_face(path, max_position_embeddings=None)
+    ], "no whole number max_position_embeddings"
+
+
+def hf_too_long(path):
+    return [hugging_face(path), "--contexts", 601], "601 exceed max_position_embeddings = 600"
+
+
+def hf_no_tokenizer(path):
+    folder = hugging_face(path)
+    (folder / "tokenizer.json").unlink()
+    return [folder], "put the model's tokenizer.json"
+
+
+def hf_no_weights(path):
+    folder = hugging_face(path)
+    (folder / "model.safetensors").unlink()
+    return [folder, "--contexts", 100], "holds no whole model"
+
+
+def no_checkpoint(path):
+    return [path.with_name("step-4")], "not a complete checkpoint"
+
+
+def no_config(path):
+    (path.parents[1] / "config.json").unlink()
+    return [path], "config.json is missing"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_limit,
+        hf_too_long,
+        hf_no_tokenizer,
+        hf_no_weights,
+        no_checkpoint,
+        no_config,
+        lambda path: ([path], "training.seq_len = 600"),  # no context of the protocol fits
+        lambda path: ([path, "--contexts", 100, 601], "601 exceed training.seq_len = 600"),
+        lambda path: ([path, "--contexts", 36], "can't hold the needle and the question: give 37"),
+        lambda path: ([path, "--contexts", 100, "--depths", 50, 101], "101 are no percentages"),
+        lambda path: (
+            [path, "--contexts", 100, "--trials", 15],
+            "--trials = 15: give a multiple of 10",
+        ),
+        lambda path: (
+            [path, "--contexts", 100, "--batch-size", 0],
+            "--batch-size = 0: give 1 or more",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
+    checkpoint, monkeypatch, capsys, spoil, tmp_path
+):
+    arguments, reason = spoil(checkpoint)
+    capsys.readouterr()
+    output = tmp_path / "out"
+    assert run_script(monkeypatch, *arguments, "--device", "cpu", "--output", output) == 2
+    message = capsys.readouterr().err
+    assert reason in message and "Traceback" not in message
+
+
+def test_without_transformers_a_hugging_face_folder_says_what_to_install(
+    checkpoint, monkeypatch, capsys
+):
+    folder = hugging_face(checkpoint)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run_script(monkeypatch, folder, "--device", "cpu") == 2
+    assert "pip install 'transformers" in capsys.readouterr().err
+    assert niah.find_candidate(checkpoint).max_context == 600
