@@ -3,6 +3,8 @@
 Runs on the GPU where there is one, else with the kernels under Triton's interpreter.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from torchtitan_ext.lighthouse import attention as layer
-from torchtitan_ext.lighthouse import kernels
+from torchtitan_ext.lighthouse import kernels, scorers
 from torchtitan_ext.model import Lighthouse, LighthouseModelArgs, LighthouseTransformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,9 +38,9 @@ def triton_everywhere(monkeypatch):
     monkeypatch.setattr(layer, "_operators_for", lambda _: kernels)
 
 
-def model():
+def model(args=ARGS):
     torch.manual_seed(0)
-    built = LighthouseTransformer(ARGS).to(DEVICE)
+    built = LighthouseTransformer(args).to(DEVICE)
     with torch.no_grad():
         built.init_weights()
     return built
@@ -88,6 +90,21 @@ def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(mode, c
     built = compile_block(built) if compiled else built
     tolerance = dict(rtol=1e-4, atol=1e-6) if compiled else dict(rtol=0, atol=0)
     assert_same(gradients(built), gradients(model()), **tolerance)
+
+
+@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_selective_checkpointing_keeps_the_scores(scorer, compiled, monkeypatch):
+    calls, compute = [], getattr(scorers, f"{scorer}_scores")
+    monkeypatch.setattr(scorers, f"{scorer}_scores", lambda *x: calls.append(x) or compute(*x))
+    settings = ActivationCheckpoint(mode="selective", selective_ac_option="op")
+    args = replace(ARGS, lighthouse=replace(ARGS.lighthouse, scorer=scorer))
+    plain, built = gradients(model(args)), model(args)
+    calls.clear()
+    apply_ac(built, settings, model_compile_enabled=compiled, op_sac_save_list=_op_sac_save_list)
+    ours = gradients(compile_block(built) if compiled else built)
+    assert len(calls) == 1
+    assert_same(ours, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_works_under_autocast():

@@ -17,7 +17,11 @@ from torchtitan_ext.model import Lighthouse, LighthouseTransformer, flavors
 from torchtitan_ext.model.train_spec import LighthouseMetricsProcessor
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(ROOT.glob("configs/*/*.toml"))
+CONFIGS = [
+    path
+    for path in sorted(ROOT.glob("configs/*/*.toml"))
+    if path.stem != "ablations"  # a grid, no job
+]
 SMALL = Lighthouse(enable=True, levels=2, top_k=8, tile_winners=4)
 
 
@@ -118,6 +122,27 @@ def test_flops_count_the_pairs_that_each_layer_attends():
     assert keys(dense_layers=list(range(n_layers))) == n_layers * 32
     assert keys(dense_layers=[]) == pytest.approx(n_layers * lighthouse)
     assert keys(dense_layers=[1]) == pytest.approx(32 + (n_layers - 1) * lighthouse)
+
+
+@pytest.mark.parametrize(("scorer", "dilation"), [("dilated", 1), ("dilated", 4), ("gla", 4)])
+def test_flops_count_what_the_scorer_attends(scorer, dilation):
+    def flops(seq_len, **section):
+        model_args = args(lighthouse=dataclasses.replace(SMALL, dense_layers=[], **section))
+        return model_args.get_nparams_and_flops(build(model_args, device="meta"), seq_len)[1]
+
+    def of_scorer(seq_len):
+        scored = flops(seq_len, scorer=scorer, dilation=dilation)
+        return seq_len * (scored - flops(seq_len, scorer="norm"))
+
+    # Matrix products of one head of one layer, forward: two attentions, each of the logits and of the output.
+    n, d = 64, args().dim // args().n_heads
+    if scorer == "dilated":
+        products = 2 * dilation * 2 * (2 * (n // dilation) ** 2 * d) / 2
+        assert of_scorer(2 * n) == pytest.approx(4 * of_scorer(n), rel=1e-3)
+    else:
+        products = 2 * n * 2 * (2 * d * d)  # a token enters the state, and reads it
+        assert of_scorer(2 * n) == pytest.approx(2 * of_scorer(n), rel=1e-3)
+    assert of_scorer(n) == pytest.approx(args().n_layers * args().n_heads * products, rel=1e-3)
 
 
 def test_importing_registers_the_model_once():

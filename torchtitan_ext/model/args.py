@@ -34,13 +34,21 @@ class LighthouseModelArgs(TransformerModelArgs):
 
         torchtitan's count, but of the attention that is there: causal attention computes half of the
         pairs, and a Lighthouse layer attends S x S pairs for N tokens. So a token pays for N/2 keys in a
-        dense layer and for S^2/2N in a Lighthouse layer, where torchtitan counts N.
+        dense layer and for S^2/2N in a Lighthouse layer, where torchtitan counts N. Its scorer attends
+        twice, forward only: dilated to half of a residue class, gla to a state as large as head_dim keys.
         """
         nparams, flops = super().get_nparams_and_flops(model, seq_len)
         n_lighthouse = len(self.lighthouse_layers)
         keys = (self.n_layers - n_lighthouse) * seq_len / 2
         if n_lighthouse:
-            keys += n_lighthouse * self.lighthouse.gathered_len(seq_len) ** 2 / seq_len / 2
+            config = self.lighthouse
+            keys += n_lighthouse * config.gathered_len(seq_len) ** 2 / seq_len / 2
+            scored = {
+                "norm": 0,
+                "dilated": seq_len / config.dilation / 2,
+                "gla": self.dim // self.n_heads,
+            }
+            keys += n_lighthouse * 2 * scored[config.scorer] / 3  # forward is a third of a step
         flops += 6 * 2 * self.dim * (keys - self.n_layers * seq_len)
         return nparams, round(flops)
 

@@ -29,11 +29,14 @@ from .checks import check_job
 from .loss import build_loss
 from .model import LighthouseTransformer
 
+# What attention's output was computed from: with it kept, selective activation checkpointing makes no
+# selection twice, nor the attention that scored it.
+_op_sac_save_list.add(torch.ops.lighthouse.attention_scores.default)
+if kernels:
+    _op_sac_save_list.add(torch.ops.lighthouse.select.default)
+
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    if kernels:
-        # What attention's output was computed from: with it kept, no selection is made twice.
-        _op_sac_save_list.add(torch.ops.lighthouse.select.default)
     model = parallelize_llama(model, parallel_dims, job_config)
     if device_type == "cpu":
         for module in model.modules():
@@ -66,7 +69,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             seq_len = job_config.training.seq_len
             gathered_len = job_config.lighthouse.gathered_len(seq_len)
             self.constants["gathered_len"] = gathered_len
-            self.extra_columns = f"gathered: {gathered_len:,} of {seq_len:,}"
+            self.extra_columns = f"  gathered: {gathered_len:,} of {seq_len:,}"
 
     def should_log(self, step: int) -> bool:
         # The first step of a process shows what resuming, or switching to dense, did to the loss.
