@@ -12,6 +12,7 @@ takes each run's last step apart, every part beside its limit on this GPU.
 import argparse
 import json
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchtitan.config import ConfigManager, JobConfig
 
 from torchtitan_ext import step_profile
-from torchtitan_ext.model import flavors
+from torchtitan_ext.model import check_job, flavors
 from torchtitan_ext.records import CONFIG_FILE, LOSS, SECONDS, TOKENS_PER_SECOND
 from torchtitan_ext.runner import child_environment, torchrun
 
@@ -35,29 +36,62 @@ PROFILED = 2  # steps
 RECIPE = [["dense", "configs/530m/dense.toml"], ["stage1", "configs/530m/stage1.toml"]]
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
+    return int(text)
+
+
+def job_arguments(settings: list[str], args: argparse.Namespace) -> list[str]:
+    """A run's torchtitan arguments after its job file: no checkpoints, local sources, and the run's settings."""
+    found = [
+        *("--checkpoint.no_enable", "--checkpoint.initial_load_path=None"),
+        *(f"--training.steps={args.steps}", "--training.global_batch_size=-1"),
+        *("--training.dataset=python_source", f"--metrics.log_freq={args.window}"),
+        "--metrics.enable_tensorboard",
+    ]
+    if args.dataset_path:
+        found.append(f"--training.dataset_path={args.dataset_path}")
+    if args.profile:
+        found += ["--profiling.enable_profiling", f"--profiling.profile_freq={args.steps}"]
+        found += [f"--profiling.profiler_active={PROFILED}", "--profiling.profiler_warmup=1"]
+    for setting in settings:
+        path, _, value = setting.partition("=")
+        section, _, field = path.rpartition(".")
+        if value in ("true", "false"):  # torchtitan's switches take no value
+            setting = f"{section}.{field if value == 'true' else f'no_{field}'}"
+        found.append(f"--{setting}")
+    return found
+
+
+def parse_job(config: str, settings: list[str], args: argparse.Namespace) -> JobConfig:
+    """The job, checked as it would check itself. Raises ValueError; torchtitan's parser exits by itself."""
+    job = ConfigManager().parse_args(["--job.config_file", config, *job_arguments(settings, args)])
+    check_job(job)
+    return job
+
+
 def train(
     nproc: int, config: str, settings: list[str], args: argparse.Namespace, folder: Path
 ) -> str | None:
     """Run one job; returns the last lines of its output if it failed."""
-    command = [
-        *(*torchrun(nproc, config), f"--job.dump_folder={folder}"),
-        *("--checkpoint.no_enable", f"--training.steps={args.steps}"),
-        *("--training.global_batch_size=-1", "--training.dataset=python_source"),
-        *(f"--metrics.log_freq={args.window}", "--metrics.enable_tensorboard"),
-        *(f"--{setting}" for setting in settings),
-    ]
-    if args.profile:
-        command += [
-            *("--profiling.enable_profiling", f"--profiling.profile_freq={args.steps}"),
-            *(f"--profiling.profiler_active={PROFILED}", "--profiling.profiler_warmup=1"),
-        ]
-    if args.dataset_path:
-        command.append(f"--training.dataset_path={args.dataset_path}")
+    command = [*torchrun(nproc, config), *job_arguments(settings, args)]
     done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=child_environment()
+        [*command, f"--job.dump_folder={folder}"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=child_environment(),
     )
     (folder / "log.txt").write_text(done.stdout + done.stderr)
     return "\n".join((done.stdout + done.stderr).splitlines()[-60:]) if done.returncode else None
+
+
+def timed_windows(window: int, profile: bool) -> slice:
+    """The logged points that count. The first window warms up, and the end of the last one is what is profiled.
+
+    Step 1 is logged whatever the window."""
+    return slice(1 if window == 1 else 2, -1 if profile else None)
 
 
 def record(folder: Path, timed: slice) -> dict:
@@ -81,22 +115,17 @@ def record(folder: Path, timed: slice) -> dict:
     }
 
 
-def profile(row: dict, folder: Path, config: str, settings: list[str]) -> tuple[JobConfig, dict]:
-    """The run's job, and the parts of its last step with the kernels behind them; its idle time is what a timed
-    step takes longer than those, since the profiler holds up the launches."""
+def profile(folder: Path, job: JobConfig) -> dict:
+    """The parts of the run's last step, on its first rank, and the kernels behind them."""
     [trace] = folder.glob("profile_traces/*/rank0_trace.json")
-    job = ConfigManager().parse_args(
-        ["--job.config_file", config, *(f"--{setting}" for setting in settings)]
-    )
-    vocab_size = flavors[job.model.flavor].vocab_size
     step = step_profile.last_step(step_profile.read_kernels(trace))
-    parts, kernels = step_profile.breakdown(step, job.training.seq_len, vocab_size)
-    parts[step_profile.IDLE] = max(0.0, 1e3 * row["step_s"] - sum(parts.values()))
-    return job, {"parts_ms": parts, "kernels": kernels[:60]}
+    vocab_size = flavors[job.model.flavor].vocab_size
+    parts, kernels = step_profile.breakdown(*step, job.training.seq_len, vocab_size)
+    return {"parts_ms": parts, "kernels": kernels[:60]}
 
 
 def add_limits(jobs: dict[str, JobConfig], profiles: dict[str, dict]) -> None:
-    """Measure this GPU's rates, and give every profile the limits of its parts."""
+    """Measure this GPU's rates, and give the profiles of these jobs the limits of their parts."""
     rates = step_profile.measure_rates()
     for name, job in jobs.items():
         args = replace(flavors[job.model.flavor])
@@ -135,14 +164,17 @@ def main() -> None:
     )
     parser.add_argument(
         "--nproc",
-        type=int,
+        type=positive,
         nargs="+",
         default=[1],
         help="processes, one a device; all runs at each",
     )
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=positive, default=16)
     parser.add_argument(
-        "--window", type=int, default=4, help="steps timed at a time; the first of them warm up"
+        "--window",
+        type=positive,
+        default=4,
+        help="steps timed at a time; the first of them warm up",
     )
     parser.add_argument("--dataset-path", help="a tree of sources (default: the standard library)")
     parser.add_argument(
@@ -163,10 +195,21 @@ def main() -> None:
     if args.profile and not on_gpu:
         parser.error("--profile: there is no CUDA device here")
     runs = args.run or RECIPE
+    jobs = {}
     for run in runs:
+        name = run[0]
         if len(run) < 2 or not Path(run[1]).is_file():
             parser.error(f"--run {' '.join(run)}: give a name and the path of a job file")
-        tomli.loads(Path(run[1]).read_text())
+        if name in jobs or not re.fullmatch(r"[\w-]+", name):
+            parser.error(
+                f"--run {name}: give each run a name of its own, of letters, digits, _ and -"
+            )
+        run.extend(args.settings)
+        try:
+            tomli.loads(Path(run[1]).read_text())
+            jobs[name] = parse_job(run[1], run[2:], args)
+        except ValueError as error:
+            parser.error(f"--run {' '.join(run)}: {error}")
 
     machine = {
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
@@ -175,15 +218,17 @@ def main() -> None:
     }
     records = {"machine": machine, "commands": [], "rows": [], "profiles": {}}
     if args.append and args.output.exists():
-        records = json.loads(args.output.read_text())
+        try:
+            records = json.loads(args.output.read_text())
+        except json.JSONDecodeError as error:
+            parser.error(f"--append: {args.output} is no record ({error}); name another --output")
         if records["machine"] != machine:
             parser.error(f"--append: {args.output} is of {records['machine']}, this is {machine}")
     records["commands"].append(" ".join(["python", *sys.argv]))
 
-    rows, jobs, profiles = [], {}, {}
+    rows, profiles, limited = [], {}, {}
     todo = [(nproc, *run) for nproc in args.nproc for run in runs]
-    # Step 1 is logged whatever the window. What is profiled is the end of the last window.
-    timed = slice(1 if args.window == 1 else 2, -1 if args.profile else None)
+    timed = timed_windows(args.window, args.profile)
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     def save():
@@ -195,29 +240,31 @@ def main() -> None:
 
     for number, (nproc, name, config, *settings) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {name}: {args.steps} steps of {config}", flush=True)
-        settings += args.settings
         row = {"name": name, "config": " ".join([config, *settings]), "n_gpus": nproc}
         with tempfile.TemporaryDirectory() as tmp:
             error = train(nproc, config, settings, args, Path(tmp))
             log = args.output.with_name(f"bench_train_{name}_{nproc}.log")
             shutil.copy(Path(tmp, "log.txt"), log)
             if error:
-                out_of_memory = "OutOfMemoryError" in log.read_text()
+                out_of_memory = re.search("OutOfMemoryError|CUDA.*out of memory", log.read_text())
                 row["error"] = "out of memory" if out_of_memory else f"failed: {log}"
                 print(row["error"] if out_of_memory else error, file=sys.stderr)
             else:
                 row |= record(Path(tmp), timed)
                 if args.profile:
                     key = name if nproc == 1 else f"{name} on {nproc}"
-                    jobs[key], profiles[key] = profile(row, Path(tmp), config, settings)
+                    profiles[key] = profile(Path(tmp), jobs[name])
+                    # They are those of a lone device that recomputes nothing.
+                    if nproc == 1 and jobs[name].activation_checkpoint.mode == "none":
+                        limited[key] = jobs[name]
         rows.append(row)
         print(table([row]).splitlines()[-1], flush=True)
         save()
-    if jobs:
-        add_limits(jobs, profiles)
+    if limited:
+        add_limits(limited, profiles)
         save()
     for name, found in profiles.items():
-        print(f"\n{name}\n\n{step_profile.table(found['parts_ms'], found['limits_ms'])}")
+        print(f"\n{name}\n\n{step_profile.table(found['parts_ms'], found.get('limits_ms'))}")
     print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {args.output}")
     if failed := [row["name"] for row in rows if "error" in row]:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -11,6 +11,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.config import JobConfig as TorchtitanJobConfig
 from torchtitan.config.job_config import Metrics
 from torchtitan.models.llama3 import Transformer
+from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_ext.model import Lighthouse, LighthouseTransformer, flavors
@@ -205,7 +206,7 @@ def differing(a, b):
     return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
 
-@pytest.mark.parametrize("recipe", ["530m", "demo"])
+@pytest.mark.parametrize("recipe", ["530m", "530m-256k", "530m-1m", "small", "demo"])
 def test_the_stages_differ_only_where_they_must(recipe):
     stage1, stage2, dense = (
         ROOT / "configs" / recipe / f"{name}.toml" for name in ("stage1", "stage2", "dense")
@@ -231,3 +232,20 @@ def test_the_first_step_of_every_process_is_logged():
     processor.first_step = True
     processor.job_config = TorchtitanJobConfig(metrics=Metrics(log_freq=10))
     assert [step for step in range(101, 121) if processor.should_log(step)] == [101, 110, 120]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_patched_rope_is_the_complex_product(dtype):
+    """Patched to real arithmetic, with and without given positions."""
+    g = torch.Generator().manual_seed(0)
+    xq, xk = (torch.randn(2, 16, heads, 8, generator=g).to(dtype) for heads in (4, 2))
+    table = precompute_freqs_cis(8, 32)
+    positions = torch.randperm(32, generator=g)[:16].expand(2, -1)
+    for given, rows in ((None, table[:16]), (positions, table[positions[0]])):
+        for x, got in zip((xq, xk), apply_rotary_emb(xq, xk, table, given), strict=True):
+            pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+            expected = torch.view_as_real(pairs * rows[:, None].to(torch.complex128)).flatten(-2)
+            assert got.dtype == dtype
+            assert (got - expected).abs().max() <= {torch.float32: 1e-6, torch.bfloat16: 2e-2}[
+                dtype
+            ]

@@ -48,24 +48,30 @@ def test_a_step_is_split_into_parts_without_gap_or_overlap(tmp_path):
         ("ncclDevKernel", 15_500, 18_000, ("FSDP::post_backward_reduce", None)),
         ("triton_poi_mul", 16_000, 20_000, ("CompiledFunction", None), ("triton_poi_mul", mm)),
         ("liger_cross_entropy_kernel", 20_000, 21_000),
-        ("adam", 21_000, 22_000, ADAM),
-        ("after", 23_000, 24_000),
+        ("copy", 21_000, 21_500, ("fsdp::all_gather_copy_in", None), ("aten::_foreach_copy_", mm)),
+        ("reduce", 21_500, 21_750, ("aten::_foreach_norm", mm)),
+        ("sum", 21_750, 22_000, ("aten::embedding_dense_backward", [[VOCAB, 64]])),
+        ("layer_norm", 22_000, 22_250, ("aten::_fused_rms_norm", mm)),
+        ("adam", 22_250, 23_000, ADAM),
+        ("after", 24_000, 25_000),
     )
-    step = step_profile.last_step(step_profile.read_kernels(file))
-    parts, rows = step_profile.breakdown(step, SEQ_LEN, VOCAB)
+    kernels, idle = step_profile.last_step(step_profile.read_kernels(file))
+    parts, rows = step_profile.breakdown(kernels, idle, SEQ_LEN, VOCAB)
     assert {part: ms for part, ms in parts.items() if ms} == {
         step_profile.BLOCK_GEMMS: 3,
         step_profile.OUTPUT_GEMMS: 1,
         step_profile.DENSE_ATTENTION: 4,
         step_profile.GATHERED_ATTENTION: 1,
         step_profile.LIGHTHOUSE: 0.5,
-        step_profile.SHARDING: 2.5,
-        step_profile.ELEMENTWISE: 2,  # the half that overlaps the collective belongs to that one
+        step_profile.SHARDING: 3,
+        step_profile.ELEMENTWISE: 2.25,  # the half that overlaps the collective belongs to that one
         step_profile.LOSS: 1,
+        step_profile.EMBEDDING: 0.25,
         step_profile.OPTIMIZER: 1,
+        step_profile.IDLE: 1,
     }
     assert {(row["kernel"], row["calls"], row["ms"]) for row in rows} >= {("triton_poi_mul", 1, 4)}
-    assert sum(parts.values()) == 22 - 6  # from the first kernel on
+    assert sum(parts.values()) == 23 - 5  # from one optimizer step's end to the next one's
 
 
 def test_a_trace_of_one_step_is_refused(tmp_path):
@@ -92,6 +98,21 @@ def test_limits_count_every_layer_once(monkeypatch):
     gemms = with_lighthouse[step_profile.BLOCK_GEMMS] + with_lighthouse[step_profile.OUTPUT_GEMMS]
     matrices = 530_117_632 - 128_256 * 1024 - 61 * 1024
     assert gemms == pytest.approx(6 * matrices * n / 700e12 * 1e3)
-    assert step_profile.limits(n, 2, args, rates)[step_profile.LOSS] == pytest.approx(
-        2 * with_lighthouse[step_profile.LOSS]
+    # The optimizer reads and writes a weight and two moments, and reads the gradient, here and for its norm: fp32.
+    assert with_lighthouse[step_profile.OPTIMIZER] == pytest.approx(
+        8 * 4 * 530_117_632 / 4e12 * 1e3
     )
+    # Elementwise work is linear in layers but for the ends; dense layers rotate all of q and k, there and back.
+    row = n * 1024 * 2 / 4e12 * 1e3
+    fewer = step_profile.limits(n, 1, dataclasses.replace(dense, n_layers=29), rates)
+    a_layer = without[step_profile.ELEMENTWISE] - fewer[step_profile.ELEMENTWISE]
+    assert a_layer == pytest.approx((8 + 3 * 1.5 + 8 + 5 * 1.5 + 8) * row)
+    rotation = without[step_profile.ELEMENTWISE] - with_lighthouse[step_profile.ELEMENTWISE]
+    assert rotation == pytest.approx(26 * 8 * row)
+    # q and k are read for the scores; q, k, v and the output are read or written whole once each way.
+    assert with_lighthouse[step_profile.LIGHTHOUSE] == pytest.approx(
+        26 * (2 + 8 + 8 * gathered / n) * row
+    )
+    twice = step_profile.limits(n, 2, args, rates)
+    for part in (step_profile.LOSS, step_profile.ELEMENTWISE, step_profile.LIGHTHOUSE):
+        assert twice[part] == pytest.approx(2 * with_lighthouse[part])

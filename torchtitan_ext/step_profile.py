@@ -5,6 +5,7 @@ large matrix product, or, for attention, the time of the stock kernel alone: all
 """
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -111,10 +112,10 @@ def _in_optimizer(kernel: Kernel) -> bool:
 def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
     """The part of the step that a kernel belongs to."""
     stack = " ".join(kernel.stack)
-    if _in_optimizer(kernel) or "_foreach" in stack or "clip_grad" in stack:
-        return OPTIMIZER
     if "FSDP::" in stack or "fsdp::" in stack or "nccl" in kernel.name:
         return SHARDING
+    if _in_optimizer(kernel) or "_foreach" in stack or "clip_grad" in stack:
+        return OPTIMIZER
     if "scaled_dot_product" in stack:
         return DENSE_ATTENTION if kernel.rows == seq_len else GATHERED_ATTENTION
     if "lighthouse::" in stack:
@@ -127,14 +128,16 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
         return EMBEDDING
     if of_loss:
         return LOSS
-    return ELEMENTWISE if kernel.name.startswith("triton_") else OTHER
+    compiled = kernel.name.startswith("triton_") or "Compiled" in stack
+    return ELEMENTWISE if compiled or "norm" in stack else OTHER
 
 
-def last_step(kernels: list[Kernel]) -> list[Kernel]:
-    """The kernels of a trace's last step, which lies between the ends of two optimizer steps.
+def last_step(kernels: list[Kernel]) -> tuple[list[Kernel], float]:
+    """The kernels of a trace's last step, which lies between the ends of two optimizer steps, and the milliseconds
+    in which none ran.
 
-    Where several run at once the time belongs to the one that started first, so that the times `alone` add up to
-    the time in which any ran.
+    Where several run at once the time belongs to the one that started first, so that the times `alone` and the idle
+    time add up to the step.
 
     Raises:
         ValueError: the trace holds fewer than two optimizer steps.
@@ -150,15 +153,15 @@ def last_step(kernels: list[Kernel]) -> list[Kernel]:
             alone = max(0.0, kernel.end - max(kernel.start, covered))
             found.append(replace(kernel, alone=alone))
             covered = max(covered, kernel.end)
-    return found
+    return found, (covered - begin - sum(kernel.alone for kernel in found)) / 1e3
 
 
 def breakdown(
-    step: list[Kernel], seq_len: int, vocab_size: int
+    kernels: list[Kernel], idle: float, seq_len: int, vocab_size: int
 ) -> tuple[dict[str, float], list[dict]]:
-    """Milliseconds of each of PARTS (`alone`; IDLE left at 0), and a row a kernel name, the longest first."""
-    parts, rows = dict.fromkeys(PARTS, 0.0), {}
-    for kernel in step:
+    """Milliseconds of each of PARTS in `last_step`'s step, and a row a kernel name, the longest first."""
+    parts, rows = dict.fromkeys(PARTS, 0.0) | {IDLE: idle}, {}
+    for kernel in kernels:
         part = part_of(kernel, seq_len, vocab_size)
         parts[part] += kernel.alone / 1e3
         row = rows.setdefault(
@@ -169,37 +172,30 @@ def breakdown(
     return parts, sorted(rows.values(), key=lambda row: -row["ms"])
 
 
-def _median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of a call, after a warm-up of a fifth of a second."""
-    ready = torch.cuda.Event(enable_timing=True)
-    ready.record()
-    while True:
-        function()
-        now = torch.cuda.Event(enable_timing=True)
-        now.record()
-        now.synchronize()
-        if ready.elapsed_time(now) > 200:
-            break
+def _times_ms(function: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each of the calls, ascending, after three to warm up."""
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 3):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
         stop.record()
         times.append((start, stop))
     torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in times)[repeats // 2]
+    return sorted(start.elapsed_time(stop) for start, stop in times[3:])
 
 
 def measure_rates() -> dict[str, float]:
-    """Of this GPU: `tflops`, a bf16 product of 8,192-square random matrices; `gb_s`, a copy of 2 GiB, read and
-    written."""
+    """The best of this GPU: `tflops`, a bf16 product of 8,192-square random matrices, `gb_s`, a copy of 2 GiB, read
+    and written. A GPU at rest is cooler, and faster for some milliseconds than it stays."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
+    torch.cuda.synchronize()
+    time.sleep(2)
     return {
-        "tflops": 2 * 8192**3 / _median_ms(lambda: a @ b, 50) / 1e9,
-        "gb_s": 2 * source.nbytes / _median_ms(lambda: target.copy_(source), 30) / 1e6,
+        "tflops": 2 * 8192**3 / _times_ms(lambda: a @ b, 20)[0] / 1e9,
+        "gb_s": 2 * source.nbytes / _times_ms(lambda: target.copy_(source), 20)[0] / 1e6,
     }
 
 
@@ -222,7 +218,7 @@ def attention_ms(rows: int, n_heads: int, n_kv_heads: int, head_dim: int) -> flo
             )
         torch.autograd.grad(out, (q, k, v), grad)
 
-    return _median_ms(step, 7)
+    return _times_ms(step, 7)[3]
 
 
 def limits(
@@ -268,10 +264,10 @@ def limits(
     found[OUTPUT_GEMMS] = flops_ms(6 * tokens * dim * args.vocab_size)
     # the logits are read for the sum of their exponentials and again for the gradient, which is written
     found[LOSS] = bytes_ms(3 * tokens * args.vocab_size * BF16)
-    # forward: norm 2, residual and norm 4, SwiGLU 3 of `width`, residual 3; backward: SwiGLU 5, two norms of 4
-    rows = 17 * n + 8 * n * width / dim
+    # a layer forward: twice residual and norm 4, SwiGLU 3 of `width`; backward: SwiGLU 5, twice residual and norm 4
+    rows = 16 * n + 8 * n * width / dim
     rows += 4 * (1 + kv) * (n - n_lighthouse)  # RoPE reads and writes q and k, twice
-    rows += 5  # the last norm
+    rows += 5  # the first norm, and the last one's backward
     found[ELEMENTWISE] = bytes_ms(rows * row)
     found[EMBEDDING] = bytes_ms(4 * row)
     found[SHARDING] = bytes_ms(n_params * 2 * (4 + BF16))  # parameters to bf16, gradients from it
@@ -281,15 +277,17 @@ def limits(
     return found
 
 
-def table(parts: dict[str, float], least: dict[str, float]) -> str:
-    """The parts of a step beside their limits, Markdown."""
+def table(parts: dict[str, float], least: dict[str, float] | None = None) -> str:
+    """The parts of a step, beside their limits where there are any, Markdown."""
     step = sum(parts.values())
-    lines = [
-        "| part of the step | ms | share | limit ms | of the limit |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    head, rule = "| part of the step | ms | share |", "|---|---:|---:|"
+    if least:
+        head, rule = head + " limit ms | of the limit |", rule + "---:|---:|"
+    lines = [head, rule]
     for part, ms in [*parts.items(), ("step", step)]:
-        limit = sum(least.values()) if part == "step" else least[part]
-        ratio = f"{ms / limit:.2f}x" if limit else "-"
-        lines.append(f"| {part} | {ms:.1f} | {100 * ms / step:.1f} % | {limit:.1f} | {ratio} |")
+        line = f"| {part} | {ms:.1f} | {100 * ms / step:.1f} % |"
+        if least:
+            limit = sum(least.values()) if part == "step" else least[part]
+            line += f" {limit:.1f} | {f'{ms / limit:.2f}x' if limit else '-'} |"
+        lines.append(line)
     return "\n".join(lines)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss
 from torchtitan.config import JobConfig
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
 
 try:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -104,5 +106,9 @@ def linear_cross_entropy_loss(
 def build_loss(job_config: JobConfig, **kwargs: Any) -> LossFunction:
     """torchtitan's loss, or the one above where `loss.fuse_output` asks for it."""
     if job_config.loss.fuse_output:
+        if device_type == "cuda" and not liger_fused_linear_cross_entropy:
+            logger.warning(
+                "Liger-Kernel can't be imported: the loss takes more time and memory without it"
+            )
         return linear_cross_entropy_loss
     return build_cross_entropy_loss(job_config, **kwargs)
