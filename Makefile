@@ -33,8 +33,8 @@ table: setup  ## the split-point experiment of configs/PRESET, continued where i
 test: setup  ## the test suite (CPU, under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
-test-gpu: setup  ## the kernels at full size, and the loss, on a CUDA device
-	$(BIN)/python -m pytest tests/test_kernels.py tests/test_loss.py -m "gpu or not gpu"
+test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUDA device
+	$(BIN)/python -m pytest tests/test_kernels.py tests/test_scorers.py tests/test_loss.py -m "gpu or not gpu"
 
 test-gpus: setup  ## exact resume of the 530M recipe across the switch, on two CUDA devices
 	$(BIN)/python -m pytest tests/test_resume.py -m gpu --timeout 900

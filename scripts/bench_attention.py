@@ -1,7 +1,8 @@
 """Time one Lighthouse layer beside dense SDPA and beside SDPA on the gathered rows alone (the floor).
 
-On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a range of contexts. On a CPU:
-one small case. Writes the records as JSON and, for several lengths, a log-log plot beside them.
+On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a range of contexts, and the
+recipe's context by each scorer. On a CPU: one small case by each. Writes the records as JSON and, for several
+lengths, a log-log plot of the first scorer beside them.
 """
 
 import argparse
@@ -18,13 +19,15 @@ import torch
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
+from torchtitan_ext.lighthouse.config import SCORERS
 
 ROPE_THETA = 10000.0
 # Contexts of the figure, and the settings that differ there: short ones need smaller tiles, the longest a
-# fourth level.
+# fourth level. The recipe's context is timed by every scorer.
 FIGURE = [
     *((seq_len, {"tile_winners": 32}) for seq_len in (4_096, 8_192, 16_384, 32_768, 65_536)),
-    *((seq_len, {}) for seq_len in (98_304, 262_144, 524_288)),
+    *((98_304, {"scorer": scorer}) for scorer in SCORERS),
+    *((seq_len, {}) for seq_len in (262_144, 524_288)),
     (1_048_576, {"levels": 4, "top_k": 4_096, "repeats": 10}),
 ]
 
@@ -107,7 +110,8 @@ def stages_of(q, k, v, config, freqs_cis, attention, device, repeats):
     functions = {
         "score": (
             lambda: ops.score(q, k, v, config),
-            base * (n_heads + n_kv_heads) + scores.numel() * 4,
+            base * (n_heads + n_kv_heads * (1 if config.scorer == "norm" else 2))
+            + scores.numel() * 4,
         ),
         "select": (lambda: ops.select(scores, config), small),
         "gather": (lambda: ops.gather(q, k, v, freqs_cis, slots, config), (base + rows) * heads),
@@ -146,7 +150,12 @@ def bench(seq_len, args, device):
     """One row of the records, and its stages."""
     top_k = args.top_k or max(seq_len // 64, args.tile_winners)
     config = LighthouseConfig(
-        args.levels, args.pooling_factor, top_k, args.scorer, tile_winners=args.tile_winners
+        args.levels,
+        args.pooling_factor,
+        top_k,
+        args.scorer,
+        args.dilation,
+        tile_winners=args.tile_winners,
     )
     config.check_seq_len(seq_len)
     torch.manual_seed(0)
@@ -208,7 +217,8 @@ def bench(seq_len, args, device):
         **{name: times[name] for name in (*dense, *functions)},
         "peak_gib": peak,
     }
-    return record, stages_of(*inputs, config, freqs_cis, attention, device, args.repeats)
+    stages = stages_of(*inputs, config, freqs_cis, attention, device, args.repeats)
+    return record | {"score_ms": stages["score"][0]}, stages
 
 
 def table(records):
@@ -226,15 +236,15 @@ def table(records):
         return f"{against_dense} | {ours / floor:.3f}x"
 
     lines = [
-        "| seq_len | L, p, k | S | pass | dense ms | floor ms | Lighthouse ms | against dense | of the floor | peak GiB |"
+        "| seq_len | L, p, k | S | scorer | alone ms | pass | dense ms | floor ms | Lighthouse ms | against dense | of the floor | peak GiB |"
     ]
-    lines.append("|" + "---|" * 10)
+    lines.append("|" + "---|" * 12)
     for r in records:
         for direction, label in (("fwd", "forward"), ("fwd_bwd", "forward + backward")):
             peak = f"{r['peak_gib']:.2f}" if r["peak_gib"] and direction == "fwd_bwd" else "-"
             lines.append(
                 f"| {r['seq_len']:,} | {r['levels']}, {r['pooling_factor']}, {r['top_k']} | {r['gathered_len']:,} | "
-                f"{label} | {cells(r, direction)} | {peak} |"
+                f"{r['scorer']} | {r['score_ms']:.3f} | {label} | {cells(r, direction)} | {peak} |"
             )
     return "\n".join(lines)
 
@@ -245,6 +255,7 @@ def plot(records, machine, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    records = [r for r in records if r["scorer"] == records[0]["scorer"]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
     for axis, direction, title in zip(
         axes, ("fwd", "fwd_bwd"), ("forward", "forward + backward"), strict=True
@@ -291,7 +302,10 @@ def main():
         "--top-k", type=int, default=0 if on_gpu else 256, help="0: a 64th of the sequence length"
     )
     parser.add_argument("--tile-winners", type=int, default=128 if on_gpu else 32)
-    parser.add_argument("--scorer", default="norm")
+    parser.add_argument(
+        "--scorers", nargs="+", choices=SCORERS, default=SCORERS, help="of a call with --seq-lens"
+    )
+    parser.add_argument("--dilation", type=int, default=4, help="of the dilated scorer")
     parser.add_argument("--n-heads", type=int, default=8 if on_gpu else 4)
     parser.add_argument("--n-kv-heads", type=int, default=8 if on_gpu else 4)
     parser.add_argument("--head-dim", type=int, default=128 if on_gpu else 64)
@@ -316,15 +330,18 @@ def main():
         "copy_gb_s": bandwidth / 1e9,
         "settings": f"{'bf16' if on_gpu else 'fp32'}, B=1, H={args.n_heads}, H_kv={args.n_kv_heads}, D={args.head_dim}",
     }
-    cases = [(8_192, {})] if device == "cpu" else FIGURE
-    if args.seq_lens:
-        cases = [(seq_len, {}) for seq_len in args.seq_lens]
+    cases = FIGURE
+    if args.seq_lens or device == "cpu":
+        seq_lens = args.seq_lens or [8_192]
+        cases = [(seq_len, {"scorer": scorer}) for seq_len in seq_lens for scorer in args.scorers]
     records, stages = [], {}
     for seq_len, settings in cases:
-        print(f"{seq_len:,} tokens ...", flush=True)
+        settings = {"scorer": "norm"} | settings
+        print(f"{seq_len:,} tokens, {settings['scorer']} ...", flush=True)
         record, stages_ms = bench(seq_len, argparse.Namespace(**vars(args) | settings), device)
         records.append(record)
-        stages[f"{seq_len} L{record['levels']} p{record['pooling_factor']}"] = [
+        name = f"{seq_len} L{record['levels']} p{record['pooling_factor']} {record['scorer']}"
+        stages[name] = [
             {
                 "stage": name,
                 "ms": ms,
@@ -348,7 +365,7 @@ def main():
                 f"| {r['stage']} | {r['ms']:.3f} | {r['mb']:.0f} | {r['gb_s']:.0f} | {r['limit_ms']:.3f} |"
             )
     print(f"\n{machine}\n\n{table(records)}\n\nrecords: {args.output}")
-    if len(records) > 1:
+    if len({r["seq_len"] for r in records}) > 1:
         plot(records, machine, args.output.with_suffix(".png"))
         print(f"plot: {args.output.with_suffix('.png')}")
 

@@ -26,7 +26,7 @@ ATTENTION_SCORERS = [("dilated", 1), ("dilated", 2), ("dilated", 4), ("gla", 4)]
 attention_scorers = pytest.mark.parametrize(("scorer", "dilation"), ATTENTION_SCORERS)
 
 # ||scores - reference|| / ||reference||, the reference in fp64 on the same inputs
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def setting(scorer, dilation=4, **changes):

@@ -80,8 +80,9 @@ def chunked_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
 
 
 def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`chunked_linear_attention`, by flash-linear-attention's kernels where that package is installed."""
-    if _HAS_FLA and q.is_cuda and q.dtype != torch.float64:
+    """`chunked_linear_attention`; on a GPU, for 16-bit dtypes, by the kernels of flash-linear-attention
+    where that package is installed. For fp32 these would multiply in tf32."""
+    if _HAS_FLA and q.is_cuda and q.element_size() == 2:
         from fla.ops.simple_gla import chunk_simple_gla
 
         log_gate = q.new_full(q.shape[2:3], LOG_GATE, dtype=torch.float32)
