@@ -6,13 +6,15 @@ import re
 import runpy
 import sys
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
 import torch
+from test_data import loader
 from test_export_hf import build, save_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from torchtitan_ext import niah
@@ -445,3 +447,48 @@ def test_without_transformers_a_hugging_face_folder_says_what_to_install(
     assert run_script(monkeypatch, folder, "--device", "cpu") == 2
     assert "pip install 'transformers" in capsys.readouterr().err
     assert niah.find_candidate(checkpoint).max_context == 600
+
+
+# ---- what it is for
+
+
+def test_a_model_trained_for_it_is_told_from_an_untrained_one(tmp_path, monkeypatch):
+    """Trained by the passkey documents, saved as a checkpoint, evaluated by the script."""
+    torch.manual_seed(2)
+    model = LighthouseTransformer(replace(flavors["debug"], max_seq_len=256))
+    with torch.no_grad():
+        model.init_weights()
+        for layer in model.layers.values():
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight *= 5  # llama3's 0.02 suits wider layers, these would learn slowly
+
+    def score(name):
+        path = save_run(tmp_path / name, model, flavor="debug")
+        options = ["--contexts", 64, 128, 256, "--device", "cpu", "--output", tmp_path / name]
+        assert run_script(monkeypatch, path, *options) == 0
+        return json.loads((tmp_path / name / "niah.json").read_text())
+
+    untrained = score("untrained")
+    assert untrained["mean"] == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 210))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    seen = settings(64, 256, seed=1)  # other prompts than the final ones tell when to stop
+    for step, (inputs, labels) in enumerate(islice(loader("passkey", "255", 256, 8), 2000)):
+        loss = torch.nn.functional.cross_entropy(
+            model(inputs["input"]).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 40)
+        optimizer.step()
+        if step % 50 == 0:
+            cells = niah.evaluate(lambda x: model(x)[:, -1], niah.Prompts(BYTES), seen, CPU)
+            if mean(cells) > 0.97:
+                break
+
+    trained = score("trained")
+    assert trained["mean"] >= 0.9
+    # it is the marked digit that is found, not any: filler has others everywhere
+    assert all(cell["mean"] > 0.5 for cell in trained["cells"])
