@@ -15,7 +15,12 @@ from .config import LighthouseConfig
 LOG_GATE = math.log(0.5) / 16
 """Log of what `gla` keeps of its state a token: log(sigmoid(0)) / 16, for every head."""
 
-_SDPA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+_SDPA_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,  # fp32 on a GPU
+    SDPBackend.MATH,
+]
 _GLA_CHUNK = 128  # tokens; about head_dim, where pairs in a chunk and states take equal memory
 _HAS_FLA = find_spec("fla") is not None
 
