@@ -36,7 +36,11 @@ def main() -> None:
         help=f"in tokens (default: those of {', '.join(map(str, niah.CONTEXTS))} trained for)",
     )
     parser.add_argument(
-        "--depths", type=int, nargs="+", default=niah.DEPTHS, help="percent (default: %(default)s)"
+        "--depths",
+        type=int,
+        nargs="+",
+        default=niah.DEPTHS,
+        help=f"percent (default: {', '.join(map(str, niah.DEPTHS))})",
     )
     parser.add_argument("--trials", type=int, default=10, help="a cell (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=10, help="prompts (default: %(default)s)")

@@ -324,7 +324,8 @@ def test_the_script_writes_table_records_and_heat_map(checkpoint, tmp_path, monk
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
     record = json.loads((folder / "niah.json").read_text())
-    assert record["checkpoint"] == str(checkpoint) and record["trained_with_lighthouse"]
+    assert record["checkpoint"] == "run/checkpoint/step-3"  # from where it was called
+    assert record["trained_with_lighthouse"]
     assert [record[key] for key in ("contexts", "depths", "trials", "seed")] == [
         [60, 120],
         [0, 50],

@@ -19,6 +19,7 @@ the same scores 0.1 exactly. A prompt depends on seed, context, depth and trial 
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -282,7 +283,7 @@ def write(
     n_trials = len(cells) * settings.trials
     mean = sum(cell.correct for cell in cells) / n_trials
     record = {
-        "checkpoint": str(candidate.path),
+        "checkpoint": os.path.relpath(candidate.path),
         "trained_with_lighthouse": candidate.lighthouse,
         candidate.max_context_field: candidate.max_context,
         "dtype": str(dtype).removeprefix("torch."),
