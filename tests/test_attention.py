@@ -194,6 +194,14 @@ def test_compiles_without_a_graph_break():
     )
 
 
+def test_compiles_for_changing_head_counts():
+    layer = LighthouseAttention(SMALL)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n_heads in (2, 4, 6):
+        q, k, v = (torch.randn(1, 128, heads, 8) for heads in (n_heads, 2, 2))
+        torch.testing.assert_close(compiled(q, k, v), layer(q, k, v))
+
+
 def test_inputs_that_do_not_fit_are_named():
     q, k, v = qkv(256, n_kv_heads=2)
     with pytest.raises(ValueError, match=r"must be \[B, N, H, D\]"):

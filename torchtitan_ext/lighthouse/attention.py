@@ -119,7 +119,11 @@ def lighthouse_attention(
     ops = _operators_for(q)
     slots = _slots(q, k, v, config, freqs_cis)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config)
-    out = attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1])
+    # A branch, because under dynamic shapes the comparison alone is no bool.
+    enable_gqa = False
+    if q.shape[1] > k.shape[1]:
+        enable_gqa = True
+    out = attention(q, k, v, enable_gqa=enable_gqa)
     return ops.scatter(out, slots, config)
 
 
