@@ -1,6 +1,6 @@
 """Retrieval of a needle in a haystack: a digit hidden at a depth of a context, asked for at its end.
 
-Protocol (SPEC section 3). A prompt is
+Protocol (the retrieval experiment of the paper). A prompt is
 
     <bos> filler[:a] needle filler[a:] question
 
