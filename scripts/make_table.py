@@ -1,6 +1,7 @@
 """Make the split-point table and plot from the records that scripts/run_splits.py left.
 
-python scripts/make_table.py outputs/demo
+    python scripts/make_table.py outputs/demo
+    python scripts/make_table.py outputs/small --other-seeds outputs/small-seed2
 """
 
 import argparse
@@ -19,10 +20,20 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="the experiment: dense/, stage1/, stage2-*/")
     parser.add_argument("--out", type=Path, help="where table and plot go (default: the folder)")
+    parser.add_argument(
+        "--other-seeds",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="the same experiment from other seeds",
+    )
     args = parser.parse_args()
     try:
         text, paths = split_points.write(
-            args.folder, args.out or args.folder, tomli.loads(PUBLISHED.read_text())
+            args.folder,
+            args.out or args.folder,
+            tomli.loads(PUBLISHED.read_text()),
+            args.other_seeds,
         )
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"make_table: {error}\n")

@@ -110,6 +110,7 @@ def write_start(
     n_devices=2,
     name="a",
     validate_every=10,
+    seed=1,
 ) -> Path:
     """The records of one process start that logged `loss` at `step`, and its event file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,7 @@ def write_start(
         "training": {"steps": total, "seq_len": 128},
         "metrics": {"log_freq": log_freq},
         "model": {"flavor": "made"},
+        "debug": {"seed": seed},
     }
     (folder / "config.json").write_text(json.dumps(config))
     writer = SummaryWriter(folder / "tb" / name)
@@ -223,6 +225,22 @@ def test_an_incomplete_experiment_has_a_table_that_says_so(made, tmp_path, kept)
     assert (split.jump is not None) == (kept[1] and kept[2])
     assert (split.device_hours is not None) == (kept[1] and kept[2])
     assert (split.difference is not None) == (kept[0] and kept[2])
+
+
+def test_seeds_are_compared_run_by_run(made, tmp_path):
+    folder, log_freq = made
+    step = logged_steps(0, TOTAL, log_freq)
+    write_start(
+        tmp_path / "dense", step, curve(step) + 0.125, total=TOTAL, log_freq=log_freq, seed=2
+    )
+    text, _ = split_points.write(folder, tmp_path / "out", PUBLISHED, [tmp_path])
+    lines = text[text.index("**From seed to seed**: final validation loss") :].splitlines()
+    loss = curve(TOTAL) + 0.25
+    assert lines[2] == "| run | seed 1 | seed 2 | spread |"
+    assert lines[4] == f"| dense | {loss:.4f} | {loss + 0.125:.4f} | 0.1250 |"
+    assert [line.split(" | ")[2:] for line in lines[5:7]] == [["-", "- |"]] * 2
+    with pytest.raises(ValueError, match=r"two experiments are of debug\.seed = 1"):
+        split_points.write(folder, tmp_path / "out", PUBLISHED, [folder])
 
 
 @pytest.mark.parametrize("reached", [1, 2, 30, 79])

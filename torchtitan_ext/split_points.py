@@ -23,6 +23,7 @@ logged step. Means are over the logged steps of a window.
 
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import cycle
 from pathlib import Path
@@ -203,16 +204,24 @@ def notes(experiment: Experiment) -> list[str]:
     return [line for line in lines if not line.endswith(": finished")]
 
 
-def write(folder: str | Path, out: str | Path, published: dict) -> tuple[str, list[Path]]:
+def write(
+    folder: str | Path,
+    out: str | Path,
+    published: dict,
+    other_seeds: Sequence[str | Path] = (),
+) -> tuple[str, list[Path]]:
     """Make table.md, table.csv, curves.csv and loss.png of the experiment in `folder` in `out`.
 
-    published: what configs/published.toml holds. Returns the Markdown and the paths written."""
+    published: what configs/published.toml holds. other_seeds: folders of the same experiment from other
+    seeds, or parts of it; table.md compares their final losses. Returns the Markdown and the paths written."""
     experiment = read_experiment(folder)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / name for name in ("table.md", "table.csv", "curves.csv", "loss.png")]
 
     text = markdown(experiment, published)
+    if other_seeds:
+        text += seeds_table([experiment, *map(read_experiment, other_seeds)])
     paths[0].write_text(text)
     with paths[1].open("w", newline="") as f:
         writer = csv.DictWriter(f, [field.name for field in fields(Row)])
@@ -259,6 +268,38 @@ def markdown(experiment: Experiment, published: dict) -> str:
             f"{published['setting']}",
             "",
             *_markdown_table(their_cells),
+            "",
+        ]
+    )
+
+
+def seeds_table(experiments: Sequence[Experiment]) -> str:
+    """The same runs from several seeds: each one's final loss, on the validation documents where there are
+    any, and how far the seeds lie apart. Raises ValueError for two experiments of one seed."""
+    losses: dict[str, dict[int, float]] = {}
+    for experiment in experiments:
+        seed = experiment.runs[0].config["debug"]["seed"]
+        for row in table(experiment):
+            loss = row.final_loss if row.validation_loss is None else row.validation_loss
+            if loss is not None and seed in losses.setdefault(row.run, {}):
+                raise ValueError(
+                    f"two experiments are of debug.seed = {seed}: give folders of different seeds"
+                )
+            if loss is not None:
+                losses[row.run][seed] = loss
+    seeds = sorted({seed for of_run in losses.values() for seed in of_run})
+    rows = [["run", *(f"seed {seed}" for seed in seeds), "spread"]]
+    rows += [["---", *["---:"] * (len(seeds) + 1)]]
+    for run, of_run in losses.items():
+        spread = max(of_run.values()) - min(of_run.values()) if len(of_run) > 1 else None
+        rows.append([run, *(_loss(of_run.get(seed)) for seed in seeds), _loss(spread)])
+    validated = any(run.validation_loss.size for run in experiments[0].runs)
+    return "\n".join(
+        [
+            "",
+            f"**From seed to seed**: final {'validation ' * validated}loss",
+            "",
+            *(f"| {' | '.join(cells)} |" for cells in rows),
             "",
         ]
     )
