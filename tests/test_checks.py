@@ -91,7 +91,7 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         ("--model.hf_assets_path tests", ["model.hf_assets_path = 'tests'", "tokenizer.json"]),
         ("--training.dataset books", ["books"]),
         ("--training.dataset_path nowhere", ["nowhere"]),
-        ("--validation.enable --validation.dataset books", ["books"]),
+        ("--validation.enable --validation.dataset books", ["validation.dataset = 'books'"]),
         ("--validation.enable --validation.seq_len 100", ["[validation]", "seq_len = 100"]),
         (
             "--parallelism.context_parallel_degree 2",

@@ -106,12 +106,12 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
             f"model.hf_assets_path = {path!r}: no tokenizer there ({error}); "
             "give the folder that holds tokenizer.json"
         )
-    sections = ["training"] + ["validation"] * job_config.validation.enable
-    for section in (getattr(job_config, name) for name in sections):
+    for name in ["training"] + ["validation"] * job_config.validation.enable:
+        section = getattr(job_config, name)
         try:
             check_dataset(section.dataset, section.dataset_path)
         except ValueError as error:
-            yield str(error)
+            yield str(error).replace("training.dataset", f"{name}.dataset")
 
 
 def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
