@@ -94,8 +94,21 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         ("--validation.enable --validation.dataset books", ["validation.dataset = 'books'"]),
         ("--validation.enable --validation.seq_len 100", ["[validation]", "seq_len = 100"]),
         (
-            "--parallelism.context_parallel_degree 2",
-            ["parallelism.context_parallel_degree = 2", "set it to 1"],
+            "--parallelism.context_parallel_degree 3 --lighthouse.top_k 64",
+            ["top_k = 64", "16 x 6 = 96", "degree of 3", "nearest: 96;", "degrees 1, 2"],
+        ),
+        (
+            "--parallelism.context_parallel_degree 4 --parallelism.context_parallel_load_balancer None"
+            " --lighthouse.top_k 96 --training.seq_len 6144",
+            ["top_k = 96", "16 x 4 = 64", "nearest: 64 or 128;", "degrees 1, 2, 3, 6"],
+        ),
+        (
+            "--parallelism.context_parallel_degree 2 --lighthouse.scorer gla",
+            ["scorer = 'gla'", "degree of 2", "'norm'"],
+        ),
+        (
+            "--parallelism.context_parallel_degree 2 --parallelism.context_parallel_load_balancer ptrr",
+            ["context_parallel_load_balancer = 'ptrr'", "'headtail'"],
         ),
         ("--checkpoint.load_step 10", ["checkpoint.load_step = 10", "-1"]),
         (

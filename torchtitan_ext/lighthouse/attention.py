@@ -62,13 +62,14 @@ def _slots(
     v: torch.Tensor,
     config: LighthouseConfig,
     freqs_cis: torch.Tensor | None,
+    starts_sequence: bool = True,
 ) -> torch.Tensor:
     """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw."""
     ops = _operators_for(q)
     if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":
         table = freqs_cis[: q.shape[1]].unsqueeze(1)  # norms don't change under rotation
         q, k = operators.rotate(q, table), operators.rotate(k, table)
-    return ops.select(ops.score(q, k, v, config), config)
+    return ops.select(ops.score(q, k, v, config), config, starts_sequence)
 
 
 def select_entries(

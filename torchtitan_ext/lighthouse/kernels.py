@@ -94,7 +94,7 @@ def _top(key, eligible, COUNT: tl.constexpr):
 def _select_kernel(
     scores, slots, scratch, N, M, key_scores,
     P: tl.constexpr, LEVELS: tl.constexpr, WINNERS: tl.constexpr, TILES: tl.constexpr, COARSEST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STARTS_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The cascade of one tile. In `scratch`, for each level: the winners' indices, their ranks among the
     level's candidates, and how many of the first n candidates won."""
@@ -124,10 +124,11 @@ def _select_kernel(
         by_query, weakest = _top(q_key, ok, WINNERS // 2)
         by_key, _ = _top(k_key, ok & ~by_query, WINNERS // 2)
         won = by_query | by_key
-        # The sequence's first entry always wins, else its first positions could have no contributor.
-        dropped = tl.max(tl.where(weakest, r, -1))
-        missing = (tile == 0) & (tl.sum((won & (r == 0)).to(tl.int32)) == 0)
-        won = (won & ~(missing & (r == dropped))) | (missing & (r == 0))
+        if STARTS_SEQUENCE:
+            # The sequence's first entry always wins, else its first positions could have no contributor.
+            dropped = tl.max(tl.where(weakest, r, -1))
+            missing = (tile == 0) & (tl.sum((won & (r == 0)).to(tl.int32)) == 0)
+            won = (won & ~(missing & (r == dropped))) | (missing & (r == 0))
         count = tl.cumsum(won.to(tl.int32))
         tl.store(winner + count - 1, index, mask=won)
         tl.store(rank + count - 1, r, mask=won)
@@ -460,8 +461,9 @@ def _(q, k, levels, p):
 
 @torch.library.custom_op("lighthouse::select", mutates_args=())
 def _select_op(
-    scores: torch.Tensor, seq_len: int, levels: int, p: int, top_k: int, tile_winners: int
-) -> torch.Tensor:
+    scores: torch.Tensor, seq_len: int, levels: int, p: int, top_k: int, tile_winners: int,
+    starts_sequence: bool,
+) -> torch.Tensor:  # fmt: skip
     scores = scores.contiguous()
     _, batch, n_kv_heads, n_entries = scores.shape
     tiles = top_k // tile_winners
@@ -472,14 +474,15 @@ def _select_op(
     scratch = slots.new_empty(programs, levels, 2 * tile_winners + block + 1)
     _select_kernel[(programs,)](
         scores, slots, scratch, seq_len, n_entries, scores.stride(0),
-        P=p, LEVELS=levels, WINNERS=tile_winners, TILES=tiles, COARSEST=coarsest, BLOCK=block,
+        P=p, LEVELS=levels, WINNERS=tile_winners, TILES=tiles, COARSEST=coarsest,
+        STARTS_SEQUENCE=starts_sequence, BLOCK=block,
         num_warps=min(max(block // 128, 4), 16),
     )  # fmt: skip
     return slots
 
 
 @_select_op.register_fake
-def _(scores, seq_len, levels, p, top_k, tile_winners):
+def _(scores, seq_len, levels, p, top_k, tile_winners, starts_sequence):
     return scores.new_empty(scores.shape[1:], dtype=torch.int32)
 
 
@@ -560,14 +563,17 @@ def score(
     return _score_op(q.detach(), k.detach(), config.levels, config.pooling_factor)
 
 
-def select(scores: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def select(
+    scores: torch.Tensor, config: LighthouseConfig, starts_sequence: bool = True
+) -> torch.Tensor:
     """See `operators.select`."""
     seq_len = config.seq_len_of(scores.shape[-1])
     if seq_len // config.span(config.levels - 1) // config.n_tiles > _MOST_CANDIDATES:
-        return operators.select(scores, config)
+        return operators.select(scores, config, starts_sequence)
     return _select_op(
-        scores, seq_len, config.levels, config.pooling_factor, config.top_k, config.tile_winners
-    )
+        scores, seq_len, config.levels, config.pooling_factor, config.top_k, config.tile_winners,
+        starts_sequence,
+    )  # fmt: skip
 
 
 def gather(

@@ -41,7 +41,9 @@ def score(
     return score_pyramid(base_scores(q, k, v, config), config)
 
 
-def _tile_winners(q_score: torch.Tensor, k_score: torch.Tensor, m: int) -> torch.Tensor:
+def _tile_winners(
+    q_score: torch.Tensor, k_score: torch.Tensor, m: int, starts_sequence: bool
+) -> torch.Tensor:
     """Positions of each tile's m winners, ascending: [B, H, T, C] scores -> [B, H, T, m].
 
     Candidates stand in ascending order, so that a stable sort gives ties to the lower index.
@@ -51,19 +53,23 @@ def _tile_winners(q_score: torch.Tensor, k_score: torch.Tensor, m: int) -> torch
     by_key = k_score.sort(dim=-1, descending=True, stable=True).indices
     rest_first = won.gather(-1, by_key).sort(dim=-1, stable=True).indices[..., : m // 2]
     won.scatter_(-1, by_key.gather(-1, rest_first), True)
-    # The sequence's first entry always wins, else its first positions could have no contributor.
-    first, weakest = won[:, :, 0], by_query[:, :, 0, -1:]
-    first.scatter_(-1, weakest, first.gather(-1, weakest) & first[..., :1])
-    first[..., 0] = True
+    if starts_sequence:
+        # The sequence's first entry always wins, else its first positions could have no contributor.
+        first, weakest = won[:, :, 0], by_query[:, :, 0, -1:]
+        first.scatter_(-1, weakest, first.gather(-1, weakest) & first[..., :1])
+        first[..., 0] = True
     return won.sort(dim=-1, descending=True, stable=True).indices[..., :m]
 
 
 @torch.no_grad()
-def select(scores: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def select(
+    scores: torch.Tensor, config: LighthouseConfig, starts_sequence: bool = True
+) -> torch.Tensor:
     """The coarse-to-fine cascade and its order: scores [2, B, H_kv, M] -> slots [B, H_kv, M], int32.
 
     Every candidate joins the gathered sequence; winners only decide whose children are candidates.
-    Sorting by end, finer first, puts children before their parent.
+    Sorting by end, finer first, puts children before their parent. `starts_sequence` is False for the
+    scores of a later chunk of a sequence.
     """
     _, batch, heads, n_entries = scores.shape
     p, levels = config.pooling_factor, config.levels
@@ -79,7 +85,8 @@ def select(scores: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
             break
         of_tile = rows[-1].flatten(2).expand(2, -1, -1, -1)
         q_score, k_score = scores.gather(-1, of_tile).view(2, *candidates.shape)
-        winners = candidates.gather(-1, _tile_winners(q_score, k_score, config.tile_winners))
+        winners = _tile_winners(q_score, k_score, config.tile_winners, starts_sequence)
+        winners = candidates.gather(-1, winners)
         candidates = (winners.unsqueeze(-1) * p + children).flatten(-2)
     in_order = torch.cat(order, -1).argsort(dim=-1)
     rows = torch.cat(rows, -1).gather(-1, in_order).flatten(2)

@@ -12,6 +12,7 @@ from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
 
 from torchtitan_ext.data import check_dataset
+from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 
 from .args import flavors
 
@@ -53,10 +54,21 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
     yield from _loss_problems(job_config)
     if not lighthouse.enable:
         return
+    degree = job_config.parallelism.context_parallel_degree
+    balancer = job_config.parallelism.context_parallel_load_balancer
+    if degree > 1 and balancer not in ("headtail", None):
+        yield (
+            f"parallelism.context_parallel_load_balancer = {balancer!r}: Lighthouse attends through 'sdpa', "
+            "for which torchtitan has 'headtail' alone; use that or None"
+        )
     sections = ["training"] + ["validation"] * job_config.validation.enable
     for section in sections:
+        seq_len = getattr(job_config, section).seq_len
         try:
-            lighthouse.check_seq_len(getattr(job_config, section).seq_len)
+            if degree > 1:
+                check_context_parallel(lighthouse, seq_len, degree, balancer is not None)
+            else:
+                lighthouse.check_seq_len(seq_len)
         except ValueError as error:
             yield f"[lighthouse] on [{section}]: {error}"
     schedule = job_config.lr_scheduler
@@ -65,12 +77,6 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the rate would decay to the end of this "
             "stage and jump back in the dense one; set it to 0.0, or lr_scheduler.total_steps to the steps "
             "of both stages"
-        )
-    degree = job_config.parallelism.context_parallel_degree
-    if degree > 1:
-        yield (
-            f"parallelism.context_parallel_degree = {degree}: not supported with Lighthouse yet, "
-            "set it to 1 (or lighthouse.enable to false)"
         )
 
 

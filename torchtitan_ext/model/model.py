@@ -1,9 +1,11 @@
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.model import Attention
 from torchtitan.protocols.model import AttentionMasksType
 
 from torchtitan_ext.lighthouse import lighthouse_attention
+from torchtitan_ext.lighthouse.context_parallel import context_parallel_attention
 
 from .args import LighthouseModelArgs
 from .loss import ProjectionForLoss
@@ -28,6 +30,11 @@ class LighthouseSelfAttention(Attention):
                 "only; use those, or set lighthouse.enable to false"
             )
         self.config = model_args.lighthouse
+        self.context_parallel = {}
+
+    def share_sequence(self, mesh: DeviceMesh, load_balance: bool) -> None:
+        """Let the ranks of `mesh` share each sequence; see `context_parallel_attention`."""
+        self.context_parallel = {"mesh": mesh, "load_balance": load_balance}
 
     def forward(
         self,
@@ -36,14 +43,21 @@ class LighthouseSelfAttention(Attention):
         attention_masks: AttentionMasksType | None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert attention_masks is None and positions is None
+        # torchtitan gives the positions, the same for each sequence, where ranks share it.
+        assert attention_masks is None and (positions is None) == (not self.context_parallel)
         bs, seqlen, _ = x.shape
         # -1 instead of the number of heads: tensor parallelism shards them.
         xq, xk, xv = (
             proj(x).view(bs, seqlen, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv)
         )
-        output = lighthouse_attention(
-            xq, xk, xv, self.config, freqs_cis=freqs_cis, attention=self.inner_attention
+        attend = lighthouse_attention
+        if self.context_parallel:
+            attend, freqs_cis = context_parallel_attention, freqs_cis[positions[0]]
+        output = attend(
+            *(xq, xk, xv, self.config),
+            freqs_cis=freqs_cis,
+            attention=self.inner_attention,
+            **self.context_parallel,
         )  # [B, N, H, D]
         return self.wo(output.reshape(bs, seqlen, -1))
 

@@ -27,7 +27,7 @@ from torchtitan_ext.records import CONFIG_FILE
 from .args import flavors
 from .checks import check_job
 from .loss import build_loss
-from .model import LighthouseTransformer
+from .model import LighthouseSelfAttention, LighthouseTransformer
 
 # What attention's output was computed from: with it kept, selective activation checkpointing makes no
 # selection twice, nor the attention that scored it.
@@ -37,6 +37,12 @@ if kernels:
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    if parallel_dims.cp_enabled:
+        mesh = parallel_dims.get_mesh("cp")
+        load_balance = job_config.parallelism.context_parallel_load_balancer is not None
+        for module in model.modules():
+            if isinstance(module, LighthouseSelfAttention):
+                module.share_sequence(mesh, load_balance)
     model = parallelize_llama(model, parallel_dims, job_config)
     if device_type == "cpu":
         for module in model.modules():

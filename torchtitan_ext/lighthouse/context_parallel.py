@@ -1,0 +1,140 @@
+"""The layer over a sequence whose chunks lie on several ranks: the same function as on one.
+
+Tiles end at the chunks' borders, so pooling, scoring and selection need no other rank. The gathered rows of all
+ranks, chunk after chunk, are the gathered sequence, which `attention` attends to in the layout of the sequence
+itself. One thing crosses a border: what the last entries of a chunk add to the positions of the next one.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from .attention import Attention, _check_inputs, _operators_for, _slots
+from .config import LighthouseConfig
+
+
+def chunk_order(degree: int, load_balance: bool) -> list[int]:
+    """Places in the sequence of the chunks that `degree` ranks hold, rank after rank.
+
+    One chunk a rank; with `load_balance` two, one from the sequence's head and its mirror from the tail.
+    """
+    if not load_balance:
+        return list(range(degree))
+    return [chunk for rank in range(degree) for chunk in (rank, 2 * degree - 1 - rank)]
+
+
+def check_context_parallel(
+    config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool
+) -> None:
+    """Raise ValueError, naming what would be right, unless `degree` ranks can share `seq_len` tokens."""
+    if config.scorer != "norm":
+        raise ValueError(
+            f"scorer = {config.scorer!r}: scores a token by all tokens before it, which lie on other ranks "
+            f"under a context-parallel degree of {degree}; set scorer to 'norm', or the degree to 1"
+        )
+    config.check_seq_len(seq_len)
+    n_chunks = len(chunk_order(degree, load_balance))
+    m = config.tile_winners
+    unit = m * n_chunks
+    if config.top_k % unit:
+        below = config.top_k // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        degrees = [1] + [
+            n
+            for n in range(2, config.n_tiles + 1)
+            if config.n_tiles % len(chunk_order(n, load_balance)) == 0
+        ]
+        raise ValueError(
+            f"top_k = {config.top_k}: must be a multiple of tile_winners x chunks = {m} x {n_chunks} = {unit}"
+            f" at a context-parallel degree of {degree}, so that tiles end at the chunks' borders; nearest:"
+            f" {nearest}; this top_k allows the degrees {', '.join(map(str, degrees))}"
+        )
+
+
+def _spill(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+    """Rows of a chunk's last entry of each pooled level, 0 where it has no slot: [B, H, S, D] -> [B, H, L - 1, D]."""
+    offsets = config.level_offsets(config.seq_len_of(slots.shape[-1]))
+    last = torch.stack([slots[..., end - 1] for end in offsets[2:]], -1)
+    last = last.repeat_interleave(out.shape[1] // last.shape[1], 1).unsqueeze(-1)
+    rows = out.gather(2, last.clamp(min=0).long().expand(-1, -1, -1, out.shape[-1]))
+    return rows.masked_fill(last < 0, 0)
+
+
+def _spread(spill: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+    """What the chunk before adds to a chunk's first positions: [B, H, L - 1, D] -> [B, p**(L - 1) - 1, H, D]."""
+    # The span that starts at an entry's end has its first position in the entry's own chunk.
+    reached = [config.span(level) - 1 for level in range(1, config.levels)]
+    levels = zip(reached, spill.transpose(1, 2).unbind(1), strict=True)
+    return sum(
+        F.pad(row.unsqueeze(1).expand(-1, n, -1, -1), (0, 0, 0, 0, 0, reached[-1] - n))
+        for n, row in levels
+    )
+
+
+def context_parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    *,
+    mesh: DeviceMesh,
+    load_balance: bool,
+    attention: Attention,
+    freqs_cis: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`lighthouse_attention` of a sequence that the ranks of `mesh` share; each calls it with its part.
+
+    Args:
+        q: [B, N, H, D] query projections of this rank's chunks (see `chunk_order`), one after another.
+        k: [B, N, H_kv, D] key projections.
+        v: [B, N, H_kv, D] value projections.
+        config: the settings for the whole sequence, of N x ranks tokens.
+        mesh: the ranks, in one dimension, that share the sequence.
+        load_balance: whether a rank holds two chunks, from head and tail, or one.
+        attention: what attends to the gathered sequence of all ranks, causally; called as in
+            `lighthouse_attention`, with the gathered rows of this rank's chunks, one after another.
+        freqs_cis: complex [N, D/2] rotary table of this rank's positions; None for no rotation.
+
+    Returns:
+        [B, N, H, D] in q's dtype.
+
+    Raises:
+        ValueError: shapes or settings that don't fit each other, or the ranks; the message says what would
+            be right.
+    """
+    degree, rank = mesh.size(), mesh.get_local_rank()
+    check_context_parallel(config, q.shape[1] * degree, degree, load_balance)
+    order = chunk_order(degree, load_balance)
+    per_rank = len(order) // degree
+    chunks = order[rank * per_rank : (rank + 1) * per_rank]
+    config = replace(config, top_k=config.top_k // len(order))
+    ops = _operators_for(q)
+
+    slots, gathered = [], []
+    tables = [None] * per_rank if freqs_cis is None else freqs_cis.chunk(per_rank)
+    parts = (x.chunk(per_rank, 1) for x in (q, k, v))
+    for chunk, *qkv, table in zip(chunks, *parts, tables, strict=True):
+        _check_inputs(*qkv, config, table)
+        slots.append(_slots(*qkv, config, table, starts_sequence=chunk == 0))
+        gathered.append(ops.gather(*qkv, table, slots[-1], config))
+    q, k, v = (torch.cat(rows, 2) for rows in zip(*gathered, strict=True))
+    enable_gqa = False
+    if q.shape[1] > k.shape[1]:
+        enable_gqa = True
+    outs = attention(q, k, v, enable_gqa=enable_gqa).chunk(per_rank, 2)
+
+    spill = torch.stack([_spill(*pair, config) for pair in zip(outs, slots, strict=True)])
+    spill = DTensor.from_local(spill, mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])
+    # What nothing spills to takes a row of zeros: a rank that used no row would be missing in backward.
+    spill = torch.cat(
+        [spill, torch.zeros_like(spill[:1])]
+    )  # [chunks in `order` and 1, B, H, L - 1, D]
+    result = []
+    for chunk, out, slot in zip(chunks, outs, slots, strict=True):
+        out = ops.scatter(out, slot, config)
+        added = _spread(spill[order.index(chunk - 1) if chunk else -1], config)
+        result += [out[:, : added.shape[1]] + added, out[:, added.shape[1] :]]
+    return torch.cat(result, 1)
