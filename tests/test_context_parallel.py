@@ -3,24 +3,37 @@
 torch's ring attention has no CPU kernel: an attention that gathers all ranks' rows stands in for it.
 """
 
+import os
+from dataclasses import asdict, replace
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lighthouse_cases import qkv, rotary_table
+import torch.nn.functional as F
+from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
+from test_model import args, build, parse
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
+from torchtitan.models.llama3.model.model import Attention
 
 from torchtitan_ext.lighthouse import (
     LighthouseConfig,
     context_parallel,
+    kernels,
     lighthouse_attention,
+    operators,
 )
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.context_parallel import chunk_order, context_parallel_attention
+from torchtitan_ext.model import Lighthouse
+from torchtitan_ext.model.model import LighthouseSelfAttention
+from torchtitan_ext.model.train_spec import parallelize
 
 SEQ_LEN = 2048
 CONFIGS = {
@@ -43,23 +56,24 @@ def mesh():
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-class GatheringAttention:
+class GatheringAttention(nn.Module):
     """Causal attention of all ranks' rows, in the sequence's order; keeps this rank's rows."""
 
     def __init__(self, load_balance):
-        order = torch.tensor(chunk_order(dist.get_world_size(), load_balance))
-        self.order, self.restore = order, order.argsort()
+        super().__init__()
+        self.mesh = mesh()
+        self.order = chunk_order(self.mesh.size(), load_balance)
 
-    def __call__(self, q, k, v, *, enable_gqa):
+    def forward(self, q, k, v, *, enable_gqa):
         def whole(x):
-            ranks = DTensor.from_local(x, mesh(), [Shard(2)])
+            ranks = DTensor.from_local(x, self.mesh, [Shard(2)])
             chunks = ranks.full_tensor(grad_placements=[Partial()]).chunk(len(self.order), 2)
-            return torch.cat([chunks[i] for i in self.restore], 2)
+            return torch.cat([chunks[self.order.index(i)] for i in range(len(chunks))], 2)
 
         out = causal_sdpa(whole(q), whole(k), whole(v), enable_gqa=enable_gqa)
         chunks = out.chunk(len(self.order), 2)
         out = torch.cat([chunks[i] for i in self.order], 2)
-        return out.chunk(dist.get_world_size(), 2)[dist.get_rank()]
+        return out.chunk(self.mesh.size(), 2)[self.mesh.get_local_rank()]
 
 
 def shards(x, load_balance, dim=1):
@@ -104,10 +118,12 @@ def layers_agree():
 
 def spill_matters():
     config, group = CONFIGS["L3-selected-2"]
-    context_parallel._spread, kept = lambda *args: 0 * spread(*args), context_parallel._spread
-    spread = kept
-    outs = compare(config, group, True)
-    assert max(outs[0], *outs[1:]) > 1e-3 or dist.get_rank() > 0
+    spread = context_parallel._spread
+    for load_balance in (True, False):
+        with patch.object(context_parallel, "_spread", lambda *args: 0 * spread(*args)):
+            without = compare(config, group, load_balance)
+        receives = load_balance or dist.get_rank() > 0  # the sequence's first chunk gets nothing
+        assert (without[0] > 1e-3) == receives
 
 
 def positions_are_torchtitans():
@@ -121,41 +137,111 @@ def positions_are_torchtitans():
 
 
 def compiles():
-    config, group = CONFIGS["L3-selected-2"]
-    own = qkv(SEQ_LEN // dist.get_world_size(), n_kv_heads=2, group=group, dtype=torch.float32)
-    table = rotary_table(own[0].shape[1], 4, torch.complex64)
-    ranks = mesh()
-
-    def layer(q, k, v):
-        return context_parallel_attention(
-            *(q, k, v, config),
-            mesh=ranks,
-            load_balance=True,
-            attention=causal_sdpa,
-            freqs_cis=table,
-        )
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    config, _ = CONFIGS["L3-selected-2"]
+    lighthouse = Lighthouse(**asdict(config), enable=True)
+    module = LighthouseSelfAttention(args(n_kv_heads=2, lighthouse=lighthouse))
+    module.share_sequence(mesh(), load_balance=True)
+    module.inner_attention = GatheringAttention(load_balance=True)
+    x = torch.randn(2, SEQ_LEN // dist.get_world_size(), 32)
+    positions = shards(torch.arange(SEQ_LEN).expand(2, -1), True)[dist.get_rank()]
+    table = rotary_table(SEQ_LEN, module.head_dim, torch.complex64)
     results = []
-    for run in (layer, compiled):
-        out = run(*own)
-        results.append([out, *torch.autograd.grad(out.square().sum(), own)])
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        out = run(x, table, None, positions)
+        results.append([out, *torch.autograd.grad(out.square().sum(), module.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def run_rank(rank, n_ranks, store, checks):
+def training_steps_agree():
+    world, seq_len = dist.get_world_size(), 512
+    for balancer in ("headtail", None):
+        job_config = parse(
+            "configs/demo/stage1.toml",
+            *(
+                "--lighthouse.top_k=32",
+                "--lighthouse.tile_winners=4",
+                f"--training.seq_len={seq_len}",
+            ),
+            *("--training.mixed_precision_param=float32", "--lighthouse.dense_layers", "0"),
+            f"--parallelism.context_parallel_degree={world}",
+            f"--parallelism.context_parallel_load_balancer={balancer}",
+        )
+        model_args = args(
+            n_layers=3, n_kv_heads=2, max_seq_len=seq_len, lighthouse=job_config.lighthouse
+        )
+        one, shared = build(model_args), build(model_args)
+        dims = ParallelDims(1, 1, cp=world, tp=1, pp=1, ep=1, etp=1, world_size=world)
+        parallelize(shared, dims, job_config)
+        for module in shared.modules():
+            if isinstance(module, Attention):
+                module.inner_attention = GatheringAttention(balancer is not None)
+        optimizers = [torch.optim.SGD(model.parameters(), 0.1, 0.9) for model in (one, shared)]
+        losses = []
+        for step in range(3):
+            tokens = torch.randint(
+                384, (2, seq_len + 1), generator=torch.Generator().manual_seed(step)
+            )
+            inputs, labels = tokens[:, :-1], tokens[:, 1:]
+            own_inputs, own_labels, extra = prepare_context_parallel_input(
+                *(inputs, labels, {}, dims.get_mesh("cp"), torch.device("cpu"), balancer)
+            )
+            of_step = []
+            for model, optimizer, x, y, kwargs in (
+                (one, optimizers[0], inputs, labels, {}),
+                (shared, optimizers[1], own_inputs, own_labels, extra),
+            ):
+                loss = F.cross_entropy(
+                    model(x, **kwargs).flatten(0, 1), y.flatten(), reduction="sum"
+                )
+                loss = loss / labels.numel()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                of_step.append(loss.detach())
+            dist.all_reduce(of_step[1])
+            losses.append(of_step)
+        torch.testing.assert_close(*torch.tensor(losses).T, rtol=1e-5, atol=0)
+        for a, b in zip(one.parameters(), shared.parameters(), strict=True):
+            torch.testing.assert_close(b.full_tensor(), a, rtol=1e-4, atol=1e-5)
+        assert losses[0][0] != losses[1][0]
+
+
+def run_rank(rank, n_ranks, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_ranks)
-    for check in checks:
-        check()
+    layers_agree()
+    spill_matters()
+    positions_are_torchtitans()
+    compiles()
+    training_steps_agree()
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # past the interpreter's end, gloo's threads may abort the process
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
-@pytest.mark.parametrize(
-    "check", [layers_agree, spill_matters, positions_are_torchtitans, compiles]
-)
-def test_ranks(check, n_ranks, tmp_path):
-    mp.spawn(run_rank, (n_ranks, tmp_path / "store", [check]), n_ranks)
+def test_ranks_that_share_a_sequence(n_ranks, tmp_path):
+    mp.spawn(run_rank, (n_ranks, tmp_path / "store"), n_ranks)
+
+
+@pytest.mark.parametrize("ops", [operators, kernels], ids=["torch", "triton"])
+@pytest.mark.parametrize("kind", SCORES)
+def test_chunks_select_what_the_whole_sequence_does(ops, kind):
+    config, n_chunks, seq_len = LighthouseConfig(levels=3, top_k=16, tile_winners=4), 4, 512
+    base = adversarial_scores(kind, (2, 1, 2, seq_len))
+
+    def selected(base, config, **kwargs):
+        slots = ops.select(operators.score_pyramid(base, config), config, **kwargs)
+        n = base.shape[-1]
+        rows = operators.gathered_rows(slots, config.gathered_len(n))
+        return operators.entries(rows, config, n)
+
+    chunk_config = replace(config, top_k=config.top_k // n_chunks)
+    levels, indices = [], []
+    for chunk, scores in enumerate(base.chunk(n_chunks, -1)):
+        level, index = selected(scores, chunk_config, starts_sequence=chunk == 0)
+        levels.append(level)
+        indices.append(index + chunk * (seq_len // n_chunks) // config.pooling_factor**level)
+    expected = selected(base, config)
+    assert torch.equal(torch.cat(levels, -1), expected.level)
+    assert torch.equal(torch.cat(indices, -1), expected.index)
