@@ -1,7 +1,7 @@
 """Make the split-point table and plot from the records that scripts/run_splits.py left.
 
-    python scripts/make_table.py outputs/demo
-    python scripts/make_table.py outputs/small --other-seeds outputs/small-seed2
+python scripts/make_table.py outputs/demo
+python scripts/make_table.py outputs/small --other-seeds outputs/small-seed2
 """
 
 import argparse

@@ -194,7 +194,7 @@ def test_operators_are_well_formed_torch_library_operators(shape):
     ops = torch.ops.lighthouse
     for op, args in [
         (ops.score.default, (q.detach(), k.detach(), levels, p)),
-        (ops.select.default, (scores, n, levels, p, config.top_k, config.tile_winners)),
+        (ops.select.default, (scores, n, levels, p, config.top_k, config.tile_winners, True)),
         (ops.reduce.default, (q, slots, freqs_cis, levels, p, config.gathered_len(n), 0, True, 1)),
         (ops.spread.default, (rows.requires_grad_(), slots, None, n, levels, p, 1, False, 0)),
     ]:
