@@ -108,15 +108,19 @@ def largest_difference(a, b):
     return (a - b).abs().max().item()
 
 
-def run_script(monkeypatch, *arguments):
-    """The exit code of scripts/export_hf.py."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+def exit_code(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     except SystemExit as exit:
         return exit.code
     return 0
+
+
+def run_script(monkeypatch, *arguments):
+    """The exit code of scripts/export_hf.py."""
+    monkeypatch.chdir(ROOT)
+    return exit_code(monkeypatch, SCRIPT, *arguments)
 
 
 @pytest.mark.parametrize("length", [1, 257, 3000, 9000])

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import runpy
 import sys
 from dataclasses import replace
 from itertools import islice, product
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_data import loader
-from test_export_hf import build, save_run
+from test_export_hf import build, exit_code, save_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -252,12 +251,7 @@ def test_logits_that_are_no_numbers_are_no_answer():
 
 def run_script(monkeypatch, *arguments):
     """The exit code of scripts/niah.py."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as exit:
-        return exit.code
-    return 0
+    return exit_code(monkeypatch, SCRIPT, *arguments)
 
 
 @pytest.fixture

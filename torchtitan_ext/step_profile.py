@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from .model import LighthouseModelArgs, LighthouseTransformer
 
@@ -201,21 +201,15 @@ def measure_rates() -> dict[str, float]:
 
 def attention_ms(rows: int, n_heads: int, n_kv_heads: int, head_dim: int) -> float:
     """Milliseconds of stock causal SDPA alone, bf16, batch 1, forward and backward."""
-    backends = [
-        torch.nn.attention.SDPBackend.CUDNN_ATTENTION,
-        torch.nn.attention.SDPBackend.FLASH_ATTENTION,
-    ]
     q, k, v = (
         torch.randn(1, h, rows, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for h in (n_heads, n_kv_heads, n_kv_heads)
     )
     grad = torch.randn_like(q)
+    attend = ScaledDotProductAttentionWrapper()  # as the model calls it
 
     def step():
-        with torch.nn.attention.sdpa_kernel(backends, set_priority=True):
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=n_heads > n_kv_heads
-            )
+        out = attend(q, k, v, enable_gqa=n_heads > n_kv_heads)
         torch.autograd.grad(out, (q, k, v), grad)
 
     return _times_ms(step, 7)[3]

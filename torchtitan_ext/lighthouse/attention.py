@@ -72,6 +72,17 @@ def _slots(
     return ops.select(ops.score(q, k, v, config), config, starts_sequence)
 
 
+def _attend(
+    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Attention on gathered rows: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D]."""
+    # A branch, because under dynamic shapes the comparison alone is no bool.
+    enable_gqa = False
+    if q.shape[1] > k.shape[1]:
+        enable_gqa = True
+    return attention(q, k, v, enable_gqa=enable_gqa)
+
+
 def select_entries(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -120,12 +131,7 @@ def lighthouse_attention(
     ops = _operators_for(q)
     slots = _slots(q, k, v, config, freqs_cis)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config)
-    # A branch, because under dynamic shapes the comparison alone is no bool.
-    enable_gqa = False
-    if q.shape[1] > k.shape[1]:
-        enable_gqa = True
-    out = attention(q, k, v, enable_gqa=enable_gqa)
-    return ops.scatter(out, slots, config)
+    return ops.scatter(_attend(attention, q, k, v), slots, config)
 
 
 class LighthouseAttention(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from .attention import Attention, _check_inputs, _operators_for, _slots
+from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
 from .config import LighthouseConfig
 
 
@@ -121,10 +121,7 @@ def context_parallel_attention(
         slots.append(_slots(*qkv, config, table, starts_sequence=chunk == 0))
         gathered.append(ops.gather(*qkv, table, slots[-1], config))
     q, k, v = (torch.cat(rows, 2) for rows in zip(*gathered, strict=True))
-    enable_gqa = False
-    if q.shape[1] > k.shape[1]:
-        enable_gqa = True
-    outs = attention(q, k, v, enable_gqa=enable_gqa).chunk(per_rank, 2)
+    outs = _attend(attention, q, k, v).chunk(per_rank, 2)
 
     spill = torch.stack([_spill(*pair, config) for pair in zip(outs, slots, strict=True)])
     spill = DTensor.from_local(spill, mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])

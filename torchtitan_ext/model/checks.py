@@ -10,6 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Training, Validation
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
@@ -61,16 +62,14 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             f"parallelism.context_parallel_load_balancer = {balancer!r}: Lighthouse attends through 'sdpa', "
             "for which torchtitan has 'headtail' alone; use that or None"
         )
-    sections = ["training"] + ["validation"] * job_config.validation.enable
-    for section in sections:
-        seq_len = getattr(job_config, section).seq_len
+    for name, section in _data_sections(job_config):
         try:
             if degree > 1:
-                check_context_parallel(lighthouse, seq_len, degree, balancer is not None)
+                check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
             else:
-                lighthouse.check_seq_len(seq_len)
+                lighthouse.check_seq_len(section.seq_len)
         except ValueError as error:
-            yield f"[lighthouse] on [{section}]: {error}"
+            yield f"[lighthouse] on [{name}]: {error}"
     schedule = job_config.lr_scheduler
     if schedule.decay_ratio != 0.0 and schedule.total_steps is None:
         yield (
@@ -78,6 +77,13 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             "stage and jump back in the dense one; set it to 0.0, or lr_scheduler.total_steps to the steps "
             "of both stages"
         )
+
+
+def _data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
+    """The sections that say what sequences this job reads, by name."""
+    yield "training", job_config.training
+    if job_config.validation.enable:
+        yield "validation", job_config.validation
 
 
 def _loss_problems(job_config: JobConfig) -> Iterator[str]:
@@ -112,8 +118,7 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
             f"model.hf_assets_path = {path!r}: no tokenizer there ({error}); "
             "give the folder that holds tokenizer.json"
         )
-    for name in ["training"] + ["validation"] * job_config.validation.enable:
-        section = getattr(job_config, name)
+    for name, section in _data_sections(job_config):
         try:
             check_dataset(section.dataset, section.dataset_path)
         except ValueError as error:
