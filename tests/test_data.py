@@ -1,7 +1,6 @@
 """Properties of the byte tokenizer and of the token streams: every byte, once an epoch, exact on resume."""
 
 import gzip
-import hashlib
 import importlib
 import json
 import os
@@ -218,9 +217,21 @@ def test_python_source_order_depends_on_the_tree_alone(tmp_path):
     (there / "link.py").symlink_to("package_0/module_0.py")
 
     by_name = {file.relative_to(here).as_posix(): file.read_bytes() for file in here.rglob("*.py")}
-    order = sorted(by_name, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    expected = [by_name[name] for name in order]
-    assert documents("python_source", here) == documents("python_source", there) == expected
+    mixed = documents("python_source", here)
+    assert sorted(mixed) == sorted(by_name.values())
+    assert mixed == documents("python_source", there)
+    assert mixed != [by_name[name] for name in sorted(by_name)]
+
+
+def test_python_source_mixes_the_pieces_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "PIECE", 10)
+    (tmp_path / "large.py").write_bytes(large := bytes(range(32, 127)))
+    for name in "abc":
+        (tmp_path / f"{name}.py").write_text(name)
+    got = documents("python_source", tmp_path)
+    pieces = [large[start : start + 10] for start in range(0, len(large), 10)]
+    assert sorted(got) == sorted([*pieces, b"a", b"b", b"c"])
+    assert [piece for piece in got if piece in pieces] != pieces
 
 
 def test_python_source_keeps_bytes_and_replaces_what_is_no_utf8(tmp_path):

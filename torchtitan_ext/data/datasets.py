@@ -7,6 +7,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,8 @@ TEXT_SUFFIXES = (".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu"
 TEXT_SUFFIXES += (".rst", ".md", ".txt", ".toml")
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 HELD_OUT = 128  # one file of so many is for validation
+# A generated file of megabytes would fill many steps in a row with itself.
+PIECE = 2**17  # bytes
 SOURCE_PARTS = {
     "python_source": None,
     "python_source_train": False,
@@ -93,21 +96,41 @@ def read_documents(
         damaged(f"{file}, after line {number}: {error}", error)
 
 
-def source_files(dataset_path: str, held_out: bool | None = None) -> list[str]:
-    """The text files of a tree, in an order that mixes it and depends on nothing but the names inside.
+def source_pieces(dataset_path: str, held_out: bool | None = None) -> list[tuple[str, int]]:
+    """The text files of a tree in pieces of `PIECE` bytes, in an order that mixes the pieces and depends on
+    nothing but the names inside.
 
     Left out: other suffixes than TEXT_SUFFIXES, SKIPPED_FOLDERS, hidden files and folders, symbolic links.
 
     Args:
         dataset_path: the tree's root.
-        held_out: those that are held out for validation, the others, or (None) all. A file's place in the
-            tree alone decides.
+        held_out: those of the files that are held out for validation, the others, or (None) all. A file's
+            place in the tree alone decides.
+
+    Returns:
+        Each piece's file, and its first byte in it.
 
     Raises:
         ValueError: the tree doesn't exist or has no such file.
     """
-    root = _folder(dataset_path)
-    files = {}
+    pieces = [
+        (file, start)
+        for _, file, start, is_held_out in _pieces_of_tree(_folder(dataset_path))
+        if held_out in (None, is_held_out)
+    ]
+    if not pieces:
+        raise ValueError(
+            f"training.dataset_path = {dataset_path!r} has no text file"
+            + (f" among the one in {HELD_OUT} held out for validation" if held_out else "")
+            + f": give a folder with {'more ' * bool(held_out)}files that end in {', '.join(TEXT_SUFFIXES)}"
+        )
+    return pieces
+
+
+@cache  # a job asks several times, and large trees take seconds
+def _pieces_of_tree(root: Path) -> list[tuple[bytes, str, int, bool]]:
+    """Digest, file, start and whether the file is held out, by digest."""
+    pieces = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = {name for name in subfolders if name[0] != "."} - SKIPPED_FOLDERS
         for name in names:
@@ -115,15 +138,11 @@ def source_files(dataset_path: str, held_out: bool | None = None) -> list[str]:
             if name[0] == "." or not name.endswith(TEXT_SUFFIXES) or file.is_symlink():
                 continue
             digest = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()
-            if held_out is None or held_out == (digest[-1] % HELD_OUT == 0):
-                files[digest] = str(file)
-    if not files:
-        raise ValueError(
-            f"training.dataset_path = {dataset_path!r} has no text file"
-            + (f" among the one in {HELD_OUT} held out for validation" if held_out else "")
-            + f": give a folder with {'more ' * bool(held_out)}files that end in {', '.join(TEXT_SUFFIXES)}"
-        )
-    return [files[digest] for digest in sorted(files)]
+            is_held_out = digest[-1] % HELD_OUT == 0
+            for start in range(0, max(1, file.stat().st_size), PIECE):
+                mixed = hashlib.sha256(digest + str(start).encode()).digest()
+                pieces.append((mixed, str(file), start, is_held_out))
+    return sorted(pieces)
 
 
 def check_dataset(dataset: str, dataset_path: str | None) -> None:
@@ -143,7 +162,7 @@ def check_dataset(dataset: str, dataset_path: str | None) -> None:
     if name == "c4_local":
         c4_files(path)
     elif name in SOURCE_PARTS:
-        source_files(path, SOURCE_PARTS[name])
+        source_pieces(path, SOURCE_PARTS[name])
     elif name == "passkey":
         document_length(path)
     elif name not in FROM_THE_HUB and not os.path.exists(path):
@@ -184,8 +203,17 @@ def _text(sample: dict[str, str]) -> str:
     return sample["text"]
 
 
-def _text_of_file(sample: dict[str, str]) -> str:
-    return Path(sample["path"]).read_bytes().decode("utf-8", errors="replace")
+def _text_of_piece(sample: dict[str, str | int]) -> str:
+    with open(sample["path"], "rb") as file:
+        file.seek(sample["start"])
+        return file.read(PIECE).decode("utf-8", errors="replace")
+
+
+def _source_dataset(path: str, held_out: bool | None) -> Dataset:
+    # Paths and places alone are held: a tree of any size loads at once, and its n-th document is found by
+    # its index.
+    files, starts = zip(*source_pieces(path, held_out), strict=True)
+    return Dataset.from_dict({"path": files, "start": starts})
 
 
 # load_dataset("json") asks the hub even for local files, which stalls a machine without a network, and
@@ -198,14 +226,11 @@ DATASETS["c4_local"] = DatasetConfig(
     sample_processor=_text,
 )
 
-# Only the paths are held: a tree of any size loads at once, and its n-th document is found by its index.
 for name, held_out in SOURCE_PARTS.items():
     DATASETS[name] = DatasetConfig(
         path=sysconfig.get_path("stdlib"),
-        loader=lambda path, held_out=held_out: Dataset.from_dict(
-            {"path": source_files(path, held_out)}
-        ),
-        sample_processor=_text_of_file,
+        loader=partial(_source_dataset, held_out=held_out),
+        sample_processor=_text_of_piece,
     )
 
 # Generated, each document from its index.
