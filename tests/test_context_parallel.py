@@ -17,7 +17,7 @@ from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
 from test_model import args, build, parse
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.llama3.model.model import Attention
@@ -67,7 +67,8 @@ class GatheringAttention(nn.Module):
     def forward(self, q, k, v, *, enable_gqa):
         def whole(x):
             ranks = DTensor.from_local(x, self.mesh, [Shard(2)])
-            chunks = ranks.full_tensor(grad_placements=[Partial()]).chunk(len(self.order), 2)
+            ranks = ranks.redistribute(placements=[Replicate()])
+            chunks = ranks.to_local(grad_placements=[Partial()]).chunk(len(self.order), 2)
             return torch.cat([chunks[self.order.index(i)] for i in range(len(chunks))], 2)
 
         out = causal_sdpa(whole(q), whole(k), whole(v), enable_gqa=enable_gqa)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
 from .config import LighthouseConfig
@@ -124,7 +124,8 @@ def context_parallel_attention(
     outs = _attend(attention, q, k, v).chunk(per_rank, 2)
 
     spill = torch.stack([_spill(*pair, config) for pair in zip(outs, slots, strict=True)])
-    spill = DTensor.from_local(spill, mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])
+    spill = DTensor.from_local(spill, mesh, [Shard(0)]).redistribute(placements=[Replicate()])
+    spill = spill.to_local(grad_placements=[Partial()])
     # What nothing spills to takes a row of zeros: a rank that used no row would be missing in backward.
     spill = torch.cat(
         [spill, torch.zeros_like(spill[:1])]
