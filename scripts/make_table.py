@@ -1,7 +1,7 @@
 """Make the split-point table and plot from the records that scripts/run_splits.py left.
 
 python scripts/make_table.py outputs/demo
-python scripts/make_table.py outputs/small --other-seeds outputs/small-seed2
+python scripts/make_table.py outputs/small --other-seeds outputs/small-seed2 --ablations outputs/ablations/*
 """
 
 import argparse
@@ -27,6 +27,13 @@ def main() -> None:
         default=[],
         help="the same experiment from other seeds",
     )
+    parser.add_argument(
+        "--ablations",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="experiments with other settings of Lighthouse, as scripts/ablate.py leaves them",
+    )
     args = parser.parse_args()
     try:
         text, paths = split_points.write(
@@ -34,6 +41,7 @@ def main() -> None:
             args.out or args.folder,
             tomli.loads(PUBLISHED.read_text()),
             args.other_seeds,
+            args.ablations,
         )
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"make_table: {error}\n")

@@ -111,6 +111,7 @@ def write_start(
     name="a",
     validate_every=10,
     seed=1,
+    lighthouse=None,
 ) -> Path:
     """The records of one process start that logged `loss` at `step`, and its event file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +120,7 @@ def write_start(
         "metrics": {"log_freq": log_freq},
         "model": {"flavor": "made"},
         "debug": {"seed": seed},
+        "lighthouse": {"rope": "selected", "top_k": 256} | (lighthouse or {}),
     }
     (folder / "config.json").write_text(json.dumps(config))
     writer = SummaryWriter(folder / "tb" / name)
@@ -175,6 +177,10 @@ def test_the_table_of_a_made_experiment(made):
         before = curve(logged_steps(split - w, split, log_freq)).mean()
         assert row.jump == pytest.approx(curve(split + log_freq) + 1 - before)
         assert row.recovery >= w
+        # a second a dense step: as many seconds as dense steps; validated every 10 of them
+        tens = np.arange(10, TOTAL + 1, 10)
+        at_equal_hours = np.interp(0.5 * split + TOTAL - split, tens, curve(tens) + 0.25)
+        assert row.dense_at_equal_hours == pytest.approx(at_equal_hours)
         # 1000 tok/s at step 1, 2000 at step 2, ...; the first point is the start's
         steady = logged_steps(0, split, log_freq)[1:]
         assert row.ktok_s == pytest.approx(np.median(steady))
@@ -241,6 +247,25 @@ def test_seeds_are_compared_run_by_run(made, tmp_path):
     assert [line.split(" | ")[2:] for line in lines[5:7]] == [["-", "- |"]] * 2
     with pytest.raises(ValueError, match=r"two experiments are of debug\.seed = 1"):
         split_points.write(folder, tmp_path / "out", PUBLISHED, [folder])
+
+
+def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_path):
+    folder, log_freq = made
+    settings = {"log_freq": log_freq, "lighthouse": {"rope": "base"}}
+    for name, start, end in (("stage1", 0, 50), ("stage2-50", 50, TOTAL)):
+        step = logged_steps(start, end, log_freq)
+        write_start(tmp_path / "base" / name, step, curve(step) - 0.25, total=end, **settings)
+    text, _ = split_points.write(folder, tmp_path / "out", PUBLISHED, ablations=[tmp_path / "base"])
+    rows = text[text.index("**Other settings") :].splitlines()[4:]
+    # stage2-60 of the default has nothing to stand beside
+    default, base = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    assert [default[0], base[0]] == ["the default", "rope = base"]
+    assert default[1] == base[1] == "50 + 30"
+    assert float(default[-1]) == 0
+    assert float(base[-1]) == pytest.approx(float(base[-2]) - float(default[-2]), abs=2e-4) == 0.25
+    shutil.rmtree(tmp_path / "base/stage1")
+    with pytest.raises(ValueError, match="without records of stage1"):
+        split_points.write(folder, tmp_path / "out", PUBLISHED, ablations=[tmp_path / "base"])
 
 
 @pytest.mark.parametrize("reached", [1, 2, 30, 79])

@@ -15,6 +15,8 @@ logged step. Means are over the logged steps of a window.
 - final loss: mean loss over the steps in (T - W, T]. Difference: final loss minus dense's.
 - validation loss: the last one of a finished run, on documents held out; difference as above. Only
   where the runs validate (validation.enable).
+- dense at equal hours: dense's validation loss (where it has none, its mean loss over W) at the moment when
+  it had spent the split's device-hours; linear between two points.
 - device-hours: seconds x devices / 3600 over a run's logged steps; for a split, stage 1's up to
   the split and stage 2's (records.Run.device_hours).
 - tok/s a device: median over the logged steps, the first one of each process start left out. For
@@ -23,7 +25,7 @@ logged step. Means are over the logged steps of a window.
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import cycle
 from pathlib import Path
@@ -76,6 +78,7 @@ class Row:
     difference: float | None = None
     validation_loss: float | None = None
     validation_difference: float | None = None
+    dense_at_equal_hours: float | None = None
     steps_after_switch: int | None = None
     status: str = "finished"
 
@@ -144,6 +147,7 @@ def table(experiment: Experiment) -> list[Row]:
             row.validation_difference = _difference(row.validation_loss, rows[0].validation_loss)
             if has_stage1:
                 row.device_hours = hours_at(stage1, split) + float(tail.device_hours[-1])
+                row.dense_at_equal_hours = _loss_at_hours(dense, row.device_hours)
     return rows
 
 
@@ -157,6 +161,17 @@ def batch_noise(run: Run) -> float:
 def hours_at(run: Run, step: int) -> float:
     """Device-hours that `run` had spent at `step`; linear between two logged steps."""
     return float(np.interp(step, [0, *run.step], [0.0, *run.device_hours]))
+
+
+def _loss_at_hours(dense: Run | None, hours: float) -> float | None:
+    """None where dense has not (yet) spent so many device-hours."""
+    if dense is None or hours > dense.device_hours[-1]:
+        return None
+    step, loss = dense.validation_step, dense.validation_loss
+    if not step.size:
+        w = window(dense.total_steps, dense.log_freq)
+        step, loss = dense.step, [mean_loss(dense.step, dense.loss, end, w) for end in dense.step]
+    return float(np.interp(hours, [hours_at(dense, end) for end in step], loss))
 
 
 def _ktok_s(run: Run, upto: int) -> float | None:
@@ -209,11 +224,13 @@ def write(
     out: str | Path,
     published: dict,
     other_seeds: Sequence[str | Path] = (),
+    ablations: Sequence[str | Path] = (),
 ) -> tuple[str, list[Path]]:
     """Make table.md, table.csv, curves.csv and loss.png of the experiment in `folder` in `out`.
 
     published: what configs/published.toml holds. other_seeds: folders of the same experiment from other
-    seeds, or parts of it; table.md compares their final losses. Returns the Markdown and the paths written."""
+    seeds, or parts of it; table.md compares their final losses. ablations: folders of experiments with other
+    settings of Lighthouse; table.md sets them beside this one. Returns the Markdown and the paths written."""
     experiment = read_experiment(folder)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -222,6 +239,8 @@ def write(
     text = markdown(experiment, published)
     if other_seeds:
         text += seeds_table([experiment, *map(read_experiment, other_seeds)])
+    if ablations:
+        text += ablations_table(experiment, [*map(read_experiment, ablations)])
     paths[0].write_text(text)
     with paths[1].open("w", newline="") as f:
         writer = csv.DictWriter(f, [field.name for field in fields(Row)])
@@ -280,7 +299,7 @@ def seeds_table(experiments: Sequence[Experiment]) -> str:
     for experiment in experiments:
         seed = experiment.runs[0].config["debug"]["seed"]
         for row in table(experiment):
-            loss = row.final_loss if row.validation_loss is None else row.validation_loss
+            loss = _deciding_loss(row)
             if loss is not None and seed in losses.setdefault(row.run, {}):
                 raise ValueError(
                     f"two experiments are of debug.seed = {seed}: give folders of different seeds"
@@ -299,10 +318,41 @@ def seeds_table(experiments: Sequence[Experiment]) -> str:
             "",
             f"**From seed to seed**: final {'validation ' * validated}loss",
             "",
-            *(f"| {' | '.join(cells)} |" for cells in rows),
+            *_lines(rows),
             "",
         ]
     )
+
+
+def ablations_table(default: Experiment, others: Sequence[Experiment]) -> str:
+    """Experiments with other settings of Lighthouse beside the default one, at the splits that they have.
+
+    The difference is that of the final loss, on the validation documents where there are any. Raises ValueError
+    for one without stage 1, which says what its settings are."""
+    experiments = [default, *others]
+    if any(experiment.stage1 is None for experiment in experiments):
+        raise ValueError("an experiment without records of stage1/ can't be compared with others")
+    settings = default.stage1.config["lighthouse"]
+    splits = {split for other in others for split in other.tails}
+    of_default = dict(zip(default.tails, table(default)[1:], strict=True))
+    rows = [["settings", "run", "stage-1 tok/s a device (k)", "device-hours", "jump (nats)"]]
+    rows[0] += ["steps to recover", "final loss", "validation loss", "difference"]
+    rows += [["---"] * 2 + ["---:"] * 7]
+    for experiment in experiments:
+        own = experiment.stage1.config["lighthouse"]
+        changed = [f"{field} = {own[field]}" for field in own if own[field] != settings[field]]
+        for split, row in zip(experiment.tails, table(experiment)[1:], strict=True):
+            if split not in splits:
+                continue
+            run, hours, ktok_s, final, jump, recovered, _, validation, *_ = _cells(row)
+            difference = _difference(*map(_deciding_loss, (row, of_default.get(split, Row("")))))
+            cells = [", ".join(changed) or "the default", run, ktok_s, hours, jump, recovered]
+            rows.append([*cells, final, validation, _loss(difference, "+")])
+    return "\n".join(["", "**Other settings of Lighthouse**", "", *_lines(rows), ""])
+
+
+def _deciding_loss(row: Row) -> float | None:
+    return row.final_loss if row.validation_loss is None else row.validation_loss
 
 
 def _markdown_table(rows: list[list[str]]) -> list[str]:
@@ -317,11 +367,15 @@ def _markdown_table(rows: list[list[str]]) -> list[str]:
         "difference from dense",
         "validation loss",
         "difference from dense",
+        "dense at equal hours",
     ]
     align = ["---"] + ["---:"] * (len(columns) - 1)
     filled = [i for i in range(len(columns)) if i < 7 or any(row[i] != "-" for row in rows)]
-    lines = [[cells[i] for i in filled] for cells in [columns, align, *rows]]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return _lines([cells[i] for i in filled] for cells in [columns, align, *rows])
+
+
+def _lines(rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in rows]
 
 
 def _cells(row: Row, jump: str = "", recovered: str = "") -> list[str]:
@@ -339,6 +393,7 @@ def _cells(row: Row, jump: str = "", recovered: str = "") -> list[str]:
         _loss(row.difference, "+"),
         _loss(row.validation_loss),
         _loss(row.validation_difference, "+"),
+        _loss(row.dense_at_equal_hours),
     ]
 
 
