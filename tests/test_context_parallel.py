@@ -1,6 +1,6 @@
 """Ranks that share a sequence compute what one process does, forward and backward.
 
-torch's ring attention has no CPU kernel: an attention that gathers all ranks' rows stands in for it.
+torch's ring attention has no CPU kernel: `gathering_attention` stands in for it.
 """
 
 import os
@@ -13,14 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from gathering_attention import GatheringAttention
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
 from test_model import args, build, parse
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
-from torchtitan.models.llama3.model.model import Attention
 
 from torchtitan_ext.lighthouse import (
     LighthouseConfig,
@@ -29,7 +27,6 @@ from torchtitan_ext.lighthouse import (
     lighthouse_attention,
     operators,
 )
-from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.context_parallel import chunk_order, context_parallel_attention
 from torchtitan_ext.model import Lighthouse
 from torchtitan_ext.model.model import LighthouseSelfAttention
@@ -56,32 +53,11 @@ def mesh():
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-class GatheringAttention(nn.Module):
-    """Causal attention of all ranks' rows, in the sequence's order; keeps this rank's rows."""
-
-    def __init__(self, load_balance):
-        super().__init__()
-        self.mesh = mesh()
-        self.order = chunk_order(self.mesh.size(), load_balance)
-
-    def forward(self, q, k, v, *, enable_gqa):
-        def whole(x):
-            ranks = DTensor.from_local(x, self.mesh, [Shard(2)])
-            ranks = ranks.redistribute(placements=[Replicate()])
-            chunks = ranks.to_local(grad_placements=[Partial()]).chunk(len(self.order), 2)
-            return torch.cat([chunks[self.order.index(i)] for i in range(len(chunks))], 2)
-
-        out = causal_sdpa(whole(q), whole(k), whole(v), enable_gqa=enable_gqa)
-        chunks = out.chunk(len(self.order), 2)
-        out = torch.cat([chunks[i] for i in self.order], 2)
-        return out.chunk(self.mesh.size(), 2)[self.mesh.get_local_rank()]
-
-
-def shards(x, load_balance, dim=1):
-    """Each rank's part of `x`."""
+def shards(x, load_balance):
+    """Each rank's part of `x`, [B, N, ...]."""
     order = chunk_order(dist.get_world_size(), load_balance)
-    chunks = x.chunk(len(order), dim)
-    return torch.cat([chunks[i] for i in order], dim).chunk(dist.get_world_size(), dim)
+    chunks = x.chunk(len(order), 1)
+    return torch.cat([chunks[i] for i in order], 1).chunk(dist.get_world_size(), 1)
 
 
 def compare(config, group, load_balance, dtype=torch.float64):
@@ -92,8 +68,8 @@ def compare(config, group, load_balance, dtype=torch.float64):
     expected = lighthouse_attention(*whole, config, freqs_cis=table)
     gradients = torch.autograd.grad((expected * weights).sum(), whole)
 
-    def mine(x, dim=1):
-        return shards(x.detach(), load_balance, dim)[dist.get_rank()]
+    def mine(x):
+        return shards(x.detach(), load_balance)[dist.get_rank()]
 
     own = [mine(x).requires_grad_() for x in whole]
     out = context_parallel_attention(
@@ -101,8 +77,8 @@ def compare(config, group, load_balance, dtype=torch.float64):
         config,
         mesh=mesh(),
         load_balance=load_balance,
-        attention=GatheringAttention(load_balance),
-        freqs_cis=mine(table, 0),
+        attention=GatheringAttention(mesh(), load_balance),
+        freqs_cis=table,
     )
     got = torch.autograd.grad((out * mine(weights)).sum(), own)
     pairs = zip((out, *got), (expected, *gradients), strict=True)
@@ -142,7 +118,7 @@ def compiles():
     lighthouse = Lighthouse(**asdict(config), enable=True)
     module = LighthouseSelfAttention(args(n_kv_heads=2, lighthouse=lighthouse))
     module.share_sequence(mesh(), load_balance=True)
-    module.inner_attention = GatheringAttention(load_balance=True)
+    module.inner_attention = GatheringAttention(mesh(), load_balance=True)
     x = torch.randn(2, SEQ_LEN // dist.get_world_size(), 32)
     positions = shards(torch.arange(SEQ_LEN).expand(2, -1), True)[dist.get_rank()]
     table = rotary_table(SEQ_LEN, module.head_dim, torch.complex64)
@@ -174,9 +150,6 @@ def training_steps_agree():
         one, shared = build(model_args), build(model_args)
         dims = ParallelDims(1, 1, cp=world, tp=1, pp=1, ep=1, etp=1, world_size=world)
         parallelize(shared, dims, job_config)
-        for module in shared.modules():
-            if isinstance(module, Attention):
-                module.inner_attention = GatheringAttention(balancer is not None)
         optimizers = [torch.optim.SGD(model.parameters(), 0.1, 0.9) for model in (one, shared)]
         losses = []
         for step in range(3):

@@ -96,7 +96,7 @@ def context_parallel_attention(
         load_balance: whether a rank holds two chunks, from head and tail, or one.
         attention: what attends to the gathered sequence of all ranks, causally; called as in
             `lighthouse_attention`, with the gathered rows of this rank's chunks, one after another.
-        freqs_cis: complex [N, D/2] rotary table of this rank's positions; None for no rotation.
+        freqs_cis: complex [at least N x ranks, D/2] rotary table of the whole sequence; None for no rotation.
 
     Returns:
         [B, N, H, D] in q's dtype.
@@ -114,9 +114,10 @@ def context_parallel_attention(
     ops = _operators_for(q)
 
     slots, gathered = [], []
-    tables = [None] * per_rank if freqs_cis is None else freqs_cis.chunk(per_rank)
+    chunk_len = q.shape[1] // per_rank
     parts = (x.chunk(per_rank, 1) for x in (q, k, v))
-    for chunk, *qkv, table in zip(chunks, *parts, tables, strict=True):
+    for chunk, *qkv in zip(chunks, *parts, strict=True):
+        table = None if freqs_cis is None else freqs_cis[chunk * chunk_len :]
         _check_inputs(*qkv, config, table)
         slots.append(_slots(*qkv, config, table, starts_sequence=chunk == 0))
         gathered.append(ops.gather(*qkv, table, slots[-1], config))

@@ -43,16 +43,14 @@ class LighthouseSelfAttention(Attention):
         attention_masks: AttentionMasksType | None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        # torchtitan gives the positions, the same for each sequence, where ranks share it.
+        # torchtitan gives the positions where ranks share the sequence: those of `chunk_order`.
         assert attention_masks is None and (positions is None) == (not self.context_parallel)
         bs, seqlen, _ = x.shape
         # -1 instead of the number of heads: tensor parallelism shards them.
         xq, xk, xv = (
             proj(x).view(bs, seqlen, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv)
         )
-        attend = lighthouse_attention
-        if self.context_parallel:
-            attend, freqs_cis = context_parallel_attention, freqs_cis[positions[0]]
+        attend = context_parallel_attention if self.context_parallel else lighthouse_attention
         output = attend(
             *(xq, xk, xv, self.config),
             freqs_cis=freqs_cis,
