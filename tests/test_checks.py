@@ -1,6 +1,7 @@
 """A job that can't run, or would lose state in silence, stops before anything is built."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.config import ConfigManager
 from torchtitan.protocols.train_spec import get_train_spec
 
-from torchtitan_ext.model import check_job, flavors
+from torchtitan_ext.model import LighthouseTransformer, check_job, flavors
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -31,10 +32,11 @@ def job(tmp_path, monkeypatch):
     return parse
 
 
-def save(folder, step=10, degree=1, without=()):
-    """A checkpoint with the keys of torchtitan's, and returns its path."""
+def save(folder, step=10, degree=1, without=(), **changes):
+    """A checkpoint of a model like the demo's, with the keys of torchtitan's; returns its path."""
+    weights = LighthouseTransformer(replace(flavors["debug"], **changes)).state_dict()
     states = {
-        "output.weight": torch.zeros(4, 4),
+        **weights,
         "optimizer": {"state.output.weight.exp_avg": torch.zeros(4, 4)},
         "lr_scheduler": {"last_epoch": step},
         "dataloader": {f"dp_rank_{rank}": b"state" for rank in range(degree)},
@@ -252,9 +254,39 @@ def test_the_data_parallel_degree_leaves_the_other_dimensions_out(job, tmp_path,
     check_job(config)
 
 
+@pytest.mark.parametrize(
+    ("n_ranks", "overrides", "words"),
+    [
+        (4, "--parallelism.data_parallel_shard_degree 3", ["dp_shard 3", "number of ranks, 4"]),
+        (1, "--parallelism.context_parallel_degree 2", ["cp 2", "number of ranks, 1"]),
+        (2, "--parallelism.data_parallel_replicate_degree 0", ["dp_replicate 0", "ranks, 2"]),
+        (3, "--training.global_batch_size 8", ["global_batch_size = 8", "1 x 3", "6 or 9"]),
+        (2, "--training.global_batch_size 1", ["global_batch_size = 1", "1 x 2", "nearest: 2"]),
+        (
+            4,
+            "--lighthouse.no_enable --parallelism.tensor_parallel_degree 4 --training.seq_len 4100",
+            ["training.seq_len = 4100", "multiple of 8", "tensor-parallel degree of 4"],
+        ),
+    ],
+)
+def test_the_ranks_must_share_the_work(job, monkeypatch, n_ranks, overrides, words):
+    config = job("--training.global_batch_size=-1", *overrides.split())
+    check_job(config)  # nothing to say before the number of ranks is known
+    monkeypatch.setenv("WORLD_SIZE", str(n_ranks))
+    only_problem(config, *words)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(job, tmp_path):
+    wider = save(tmp_path / "wider", vocab_size=512)
+    only_problem(job(*start_from(wider)), wider, "(2 of ", "[512, 64] there and [384, 64] here")
+    deeper = save(tmp_path / "run", n_layers=1)
+    only_problem(job(), deeper, "model.flavor = 'debug'", "layers.1.", "is not there")
+
+
 def test_a_degree_is_compared_with_the_checkpoint_that_will_be_loaded(job, tmp_path, monkeypatch):
     save(tmp_path / "run", step=10, degree=1)
     save(tmp_path / "run", step=20, degree=2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
     only_problem(job(), "step-20")
     check_job(job("--checkpoint.load_step=10"))
     only_problem(job("--checkpoint.load_step=30"), "checkpoint.load_step = 30", "[10, 20]")

@@ -6,16 +6,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
+from torchtitan.distributed import ParallelDims
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 
 from .args import flavors
+from .model import LighthouseTransformer
 
 
 def check_job(job_config: JobConfig) -> None:
@@ -24,20 +28,73 @@ def check_job(job_config: JobConfig) -> None:
     Every rank reads the same files and comes to the same answer. Rank 0 also notes which
     checkpoint a new run starts from, so that a later launch can tell whether it continues that run.
     """
-    if not hasattr(job_config, "lighthouse"):
-        raise ValueError(
-            f"job.custom_config_module = {job_config.job.custom_config_module!r}: "
-            "set it to 'torchtitan_ext.model.config', which adds the [lighthouse] section"
-        )
-    problems = [
-        *_model_problems(job_config),
-        *_data_problems(job_config),
-        *_checkpoint_problems(job_config),
-    ]
+    n_ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    problems = job_problems(job_config, n_ranks)
     if problems:
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
     if job_config.checkpoint.enable and int(os.environ.get("RANK", 0)) == 0:
         _note_start(job_config)
+
+
+def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
+    """Every problem of a launch on `n_ranks` processes; None leaves out what depends on their number."""
+    if not hasattr(job_config, "lighthouse"):
+        return [
+            f"job.custom_config_module = {job_config.job.custom_config_module!r}: "
+            "set it to 'torchtitan_ext.model.config', which adds the [lighthouse] section"
+        ]
+    problems = [*_model_problems(job_config), *_data_problems(job_config)]
+    dims = None
+    if n_ranks is not None:
+        try:
+            dims = parallel_dims(job_config, n_ranks)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            problems += _batch_problems(job_config, dims)
+    return [*problems, *_checkpoint_problems(job_config, dims)]
+
+
+def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
+    """How `n_ranks` processes share the work, as torchtitan will have it. Raises ValueError if they can't."""
+    degrees = {
+        name: getattr(job_config.parallelism, f"{field}_degree")
+        for name, field in {
+            "dp_replicate": "data_parallel_replicate",
+            "dp_shard": "data_parallel_shard",
+            "cp": "context_parallel",
+            "tp": "tensor_parallel",
+            "pp": "pipeline_parallel",
+            "ep": "expert_parallel",
+            "etp": "expert_tensor_parallel",
+        }.items()
+    }
+    try:
+        return ParallelDims(**degrees, world_size=n_ranks)
+    except (AssertionError, ZeroDivisionError) as error:
+        product = " x ".join(f"{name} {degrees[name]}" for name in list(degrees)[:5])
+        raise ValueError(
+            f"[parallelism] {product}: the degrees' product must be the number of ranks, {n_ranks}; "
+            "parallelism.data_parallel_shard_degree = -1 takes what the other degrees leave"
+        ) from error
+
+
+def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
+    training, degree = job_config.training, dims.dp_replicate * dims.dp_shard
+    at_once, wanted = training.local_batch_size * degree, training.global_batch_size
+    if wanted == 0 or (wanted > 0 and wanted % at_once):
+        below = wanted // at_once * at_once
+        yield (
+            f"training.global_batch_size = {wanted}: must be a multiple of training.local_batch_size x "
+            f"data-parallel degree = {training.local_batch_size} x {degree} = {at_once}; nearest: "
+            + (f"{below} or {below + at_once}" if below else f"{at_once}")
+        )
+    for name, section in _data_sections(job_config):
+        if section.seq_len % dims.seq_len_divisor:
+            yield (
+                f"{name}.seq_len = {section.seq_len}: must be a multiple of {dims.seq_len_divisor} for a "
+                f"context-parallel degree of {dims.cp} and a tensor-parallel degree of {dims.tp}"
+            )
 
 
 def _model_problems(job_config: JobConfig) -> Iterator[str]:
@@ -125,7 +182,7 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
             yield str(error).replace("training.dataset", f"{name}.dataset")
 
 
-def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
+def _checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
     checkpoint = job_config.checkpoint
     folder, initial = _folder(job_config), checkpoint.initial_load_path
     if not checkpoint.enable:
@@ -149,9 +206,10 @@ def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
 
     if not folder.exists():
         if initial and not checkpoint.initial_load_in_hf:
-            yield from _state_problems(job_config, "checkpoint.initial_load_path", Path(initial))
-            step = re.fullmatch(r"step-(\d+)", Path(initial).name)
-            if step and int(step[1]) >= job_config.training.steps:
+            yield from _state_problems(
+                job_config, dims, "checkpoint.initial_load_path", Path(initial)
+            )
+            if step_of(initial) >= job_config.training.steps:
                 yield (
                     f"training.steps = {job_config.training.steps}: {initial} has done as many; "
                     "set the number of steps counted from the start of the first stage"
@@ -180,7 +238,7 @@ def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
             + f"; to start anew, choose another job.dump_folder or delete {folder}"
         )
         return
-    step = max(steps, default=-1) if checkpoint.load_step == -1 else checkpoint.load_step
+    step = _step_to_load(job_config, steps)
     if step not in (-1, *steps):
         yield (
             f"checkpoint.load_step = {step}: {folder} holds no complete checkpoint of that step, "
@@ -192,10 +250,12 @@ def _checkpoint_problems(job_config: JobConfig) -> Iterator[str]:
             f"step {step}; raise it, choose another job.dump_folder or delete {folder}"
         )
     elif step > 0:  # step 0 is torchtitan's seed checkpoint: weights alone
-        yield from _state_problems(job_config, "job.dump_folder", folder / f"step-{step}")
+        yield from _state_problems(job_config, dims, "job.dump_folder", folder / f"step-{step}")
 
 
-def _state_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[str]:
+def _state_problems(
+    job_config: JobConfig, dims: ParallelDims | None, field: str, path: Path
+) -> Iterator[str]:
     """What the checkpoint at `path`, which `field` leads to, lacks to be resumed by this launch."""
     try:
         metadata = complete_metadata(path)
@@ -203,6 +263,8 @@ def _state_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[s
         yield f"{field}: {error}"
         return
     saved = metadata.state_dict_metadata
+    if job_config.model.flavor in flavors:
+        yield from _weight_problems(job_config, field, path, saved)
     excluded = job_config.checkpoint.exclude_from_loading
     wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
     missing = sorted(wanted - {key.split(".")[0] for key in saved})
@@ -211,13 +273,8 @@ def _state_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[s
             f"{field}: {path} holds no {', '.join(missing)}, so training can't go on from it; "
             "use a checkpoint saved with checkpoint.last_save_model_only = false"
         )
-    if DATALOADER in wanted and DATALOADER not in missing:
-        dims = job_config.parallelism
-        degree = int(os.environ.get("WORLD_SIZE", 1)) // (
-            dims.context_parallel_degree
-            * dims.tensor_parallel_degree
-            * dims.pipeline_parallel_degree
-        )
+    if dims and DATALOADER in wanted and DATALOADER not in missing:
+        degree = dims.dp_replicate * dims.dp_shard
         saved_degree = sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in saved)
         if degree != saved_degree:
             yield (
@@ -227,8 +284,50 @@ def _state_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[s
             )
 
 
+def _weight_problems(
+    job_config: JobConfig, field: str, path: Path, saved: dict[str, STORAGE_TYPES]
+) -> Iterator[str]:
+    with torch.device("meta"):
+        weights = LighthouseTransformer(flavors[job_config.model.flavor]).state_dict()
+    other = [
+        f"{name} is {list(saved[name].size)} there and {list(weight.shape)} here"
+        if name in saved
+        else f"{name} is not there"
+        for name, weight in weights.items()
+        if name not in saved or saved[name].size != weight.shape
+    ]
+    if other:
+        yield (
+            f"model.flavor = {job_config.model.flavor!r}: {path}, which {field} leads to, is of another "
+            f"model ({len(other)} of {len(weights)} weights: {other[0]}); use the flavor that it was trained with"
+        )
+
+
 def _folder(job_config: JobConfig) -> Path:
     return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
+
+
+def checkpoint_to_load(job_config: JobConfig) -> Path | None:
+    """What a launch without problems starts from; None from scratch."""
+    checkpoint, folder = job_config.checkpoint, _folder(job_config)
+    if not checkpoint.enable:
+        return None
+    if folder.exists():
+        step = _step_to_load(job_config, complete_steps(folder))
+        return None if step == -1 else folder / f"step-{step}"
+    return Path(checkpoint.initial_load_path) if checkpoint.initial_load_path else None
+
+
+def _step_to_load(job_config: JobConfig, steps: list[int]) -> int:
+    """Of the run's own checkpoints, which are of these steps; -1 where there is none."""
+    load_step = job_config.checkpoint.load_step
+    return max(steps, default=-1) if load_step == -1 else load_step
+
+
+def step_of(path: str | Path) -> int:
+    """The steps that the checkpoint in a folder has done; 0 where the name doesn't tell."""
+    found = re.fullmatch(r"step-(\d+)", Path(path).name)
+    return int(found[1]) if found else 0
 
 
 def complete_metadata(path: Path) -> Metadata:
