@@ -60,9 +60,9 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     Raises ValueError, with the remedy, where there is none that is complete, or where the run's job
     config or tokenizer is missing or doesn't fit the checkpoint.
     """
-    path = Path(path).resolve()
-    if (path / CONFIG_FILE).is_file():
-        dump_folder = path
+    step_folder = Path(path).resolve()
+    if (step_folder / CONFIG_FILE).is_file():
+        dump_folder = step_folder
         job = _read_job(dump_folder)
         folder = dump_folder / job["checkpoint"]["folder"]
         steps = complete_steps(folder)
@@ -71,11 +71,11 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
                 f"{folder} holds no complete checkpoint: train with checkpoint.enable = true until the "
                 "first is saved (checkpoint.interval)"
             )
-        path = folder / f"step-{max(steps)}"
-        metadata = complete_metadata(path)
+        step_folder = folder / f"step-{max(steps)}"
+        metadata = complete_metadata(step_folder)
     else:
-        metadata = complete_metadata(path)
-        dump_folder = path.parents[1]
+        metadata = complete_metadata(step_folder)
+        dump_folder = step_folder.parents[1]
         job = _read_job(dump_folder)
 
     flavor, flavors = job["model"]["flavor"], get_train_spec().model_args
@@ -89,11 +89,11 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     unfit = [
         key
         for key, tensor in _meta_state(model_args).items()
-        if key not in saved or saved[key].size != tensor.shape
+        if getattr(saved.get(key), "size", None) != tensor.shape
     ]
     if unfit:
         raise ValueError(
-            f"{path} holds no model of flavor {flavor!r}, {len(unfit)} of its tensors ({unfit[0]}, ...) are "
+            f"{step_folder} holds no model of flavor {flavor!r}, {len(unfit)} of its tensors ({unfit[0]}, ...) are "
             f"missing or of another shape: correct model.flavor in {dump_folder / CONFIG_FILE}"
         )
 
@@ -105,7 +105,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             f"model.hf_assets_path = {str(tokenizer_path)!r} in {dump_folder / CONFIG_FILE}: no tokenizer "
             f"there ({error}); call from the folder that the training was launched from, or correct the path"
         ) from error
-    return Checkpoint(path, model_args, tokenizer_path, job["lighthouse"]["enable"])
+    return Checkpoint(step_folder, model_args, tokenizer_path, job["lighthouse"]["enable"])
 
 
 def export(checkpoint: Checkpoint, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -124,7 +124,8 @@ def _hugging_face(path: Path, config: dict) -> Candidate:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-            ).to(device)
+            )
+            torch.nn.Module.to(model, device)
         except OSError as error:
             raise ValueError(f"{path} holds no whole model: {error}") from error
         _last_alone(model.get_output_embeddings())
@@ -160,7 +161,7 @@ class Prompts:
         """The prompt's `context` tokens; `context` must be `shortest` at least."""
         rng = random.Random(f"{seed} {context} {depth} {trial}")
         n_filler = context - self.shortest
-        filler = []
+        filler: list[int] = []
         while len(filler) < n_filler:  # at most one token a character
             filler += encode(
                 self._tokenizer, "".join(rng.choices(FILLER, k=n_filler - len(filler)))

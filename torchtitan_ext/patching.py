@@ -82,7 +82,8 @@ def _found_version(root: Path) -> str | None:
     if version_file.is_file():
         return version_file.read_text().strip()
     for metadata in root.glob("torchtitan-*.dist-info/METADATA"):
-        return re.search(r"^Version: (.*)$", metadata.read_text(), re.MULTILINE)[1]
+        if found := re.search(r"^Version: (.*)$", metadata.read_text(), re.MULTILINE):
+            return found[1]
     return None
 
 
@@ -157,7 +158,12 @@ def _patch_copy(package: Path, work: Path, patched: bool, lock: int) -> None:
         "GIT_CONFIG_GLOBAL": os.devnull,
     }
     git = subprocess.run(
-        ["git", "apply", *(series() if patched else ["-R", *reversed(series())])],
+        [
+            "git",
+            "apply",
+            *([] if patched else ["-R"]),
+            *(series() if patched else reversed(series())),
+        ],
         cwd=work,
         env=environment,
         pass_fds=[lock],  # git outlives a killed run: the next one waits for it

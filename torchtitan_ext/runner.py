@@ -268,7 +268,8 @@ def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]
             shutil.rmtree(half_saved)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    log_file, last = run.folder / "log.txt", deque(maxlen=60)
+    log_file = run.folder / "log.txt"
+    last: deque[str] = deque(maxlen=60)
     with log_file.open("a") as log:
         child = subprocess.Popen(
             command,
@@ -280,6 +281,7 @@ def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]
             # Ctrl-C reaches this process alone, which then ends the child in order
             start_new_session=True,
         )
+        assert child.stdout is not None  # it is a pipe
         try:
             for line in child.stdout:
                 line = ANSI_COLOR.sub("", line)
@@ -316,7 +318,8 @@ class _Display:
         self.seconds_per_step: dict[str, float] = {}
 
     def start(self, run: PlannedRun) -> None:
-        self.run, self.step, self.first, self.last_line = run, 0, None, time.monotonic()
+        self.run, self.step, self.last_line = run, 0, time.monotonic()
+        self.first: tuple[int, float] | None = None
         self.title = f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
         if run.done:
             self.say(f"{self.title}: done already, at step {run.steps}")

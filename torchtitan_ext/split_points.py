@@ -128,16 +128,16 @@ def table(experiment: Experiment) -> list[Row]:
     for split, tail in experiment.tails.items():
         row = Row(f"split at {_steps(split)}", status=_status(tail, split))
         rows.append(row)
-        has_stage1 = stage1 is not None and split - stage1.step[-1] < stage1.log_freq
-        if has_stage1:
-            row.ktok_s = _ktok_s(stage1, split)
+        reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freq else None
+        if reached:
+            row.ktok_s = _ktok_s(reached, split)
         if tail is None:
             continue
         row.run = _label(split, tail)
         row.steps_after_switch = int(tail.step[-1]) - split
-        if has_stage1:
+        if reached:
             w = window(tail.total_steps, tail.log_freq)
-            before = mean_loss(stage1.step, stage1.loss, split, w)
+            before = mean_loss(reached.step, reached.loss, split, w)
             row.jump = float(tail.loss[0]) - before
             row.recovery = recovery(tail.step, tail.loss, split, before, w)
         if tail.finished:
@@ -145,8 +145,8 @@ def table(experiment: Experiment) -> list[Row]:
             row.difference = _difference(row.final_loss, rows[0].final_loss)
             row.validation_loss = _validation_loss(tail)
             row.validation_difference = _difference(row.validation_loss, rows[0].validation_loss)
-            if has_stage1:
-                row.device_hours = hours_at(stage1, split) + float(tail.device_hours[-1])
+            if reached:
+                row.device_hours = hours_at(reached, split) + float(tail.device_hours[-1])
                 row.dense_at_equal_hours = _loss_at_hours(dense, row.device_hours)
     return rows
 
@@ -267,7 +267,7 @@ def markdown(experiment: Experiment, published: dict) -> str:
     theirs = [Row(**row) for row in published["split_points"]]
     their_cells = [_cells(theirs[0])]
     for row in theirs[1:]:
-        row.difference = row.final_loss - theirs[0].final_loss
+        row.difference = _difference(row.final_loss, theirs[0].final_loss)
         their_cells.append(_cells(row, published["jump"], published["recovery"]))
     return "\n".join(
         [
@@ -330,16 +330,17 @@ def ablations_table(default: Experiment, others: Sequence[Experiment]) -> str:
     The difference is that of the final loss, on the validation documents where there are any. Raises ValueError
     for one without stage 1, which says what its settings are."""
     experiments = [default, *others]
-    if any(experiment.stage1 is None for experiment in experiments):
+    first_stages = [experiment.stage1 for experiment in experiments if experiment.stage1]
+    if len(first_stages) < len(experiments):
         raise ValueError("an experiment without records of stage1/ can't be compared with others")
-    settings = default.stage1.config["lighthouse"]
+    settings = first_stages[0].config["lighthouse"]
     splits = {split for other in others for split in other.tails}
     of_default = dict(zip(default.tails, table(default)[1:], strict=True))
     rows = [["settings", "run", "stage-1 tok/s a device (k)", "device-hours", "jump (nats)"]]
     rows[0] += ["steps to recover", "final loss", "validation loss", "difference"]
     rows += [["---"] * 2 + ["---:"] * 7]
-    for experiment in experiments:
-        own = experiment.stage1.config["lighthouse"]
+    for experiment, stage1 in zip(experiments, first_stages, strict=True):
+        own = stage1.config["lighthouse"]
         changed = [f"{field} = {own[field]}" for field in own if own[field] != settings[field]]
         for split, row in zip(experiment.tails, table(experiment)[1:], strict=True):
             if split not in splits:

@@ -66,7 +66,7 @@ def read_kernels(trace: Path) -> list[Kernel]:
     for event in sorted(kernels, key=lambda event: event["ts"]):
         launch = launches.get(event["args"].get("correlation"))
         stack = stack_at[id(launch)] if launch else ()
-        shapes = next(
+        shapes: list = next(
             (s for op in reversed(stack) if any(s := op["args"].get("Input Dims", []))), []
         )
         # a list of tensors is recorded as a list of their shapes
@@ -93,7 +93,8 @@ def _stacks(ranges: dict[int, list[dict]], launches: Iterable[dict]) -> dict[int
     stacks = {}
     for tid, of_thread in by_thread.items():
         of_thread.sort(key=lambda launch: launch["ts"])
-        todo, open_ranges = iter(ranges[tid]), []
+        todo = iter(ranges[tid])
+        open_ranges: list[dict] = []
         following = next(todo, None)
         for launch in of_thread:
             while following and following["ts"] <= launch["ts"]:
@@ -160,7 +161,8 @@ def breakdown(
     kernels: list[Kernel], idle: float, seq_len: int, vocab_size: int
 ) -> tuple[dict[str, float], list[dict]]:
     """Milliseconds of each of PARTS in `last_step`'s step, and a row a kernel name, the longest first."""
-    parts, rows = dict.fromkeys(PARTS, 0.0) | {IDLE: idle}, {}
+    parts = dict.fromkeys(PARTS, 0.0) | {IDLE: idle}
+    rows: dict[tuple[str, str], dict] = {}
     for kernel in kernels:
         part = part_of(kernel, seq_len, vocab_size)
         parts[part] += kernel.alone / 1e3

@@ -14,7 +14,7 @@ from .operators import Selection, entries, gathered_rows
 try:
     from . import kernels
 except ImportError:  # no Triton on this platform: the torch path serves it
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 Attention = Callable[..., torch.Tensor]
 

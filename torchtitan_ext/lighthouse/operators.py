@@ -22,7 +22,7 @@ class Selection(NamedTuple):
     """
 
     level: torch.Tensor
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
 
 
 def score_pyramid(base: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:

@@ -92,13 +92,13 @@ def oracle_attention(
     if freqs_cis is not None and config.rope == "base":
         q, k = (oracle_rotate(x, freqs_cis[:seq_len, None]) for x in (q, k))
 
-    def entry_row(x: torch.Tensor, b: int, head: int, level: int, index: int, rotary: bool):
+    def entry_row(x: torch.Tensor, b: int, head: int, level: int, index: int, rotate: bool):
         start, end = index * p**level, (index + 1) * p**level - 1
-        span = [x[b, t, head] for t in range(start, end + 1)]
-        row = sum(span) / len(span)
-        return oracle_rotate(row, freqs_cis[end]) if rotary and config.rope == "selected" else row
+        row = torch.stack([x[b, t, head] for t in range(start, end + 1)]).mean(0)
+        if rotate and freqs_cis is not None and config.rope == "selected":
+            return oracle_rotate(row, freqs_cis[end])
+        return row
 
-    rotary = freqs_cis is not None
     heads_out = []
     for b in range(batch):
         for head in range(n_heads):
@@ -108,8 +108,8 @@ def oracle_attention(
                 of_group, k[b, :, kv_head].detach(), v[b, :, kv_head].detach(), config
             )
             entries = oracle_select(*scores, config)
-            queries = [entry_row(q, b, head, *entry, rotary) for entry in entries]
-            keys = torch.stack([entry_row(k, b, kv_head, *entry, rotary) for entry in entries])
+            queries = [entry_row(q, b, head, *entry, True) for entry in entries]
+            keys = torch.stack([entry_row(k, b, kv_head, *entry, True) for entry in entries])
             values = torch.stack([entry_row(v, b, kv_head, *entry, False) for entry in entries])
             positions = [torch.zeros(head_dim, dtype=q.dtype) for _ in range(seq_len)]
             for row, (level, index) in enumerate(entries):

@@ -55,8 +55,8 @@ def _output_norms(attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Causal, through the stock kernel: three [B, N, H, D] -> [B, N, H, D]."""
     with sdpa_kernel(_SDPA_BACKENDS, set_priority=True):
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def chunked_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

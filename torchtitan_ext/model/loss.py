@@ -15,12 +15,15 @@ except ImportError:  # no Triton on this platform
     liger_fused_linear_cross_entropy = None
 
 _CHUNK = 4096  # tokens whose logits exist at once
+LIGER_CHUNK = 4  # the same of Liger-Kernel: logits of so many times the hidden states' elements
 
 
 class ProjectionForLoss(nn.Linear):
     """The output projection, left to the loss: forward hands on its input and its weight."""
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(  # type: ignore[override]
+        self, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, N, dim] -> ([B, N, dim], [vocab_size, dim]), in the dtype that their product would have."""
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type):
@@ -98,7 +101,7 @@ def linear_cross_entropy_loss(
             ignore_index=IGNORE_INDEX,
             reduction="sum",
             accum_dtype=torch.float32,
-            chunk_mem_const=4,
+            chunk_mem_const=LIGER_CHUNK,
         )
     return _ChunkedLoss.apply(hidden, weight, labels)
 
