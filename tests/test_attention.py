@@ -1,5 +1,10 @@
 """The torch path of the layer: equal to the oracle, and the properties that make it the method."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,3 +217,12 @@ def test_inputs_that_do_not_fit_are_named():
         lighthouse_attention(q, k, v, SMALL, freqs_cis=rotary_table(128, 4))
     with pytest.raises(ValueError, match=r"seq_len = 204"):
         lighthouse_attention(q[:, :204], k[:, :204], v[:, :204], SMALL)
+
+
+def test_the_readmes_example_of_the_layer_alone_runs_without_torchtitan():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [example] = re.findall(r"## The layer alone\n+```python\n(.*?)```", readme, re.DOTALL)
+    checks = "out.square().sum().backward()\nassert q.grad.abs().sum() > 0 and out.shape == q.shape"
+    refuse = "import sys; sys.modules['torchtitan'] = None"
+    code = "\n".join([refuse, example, checks])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
