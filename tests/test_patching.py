@@ -523,17 +523,70 @@ import time
 from unittest.mock import MagicMock
 
 import torch
-from torchtitan.config import JobConfig
+from torchtitan.config import Comm, JobConfig
+from torchtitan.distributed.utils import init_distributed
 from torchtitan.train import Trainer
 
+init_distributed(Comm())
 torch.distributed.get_rank = lambda: 1
-for device, least, most in [("cpu", 0.5, 1.5), ("cuda", 0, 0.5)]:
-    trainer = MagicMock(device=torch.device(device), job_config=JobConfig(), step=0)
-    trainer.should_continue_training.return_value = False
-    start = time.monotonic()
-    Trainer.train(trainer)
-    assert least <= time.monotonic() - start <= most
+trainer = MagicMock(job_config=JobConfig(), step=0)
+trainer.should_continue_training.return_value = False
+start = time.monotonic()
+Trainer.train(trainer)
+assert time.monotonic() - start > 0.5
 """,
+        RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="localhost",
+        MASTER_PORT="0",
+    )
+
+
+def test_what_one_rank_saw_all_ranks_answer(patched):
+    """Two gloo ranks: a loss that isn't finite, a norm that isn't, and SIGTERM."""
+    python(
+        patched,
+        """
+import math, os
+from unittest.mock import MagicMock
+
+import torch
+from torchtitan.config import Comm, JobConfig
+from torchtitan.distributed.utils import init_distributed
+from torchtitan.train import Trainer
+
+init_distributed(Comm())
+here = int(os.environ["RANK"]) == 1
+trainer = MagicMock(step=7, nonfinite_steps=0, job_config=JobConfig(), host_group=None)
+trainer.checkpointer.describe_latest.return_value = "LATEST"
+allowed = trainer.job_config.training
+
+def finite(loss=2.0, norm=3.0):
+    return Trainer.is_step_finite(trainer, torch.tensor(loss), torch.tensor(norm))
+
+assert finite()
+for value in (math.nan, math.inf, -math.inf):
+    for case in ({"loss": value if here else 2.0}, {"norm": value}):
+        allowed.skip_nonfinite_steps = 2
+        assert not finite(**case) and not finite(**case)
+        assert finite() and not finite(**case)  # in a row
+        allowed.skip_nonfinite_steps = 1
+        try:
+            finite(**case)
+        except RuntimeError as error:
+            assert str(error).startswith("Step 7 is not finite: ") and "LATEST" in str(error)
+            named = f"loss {value} on rank 1, gradient norm 3.0."
+            assert (named if "loss" in case else f": gradient norm {value}.") in str(error)
+        else:
+            raise AssertionError(case)
+        assert finite()
+
+for received in (False, True):
+    trainer.sigterm_received = here and received
+    assert Trainer.is_any_rank_told_to_stop(trainer) == received
+os._exit(0)  # gloo's threads may still hold tensors
+""",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
     )
 
 
