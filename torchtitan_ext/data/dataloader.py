@@ -1,9 +1,11 @@
 """torchtitan's text dataloader, exact on resume in every epoch."""
 
+import os
 import signal
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict
+from threading import Thread
 from typing import Any
 
 import torch
@@ -59,6 +61,17 @@ class TextDataset(HuggingFaceTextDataset):
 def _end_with_the_trainer(worker_id: int) -> None:
     # What outlives a killed trainer would wait forever to hand on what it has drawn.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_heed_sigterm_of_the_trainer, daemon=True).start()
+
+
+def _heed_sigterm_of_the_trainer() -> None:
+    # torchrun and schedulers send it to all processes of a job. The trainer saves then, and would
+    # fail if its worker were gone.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def build_dataloader(
