@@ -10,7 +10,7 @@ import torch
 from torchtitan.config import ConfigManager
 from torchtitan.config import JobConfig as TorchtitanJobConfig
 from torchtitan.config.job_config import Metrics
-from torchtitan.models.llama3 import Transformer
+from torchtitan.models.llama3 import Transformer, llama3_args
 from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -59,6 +59,13 @@ def test_270m_is_530m_with_a_byte_vocabulary():
     assert {key for key in big if big[key] != small[key]} == {"vocab_size"}
     vocab = small["vocab_size"]
     assert vocab >= 256 and vocab % 128 == 0
+
+
+def test_8b_is_torchtitans():
+    ours = build(flavors["8B"], device="meta").state_dict()
+    with torch.device("meta"):
+        theirs = Transformer(llama3_args["8B"]).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1])

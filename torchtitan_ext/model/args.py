@@ -2,7 +2,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torchtitan.config import JobConfig
-from torchtitan.models.llama3 import TransformerModelArgs
+from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
 from .config import Lighthouse
 
@@ -85,4 +85,6 @@ flavors = {
     # The body of 530M with a byte vocabulary, padded to a multiple of 128.
     "270M": replace(_530M, vocab_size=384),  # type: ignore[call-arg]  # torchtitan has no types
     "530M": _530M,
+    # Llama 3's own, grouped heads and all, with as many dense layers at either end.
+    "8B": LighthouseModelArgs(**vars(llama3_args["8B"]), dense_layers=(0, 1, 30, 31)),
 }
