@@ -91,6 +91,10 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
         ("--model.hf_assets_path nowhere", ["model.hf_assets_path = 'nowhere'", "tokenizer.json"]),
         ("--model.hf_assets_path tests", ["model.hf_assets_path = 'tests'", "tokenizer.json"]),
+        (
+            "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option all",
+            ["activation_checkpoint.selective_ac_option = 'all'", "'op'"],
+        ),
         ("--training.dataset books", ["books"]),
         ("--training.dataset_path nowhere", ["nowhere"]),
         ("--validation.enable --validation.dataset books", ["validation.dataset = 'books'"]),

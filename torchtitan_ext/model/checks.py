@@ -110,6 +110,15 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
                 f"flavor {flavor} has layers 0 to {n_layers - 1}"
             )
     yield from _loss_problems(job_config)
+    mode = job_config.activation_checkpoint.mode
+    option = job_config.activation_checkpoint.selective_ac_option
+    if mode not in (modes := ("none", "selective", "full", "memory_budget")):
+        yield f"activation_checkpoint.mode = {mode!r}: choose one of {', '.join(modes)}"
+    elif mode == "selective" and option != "op" and not option.isdecimal():
+        yield (
+            f"activation_checkpoint.selective_ac_option = {option!r}: use 'op', or a number n to "
+            "recompute every n-th block"
+        )
     if not lighthouse.enable:
         return
     degree = job_config.parallelism.context_parallel_degree

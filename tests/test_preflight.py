@@ -1,0 +1,393 @@
+"""The preflight names everything that would stop a run, and tells what the run takes as it was measured."""
+
+import gzip
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchtitan.config import ConfigManager
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+
+from torchtitan_ext import outlook, preflight
+from torchtitan_ext.lighthouse import attention, kernels
+from torchtitan_ext.model import LighthouseTransformer, flavors
+from torchtitan_ext.model.checks import parallel_dims
+from torchtitan_ext.model.config import Lighthouse
+from torchtitan_ext.model.memory import GIB, peak_memory, unknown
+from torchtitan_ext.patching import PatchingError
+from torchtitan_ext.runner import child_environment
+
+ROOT = Path(__file__).parents[1]
+ROWS = [
+    row
+    for row in json.loads((ROOT / "results/bench_train.json").read_text())["rows"]
+    if "error" not in row
+]
+LARGE = ("configs/530m/stage1.toml", "--training.dataset=python_source")
+VERSION = importlib.metadata.version
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Checks a job file with overrides, in a fresh dump folder: the exit code, the problems and the whole report."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*overrides, file="configs/demo/stage1.toml"):
+        arguments = [f"--job.config_file={file}", f"--job.dump_folder={tmp_path / 'run'}"]
+        code = preflight.main([*arguments, *map(str, overrides)])
+        report = capsys.readouterr().out
+        head, *problems = report.split("\n- ")
+        assert code == (1 if problems else 0)
+        assert not problems or head.endswith(f"{len(problems)} problem{'s' * (len(problems) > 1)}:")
+        return code, problems, " ".join(report.split())
+
+    return run
+
+
+@pytest.fixture
+def only_problem(check):
+    def run(*overrides, words, file="configs/demo/stage1.toml"):
+        _, problems, _ = check(*overrides, file=file)
+        assert len(problems) == 1, problems
+        for word in words:
+            assert str(word) in problems[0]
+
+    return run
+
+
+def job_of(config, *settings):
+    """A parsed job, the model's arguments with its settings, from `section.field=value` settings."""
+    job = ConfigManager().parse_args(["--job.config_file", config, *(f"--{s}" for s in settings)])
+    args = replace(flavors[job.model.flavor])
+    args.update_from_config(job)
+    return job, args
+
+
+def test_a_good_run_is_reported_with_what_it_takes(check):
+    file, data = LARGE
+    code, problems, report = check(data, "--ngpu=8", "--gpu-memory=100", "--tok-s=1000", file=file)
+    job, args = job_of(file)
+    with torch.device("meta"):
+        n_params = sum(p.numel() for p in LighthouseTransformer(args).parameters())
+    training = job.training
+    tokens = training.steps * training.global_batch_size * training.seq_len
+    memory = sum(peak_memory(job, args, parallel_dims(job, 8)).values())
+    assert code == 0 and not problems
+    for fact in (
+        f"{n_params:,} parameters",
+        f"{job.lighthouse.gathered_len(training.seq_len):,} gathered rows of {training.seq_len:,}",
+        f"in {training.global_batch_size // 8} accumulation steps",
+        f"0 to {training.steps:,}, {tokens:,} tokens",
+        f"{tokens / 8 / 1000 / 3600:,.1f} h, ",
+        f"about {memory:.1f} of 100.0 GiB",
+        f"{job.checkpoint.keep_latest_k + 1} checkpoints more at most, of {12 * n_params / 1e9:.2f} GB",
+    ):
+        assert fact in report
+
+
+def test_the_command_names_every_problem_at_once(tmp_path):
+    file = tmp_path / "in_the_way"
+    file.write_text("")
+    overrides = ["--job.config_file=configs/demo/stage1.toml"]
+    overrides += ["--training.seq_len=4100", "--training.dataset=books", "--model.name=llama3"]
+    overrides += [f"--job.dump_folder={file}", "--training.global_batch_size=7", "--ngpu=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torchtitan_ext.preflight", *overrides],
+        cwd=ROOT,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr == ""
+    problems = done.stdout.split("\n- ")[1:]
+    fields = ["seq_len = 4100", "'books'", "model.name", "job.dump_folder", "global_batch_size = 7"]
+    assert len(problems) == len(fields)
+    for field in fields:
+        assert sum(field in problem for problem in problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--job.config_file"),
+        (["--job.config_file=x", "--ngpu=0"], "--ngpu 0: must be 1 or more"),
+        (["--job.config_file=x", "--gpu-memory=-1"], "-1: must be a positive number"),
+        (["--job.config_file=x", "--tok-s=fast"], "fast: must be a positive number"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        preflight.main(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "steps: 3", "[lighthouse]\ntop_k = 100"])
+def test_what_is_no_job_is_named(check, tmp_path, content):
+    file = tmp_path / "job.toml"
+    head = '[job]\ncustom_config_module = "torchtitan_ext.model.config"\n'
+    if content:
+        file.write_text(head + content)
+    code, problems, _ = check(file=file)
+    assert code == 1 and len(problems) == 1 and str(file) in problems[0]
+
+
+def test_an_override_that_does_not_exist_is_named(check, capsys):
+    code, problems, _ = check("--lighthouse.topk=64")
+    assert code == 1 and len(problems) == 1 and "--lighthouse.topk=64" in problems[0]
+
+
+def version_of(**changed):
+    """importlib.metadata.version with some changed, None for not installed."""
+
+    def version(name):
+        found = changed.get(name, VERSION(name))
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    return version
+
+
+def test_versions_are_held_against_the_supported_ones(check, only_problem, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", version_of(torch="2.11.0+cu130"))
+    assert check()[0] == 0
+    for wrong in ("2.10.0", "2.14.1+cpu"):
+        monkeypatch.setattr(importlib.metadata, "version", version_of(torch=wrong))
+        only_problem(words=[f"torch is {wrong}", "<2.14", ">=2.11", "pip install"])
+    monkeypatch.setattr(importlib.metadata, "version", version_of(triton=None, torchtitan="0.2.1"))
+    _, problems, _ = check()
+    assert len(problems) == 2
+    assert "torchtitan is 0.2.1" in problems[0]
+    assert "triton is not installed" in problems[1]
+
+
+def test_patches_must_be_there(only_problem, monkeypatch):
+    monkeypatch.setattr(preflight, "is_patched", lambda root: False)
+    only_problem(words=["is not patched", "torchtitan_ext.patching apply"])
+
+    def changed(root):
+        raise PatchingError("patched in part")
+
+    monkeypatch.setattr(preflight, "is_patched", changed)
+    only_problem(words=["patched in part"])
+
+
+def test_an_environment_that_cannot_import_is_named(check, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchtitan_ext.outlook", None)
+    code, problems, _ = check()
+    assert code == 1 and len(problems) == 1 and "mended" in problems[0]
+
+
+def test_what_training_refuses_is_a_problem(only_problem):
+    only_problem("--checkpoint.last_save_model_only", words=["last_save_model_only = true"])
+    only_problem("--parallelism.data_parallel_shard_degree=3", "--ngpu=2", words=["dp_shard 3"])
+    only_problem("--experimental.custom_import=nothing", words=["custom_import = 'nothing'"])
+    only_problem(
+        *("--checkpoint.initial_load_path=gone", "--checkpoint.no_initial_load_model_only"),
+        words=["gone is not a complete checkpoint"],
+    )
+
+
+def test_the_first_documents_are_read(only_problem, check, tmp_path):
+    (tmp_path / "c4").mkdir()
+    file = tmp_path / "c4" / "c4-train.00000-of-00001.json.gz"
+    arguments = ["--training.dataset=c4_local", f"--training.dataset_path={file.parent}"]
+    file.write_bytes(gzip.compress(b'{"text": "' + b"word " * 500 + b'"}\n'))
+    assert check(*arguments)[0] == 0
+    file.write_bytes(gzip.compress(b"no JSON\n"))
+    only_problem(*arguments, words=[file, "line 1"])
+    file.write_bytes(gzip.compress(b'{"text": "one document"}\n'))
+    only_problem(*arguments, "--ngpu=2", words=["no document for data-parallel rank 1"])
+
+
+def test_a_sequence_of_the_validation_data_is_read(only_problem, check, tmp_path):
+    names = [f"{number}.txt" for number in range(1000)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    arguments = ["--validation.enable", "--validation.dataset=python_source_validation"]
+    arguments += [f"--validation.dataset_path={tmp_path}", "--validation.seq_len=4096"]
+    only_problem(*arguments, "--validation.steps=-1", words=["not one sequence", "4096"])
+    for name in names:
+        (tmp_path / name).write_text(name * 1000)
+    assert check(*arguments, "--validation.steps=-1")[0] == 0
+
+
+def test_the_disk_must_hold_the_checkpoints_to_come(check, only_problem, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    job, args = job_of("configs/demo/stage1.toml")
+    n_bytes = 12 * sum(p.numel() for p in LighthouseTransformer(args).parameters())
+    held = n_bytes * (job.checkpoint.keep_latest_k + 1)
+    for free, fits in [(held, True), (held - 1, False)]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(free, 0, free))
+        if fits:
+            assert check()[0] == 0
+        else:
+            only_problem(words=["job.dump_folder", "checkpoint.keep_latest_k"])
+            assert check("--checkpoint.no_enable", "--checkpoint.initial_load_path=None")[0] == 0
+
+
+@pytest.mark.parametrize("keep", [0, 2, 4])
+@pytest.mark.parametrize("there", [0, 1, 3, 6])
+@pytest.mark.parametrize("steps", [1, 9, 10, 35, 90])
+def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, there, steps):
+    folders = [f"checkpoint/step-{10 * n}" for n in range(1, there + 1)]
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / ".metadata").touch()
+    job, args = job_of(
+        "configs/demo/dense.toml",
+        *(f"job.dump_folder={tmp_path}", f"training.steps={10 * there + steps}"),
+        *("checkpoint.interval=10", f"checkpoint.keep_latest_k={keep}"),
+    )
+    plan = outlook.Plan(job, parallel_dims(job, 1), args, n_params=1, flops=1)
+
+    held = list(range(there))
+    most = there
+    for step in range(10 * there + 1, 10 * there + steps + 1):
+        if step % 10 == 0 or step == job.training.steps:
+            held.append(step)
+            most = max(most, len(held))
+            held = held[-keep:] if keep else held
+    if keep and there > keep:  # kept by other settings; after the first save they go
+        most = there + 1
+    assert outlook._checkpoints_to_come(plan) == most - there
+
+
+# Memory
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['name']} on {row['n_gpus']}")
+def test_the_estimates_are_near_what_was_measured(row, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    job, args = job_of(*row["config"].split())
+    dims = parallel_dims(job, row["n_gpus"])
+    assert unknown(job, dims) is None
+    assert sum(peak_memory(job, args, dims).values()) == pytest.approx(row["peak_gib"], rel=0.15)
+    assert outlook.MFU[job.activation_checkpoint.mode] == pytest.approx(row["mfu"], abs=5)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("lighthouse", [False, True])
+def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, mode, lighthouse):
+    monkeypatch.chdir(ROOT)
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(attention, "_operators_for", lambda x: kernels)
+    job, _ = job_of(
+        "configs/530m/stage1.toml", "training.seq_len=64", f"activation_checkpoint.mode={mode}"
+    )
+    settings = Lighthouse(enable=lighthouse, levels=2, top_k=4, tile_winners=4)
+    args = replace(flavors["debug"], n_layers=1, max_seq_len=64, lighthouse=settings)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model = LighthouseTransformer(args).bfloat16()
+        model.init_weights()
+    model.to(on)
+    if mode != "none":
+        cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        apply_ac(
+            model,
+            ActivationCheckpoint(mode=mode, selective_ac_option="op"),
+            model_compile_enabled=True,
+            op_sac_save_list={*_op_sac_save_list, cpu_attention},
+        )
+    block = torch.compile(model.layers["0"], backend="aot_eager_decomp_partition", fullgraph=True)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.dtype == torch.bfloat16 and not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    hidden = torch.randn(1, 64, args.dim, dtype=torch.bfloat16, device=on, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(hidden, model.freqs_cis, None, None)
+    counted = peak_memory(job, args, parallel_dims(job, 1))["kept by the blocks"]
+    assert counted * GIB == sum(storage.nbytes() for storage in kept.values())
+
+
+def estimate(*settings, n_gpus=1, config="configs/530m/stage1.toml"):
+    job, args = job_of(config, *settings)
+    return sum(peak_memory(job, args, parallel_dims(job, n_gpus)).values())
+
+
+def test_the_estimate_grows_with_what_is_kept_and_shrinks_with_what_is_shared(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    modes = ["full", "selective", "none"]
+    by_mode = [estimate(f"activation_checkpoint.mode={mode}") for mode in modes]
+    assert by_mode == sorted(by_mode)
+    every, second = (
+        estimate(
+            "activation_checkpoint.mode=selective", f"activation_checkpoint.selective_ac_option={n}"
+        )
+        for n in (1, 2)
+    )
+    assert by_mode[0] == every < second < by_mode[2]
+    assert estimate(config="configs/530m/dense.toml") > estimate()
+    assert estimate("training.local_batch_size=2") > 1.7 * estimate()
+    assert estimate(n_gpus=8) < estimate(n_gpus=2) < estimate()
+    shared = estimate("parallelism.context_parallel_degree=2", n_gpus=2)
+    assert 0.5 * estimate(n_gpus=2) < shared < 0.6 * estimate(n_gpus=2)
+    assert estimate("parallelism.fsdp_reshard_after_forward=default") < estimate()
+    assert estimate("loss.no_fuse_output") > estimate() + 20  # the logits of 98,304 tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["compile.no_enable"], "compile.enable = false"),
+        (["compile.components=model"], "compile.components = ['model']"),
+        (["activation_checkpoint.mode=memory_budget"], "'memory_budget'"),
+        (["parallelism.tensor_parallel_degree=2"], "tensor_parallel_degree = 2"),
+        (["parallelism.pipeline_parallel_degree=2"], "pipeline_parallel_degree = 2"),
+        (
+            [
+                "parallelism.data_parallel_replicate_degree=2",
+                "parallelism.data_parallel_shard_degree=1",
+            ],
+            "without FSDP",
+        ),
+        (["training.enable_cpu_offload"], "enable_cpu_offload"),
+    ],
+)
+def test_no_estimate_is_given_of_what_was_not_looked_into(monkeypatch, settings, words):
+    monkeypatch.chdir(ROOT)
+    job, _ = job_of("configs/530m/stage1.toml", *settings)
+    sharing = any(setting.startswith("parallelism.") for setting in settings)
+    assert words in unknown(job, parallel_dims(job, 1 + sharing))
+
+
+@pytest.mark.parametrize(
+    ("gpu_memory", "words", "remedy"),
+    [
+        (50, "'selective' would take", ["--activation_checkpoint.mode=selective"]),
+        (25, "'full' would take", ["--activation_checkpoint.mode=full"]),
+        (13, "on 4 GPUs", ["--activation_checkpoint.mode=full", "--ngpu=4"]),
+    ],
+)
+def test_too_little_memory_is_a_problem_with_a_remedy_that_fits(
+    check, only_problem, gpu_memory, words, remedy
+):
+    file, data = LARGE
+    small = f"--gpu-memory={gpu_memory}"
+    only_problem(data, small, file=file, words=["'none': about", f"has {gpu_memory:.1f}", words])
+    assert check(data, small, *remedy, file=file)[0] == 0
+
+
+def test_sharing_a_sequence_is_the_remedy_where_no_policy_fits(check, only_problem):
+    file, data = "configs/530m-1m/stage1.toml", "--training.dataset=python_source"
+    words = ["on 2 GPUs", "parallelism.context_parallel_degree = 2"]
+    only_problem(data, "--gpu-memory=79", file=file, words=words)
+    shared = ["--parallelism.context_parallel_degree=2", "--ngpu=2"]
+    assert check(data, "--gpu-memory=79", *shared, file=file)[0] == 0
+    only_problem(data, "--gpu-memory=5", file=file, words=["nothing fits", "training.seq_len"])

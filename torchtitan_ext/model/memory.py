@@ -1,0 +1,146 @@
+"""The peak of a training step's GPU memory, from what is kept, for how long: no constant in it is fitted.
+
+Widths are elements a token, `d` the model's, `f` the SwiGLU's, `kv` of the key and value heads; `r` is the gathered
+rows over the tokens in a Lighthouse layer, 1 in a dense one. What a compiled block keeps for its backward pass:
+
+    none       input, both norms' outputs, the sum of the first residual; 4 d
+               q and the attention's output, k, v; r (2 d + 2 kv)
+               the scattered output in a Lighthouse layer; d
+               both SwiGLU projections and their product; 3 f
+    selective  input, wq's and wv's output, attention's output, w1's output; (2 + r) d + kv + f
+    full       input; d
+
+The peak is reached in the loss, or in the backward pass of a block, which makes what the block didn't keep, and where
+it is widest the gradients of the block's output, of the product and of both projections: d + 3 f.
+
+Left out, as less than 1 %: slots, log-sum-exp, norms' deviations, tokens, cuBLAS's workspace.
+docs/running.md sets the estimates beside the measured peaks.
+"""
+
+from itertools import accumulate
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+
+from .args import LighthouseModelArgs
+from .loss import LIGER_CHUNK
+from .model import LighthouseTransformer
+
+FP32 = 4  # bytes
+GIB = 2**30
+
+
+def unknown(job_config: JobConfig, dims: ParallelDims) -> str | None:
+    """Why `peak_memory` says nothing of this job: a setting of which it doesn't know what is kept."""
+    checkpointing, compiled = job_config.activation_checkpoint, job_config.compile
+    reasons = {
+        "compile.enable = false": not compiled.enable,
+        f"compile.components = {compiled.components}": not {"model", "loss"}
+        <= set(compiled.components),
+        f"activation_checkpoint.mode = {checkpointing.mode!r}": checkpointing.mode
+        not in ("none", "selective", "full"),
+        f"parallelism.tensor_parallel_degree = {dims.tp}": dims.tp > 1,
+        f"parallelism.pipeline_parallel_degree = {dims.pp}": dims.pp > 1,
+        "parallelism.data_parallel_shard_degree = 1, without FSDP": not dims.fsdp_enabled,
+        "training.enable_cpu_offload = true": job_config.training.enable_cpu_offload,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def peak_memory(
+    job_config: JobConfig, args: LighthouseModelArgs, dims: ParallelDims
+) -> dict[str, float]:
+    """GiB that the allocator of one GPU reserves at a step's peak, by what takes them; the sum is the estimate.
+
+    Args:
+        job_config: a job of which `unknown` finds nothing.
+        args: the model's, with the job's settings.
+        dims: how the ranks share the work.
+
+    As measured with FSDP's mixed precision, AdamW, Liger-Kernel's loss and expandable segments.
+    """
+    training = job_config.training
+    width = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    master = TORCH_DTYPE_MAP[training.dtype].itemsize
+    with torch.device("meta"):
+        model = LighthouseTransformer(args)
+    n_params, n_block, n_output = (
+        sum(p.numel() for p in module.parameters())
+        for module in (model, model.layers["0"], model.output)
+    )
+    shards = dims.dp_shard * dims.cp
+    tokens = training.local_batch_size * training.seq_len // dims.cp
+
+    # FSDP's streams have pools of their own: neither gradients, which the reduction writes, nor gathered
+    # parameters ever take the room of freed activations, so at the peak all are counted.
+    weights = 4 * n_params * master / shards  # with gradients and two moments
+    on_hand = n_params
+    if job_config.parallelism.fsdp_reshard_after_forward != "never":
+        on_hand = n_output + 2 * n_block  # one at work, one ahead
+    gathered = width * (on_hand + n_output * (1 + 1 / shards))  # with the largest gather's buffers
+
+    kept, whole = _kept_by_layer(job_config, args, model)
+    d, f = args.dim, model.layers["0"].feed_forward.w1.out_features
+    row = width * tokens
+    kept_until = [row * n for n in accumulate(kept)]
+    reduced = FP32 * n_output  # the output projection's gradient, on its way to the shards
+    in_block = [
+        until + row * (all_of_it - of_layer + d + 3 * f)
+        for until, of_layer, all_of_it in zip(kept_until, kept, whole, strict=True)
+    ]
+    # Each rank has the keys and values of the whole sequence, one layer's at a time.
+    others = 2 * _kv_width(args) * row * (dims.cp - 1)
+    # Before and after the last norm, and the gradient.
+    in_loss = kept_until[-1] + row * 3 * d + _logits(job_config, args, tokens, width)
+    step = max(in_loss, max(in_block) + reduced + others)
+    table = FP32 * training.seq_len * d // args.n_heads  # cosines and sines
+
+    found = {
+        "weights, gradients, moments": weights,
+        "gathered weights": gathered,
+        "kept by the blocks": kept_until[-1],
+        "at work": step - kept_until[-1] + table,
+    }
+    return {name: n_bytes / GIB for name, n_bytes in found.items()}
+
+
+def _kv_width(args: LighthouseModelArgs) -> int:
+    return args.dim // args.n_heads * (args.n_kv_heads or args.n_heads)
+
+
+def _kept_by_layer(
+    job_config: JobConfig, args: LighthouseModelArgs, model: LighthouseTransformer
+) -> tuple[list[float], list[float]]:
+    """Elements a token that each block keeps, and that it would without checkpointing."""
+    d, f, kv = args.dim, model.layers["0"].feed_forward.w1.out_features, _kv_width(args)
+    mode, option = (
+        job_config.activation_checkpoint.mode,
+        job_config.activation_checkpoint.selective_ac_option,
+    )
+    seq_len, lighthouse_layers = job_config.training.seq_len, args.lighthouse_layers
+    kept, whole = [], []
+    for layer in range(args.n_layers):
+        r, scattered = 1.0, 0
+        if layer in lighthouse_layers:
+            r, scattered = args.lighthouse.gathered_len(seq_len) / seq_len, d
+        whole.append(4 * d + r * (2 * d + 2 * kv) + scattered + 3 * f)
+        if mode == "none":
+            kept.append(whole[-1])
+        elif mode == "full":
+            kept.append(d)
+        elif option == "op":
+            kept.append((2 + r) * d + kv + f)
+        else:  # of so many blocks, one is recomputed
+            recomputed = not int(option) or (layer + 1) % int(option) == 0
+            kept.append(d if recomputed else whole[-1])
+    return kept, whole
+
+
+def _logits(job_config: JobConfig, args: LighthouseModelArgs, tokens: int, width: int) -> int:
+    """Bytes of logits, and of what the loss makes of them, that exist at once."""
+    if not job_config.loss.fuse_output:
+        return 2 * width * tokens * args.vocab_size  # with their gradient
+    chunks = -(-args.vocab_size // (LIGER_CHUNK * args.dim))
+    chunk = 1 << (-(-tokens // chunks) - 1).bit_length()  # the next power of two
+    return width * min(chunk, tokens) * args.vocab_size + FP32 * args.vocab_size * args.dim

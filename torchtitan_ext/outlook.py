@@ -1,0 +1,300 @@
+"""What a planned run will read, hold and take, and what of it can't be: the job's part of the preflight."""
+
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tomli
+import torch
+from torchtitan.components.tokenizer import build_hf_tokenizer
+from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.hf_datasets.text_datasets import build_text_validation_dataloader
+from torchtitan.tools.utils import get_peak_flops
+
+from .data import build_dataloader, check_dataset
+from .model import LighthouseModelArgs, LighthouseTransformer, flavors
+from .model.checks import (
+    checkpoint_to_load,
+    complete_steps,
+    job_problems,
+    parallel_dims,
+    step_of,
+)
+from .model.memory import GIB, peak_memory, unknown
+
+MODEL = "llama3_lighthouse"
+MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
+H200 = ("NVIDIA H200", 139.0)  # GiB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job whose settings fit each other, on a number of GPUs."""
+
+    job: JobConfig
+    dims: ParallelDims
+    args: LighthouseModelArgs
+    n_params: int
+    flops: int  # a token
+
+    @classmethod
+    def of(cls, job: JobConfig, n_gpus: int) -> "Plan":
+        args = replace(flavors[job.model.flavor])
+        args.update_from_config(job)
+        with torch.device("meta"):
+            model = LighthouseTransformer(args)
+        counted = args.get_nparams_and_flops(model, job.training.seq_len)
+        return cls(job, parallel_dims(job, n_gpus), args, *counted)
+
+    @property
+    def at_once(self) -> int:
+        """Sequences that all GPUs hold at once."""
+        return self.job.training.local_batch_size * self.dims.dp_replicate * self.dims.dp_shard
+
+    @property
+    def batch(self) -> int:
+        """Sequences a step."""
+        asked = self.job.training.global_batch_size
+        return asked if asked > 0 else self.at_once
+
+    @property
+    def first_step(self) -> int:
+        start = checkpoint_to_load(self.job)
+        return step_of(start) if start else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens from the checkpoint that the run starts from to its end."""
+        steps = max(0, self.job.training.steps - self.first_step)
+        return steps * self.batch * self.job.training.seq_len
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights and two moments; the rest is little."""
+        return 3 * TORCH_DTYPE_MAP[self.job.training.dtype].itemsize * self.n_params
+
+
+def job_outlook(
+    arguments: list[str], n_gpus: int, gpu_memory: float | None, tok_s: float | None
+) -> tuple[dict[str, str], list[str]]:
+    """What is known of a run, by name, and every problem that it would have.
+
+    Args:
+        arguments: torchtitan's, the job file among them.
+        n_gpus: processes of the run, one a GPU.
+        gpu_memory: GiB of one of them; None for this machine's, or an H200's.
+        tok_s: tokens a second a GPU; None to derive it from an MFU.
+    """
+    try:
+        job = _parse(arguments)
+    except ValueError as error:
+        return {}, [str(error)]
+    problems = [*_import_problems(job), *job_problems(job, n_gpus)]
+    try:
+        plan = Plan.of(job, n_gpus)
+    except (AttributeError, KeyError, ValueError):  # named already
+        return {}, problems
+    name, memory = H200
+    if torch.cuda.is_available():
+        local = torch.cuda.get_device_properties(0)
+        name, memory = local.name, local.total_memory / GIB
+    problems += _reading_problems(plan)
+    problems += _disk_problems(plan)
+    problems += _memory_problems(plan, gpu_memory or memory, problems)
+    return _facts(plan, gpu_memory or memory, name, tok_s), problems
+
+
+def _parse(arguments: list[str]) -> JobConfig:
+    path = Path(arguments[arguments.index("--job.config_file") + 1])
+    try:
+        tomli.loads(path.read_text())
+        return ConfigManager().parse_args(arguments)
+    except (OSError, ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    except SystemExit as error:  # it has said why
+        raise ValueError(
+            f"{path} {' '.join(arguments[2:])}: not the settings of a job, as said above"
+        ) from error
+
+
+def _import_problems(job: JobConfig) -> Iterator[str]:
+    try:
+        importlib.import_module(job.experimental.custom_import)
+    except (ImportError, ValueError) as error:
+        yield (
+            f"experimental.custom_import = {job.experimental.custom_import!r}: {error}; "
+            "set it to 'torchtitan_ext.model'"
+        )
+    if job.model.name != MODEL:
+        yield f"model.name = {job.model.name!r}: the checks are those of {MODEL!r}; set it to that"
+
+
+def _reading_problems(plan: Plan) -> Iterator[str]:
+    """Read a first sequence of the first rank, and the first document of the last, which gets the fewest."""
+    job, degree = plan.job, plan.dims.dp_replicate * plan.dims.dp_shard
+    sections = {"training": (job.training, build_dataloader)}
+    if job.validation.enable:
+        sections["validation"] = (job.validation, build_text_validation_dataloader)
+    for name, (section, build) in sections.items():
+        try:
+            check_dataset(section.dataset, section.dataset_path)
+            tokenizer = build_hf_tokenizer(job)
+        except Exception:  # named by job_problems
+            continue
+        try:
+            for rank in {degree - 1, 0}:
+                loader = build(
+                    dp_world_size=degree, dp_rank=rank, tokenizer=tokenizer, job_config=job
+                )
+            next(iter(loader.dataset))
+        except StopIteration:
+            yield (
+                f"{name}.dataset = {section.dataset!r}, {name}.dataset_path = {section.dataset_path!r}: "
+                f"not one sequence of {name}.seq_len = {section.seq_len} tokens; give more, or a shorter seq_len"
+            )
+        except Exception as error:  # whatever reads a data set
+            yield (
+                str(error)
+                if f"{name}.dataset" in str(error)
+                else (
+                    f"{name}.dataset = {section.dataset!r}, {name}.dataset_path = {section.dataset_path!r}: "
+                    f"its first documents can't be read ({error})"
+                )
+            )
+
+
+def _checkpoints_to_come(plan: Plan) -> int:
+    """How many more checkpoints than now the run's folder will hold at most."""
+    checkpoint, steps = plan.job.checkpoint, plan.job.training.steps
+    if not checkpoint.enable or plan.first_step >= steps:
+        return 0
+    interval = checkpoint.interval
+    saves = -(-steps // interval) - plan.first_step // interval  # the last step too
+    there = len(complete_steps(Path(plan.job.job.dump_folder, checkpoint.folder)))
+    if not checkpoint.keep_latest_k:
+        return saves
+    # The oldest goes after the next is written.
+    return min(saves, max(1, checkpoint.keep_latest_k + 1 - there))
+
+
+def _disk(plan: Plan) -> Path:
+    """The nearest folder that exists of where the run will write."""
+    folder = Path(plan.job.job.dump_folder).resolve()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _disk_problems(plan: Plan) -> Iterator[str]:
+    folder, disk = plan.job.job.dump_folder, _disk(plan)
+    if not disk.is_dir() or not os.access(disk, os.W_OK):
+        yield f"job.dump_folder = {folder!r}: nothing can be written in {disk}; choose another folder"
+        return
+    count = _checkpoints_to_come(plan)
+    needed, free = count * plan.checkpoint_bytes, shutil.disk_usage(disk).free
+    if needed > free:
+        yield (
+            f"job.dump_folder = {folder!r}: {_gb(free)} free in {disk}, but {count} checkpoints of "
+            f"{_gb(plan.checkpoint_bytes)} are to come, {_gb(needed)}; choose another folder or "
+            f"make room (checkpoint.keep_latest_k = {plan.job.checkpoint.keep_latest_k})"
+        )
+
+
+def _memory(plan: Plan) -> float:
+    return sum(peak_memory(plan.job, plan.args, plan.dims).values())
+
+
+def _memory_problems(plan: Plan, gpu_memory: float, others: list[str]) -> Iterator[str]:
+    if unknown(plan.job, plan.dims) or _memory(plan) <= gpu_memory:
+        return
+    yield (
+        f"activation_checkpoint.mode = {plan.job.activation_checkpoint.mode!r}: about {_memory(plan):.1f} GiB a GPU, "
+        f"which has {gpu_memory:.1f}; {_what_fits(plan, gpu_memory, others)}"
+    )
+
+
+def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
+    """The least change that fits, and that adds nothing to the `others`' problems."""
+    # More GPUs share out weights, gradients and moments alone; those of one sequence its activations too.
+    for more, sharing in [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (8, 8)]:
+        n_gpus = plan.dims.world_size * more
+        degree = plan.dims.cp * sharing
+        for mode in ("none", "selective", "full"):
+            job = replace(
+                plan.job,
+                activation_checkpoint=replace(
+                    plan.job.activation_checkpoint, mode=mode, selective_ac_option="op"
+                ),
+                parallelism=replace(plan.job.parallelism, context_parallel_degree=degree),
+            )
+            if set(job_problems(job, n_gpus)) - set(others):
+                continue
+            other = replace(plan, job=job, dims=parallel_dims(job, n_gpus))
+            if not unknown(job, other.dims) and (needed := _memory(other)) <= gpu_memory:
+                return (
+                    f"{mode!r} would take {needed:.1f}"
+                    + " (selective_ac_option = 'op')" * (mode == "selective")
+                    + f" on {n_gpus} GPUs" * (more > 1)
+                    + f" with parallelism.context_parallel_degree = {degree}" * (sharing > 1)
+                )
+    return (
+        "nothing fits, nor on 8 times the GPUs: lower training.seq_len or training.local_batch_size"
+    )
+
+
+def _facts(plan: Plan, gpu_memory: float, gpu: str, tok_s: float | None) -> dict[str, str]:
+    job, args, dims = plan.job, plan.args, plan.dims
+    n_gpus, seq_len = dims.world_size, job.training.seq_len
+    attention = f"dense in {args.n_layers} layers"
+    if n_lighthouse := len(args.lighthouse_layers):
+        gathered = args.lighthouse.gathered_len(seq_len)
+        attention = (
+            f"Lighthouse in {n_lighthouse} layers, {gathered:,} gathered rows of {seq_len:,}; "
+            f"dense in {args.n_layers - n_lighthouse}"
+        )
+    if tok_s:
+        assumed = "as given"
+    else:
+        mfu = MFU.get(job.activation_checkpoint.mode, MFU["full"])
+        tok_s = mfu / 100 * get_peak_flops(gpu) / plan.flops
+        assumed = f"at an assumed MFU of {mfu} % on {gpu}; --tok-s gives another speed"
+    gpu_hours = plan.tokens / tok_s / 3600
+    disk, count = _disk(plan), _checkpoints_to_come(plan)
+    reason = unknown(job, dims)
+    parts = {} if reason else peak_memory(job, args, dims)
+    start = checkpoint_to_load(job)
+    return {
+        "model": f"{job.model.flavor}, {plan.n_params:,} parameters, {plan.flops / 1e9:.3g} GFLOPs a token",
+        "attention": attention,
+        "GPUs": f"{n_gpus}: " + _degrees(dims),
+        "batch": f"{plan.batch} x {seq_len:,} tokens a step, in {plan.batch // plan.at_once} accumulation steps",
+        "steps": f"{plan.first_step:,} to {job.training.steps:,}, {plan.tokens:,} tokens, "
+        + (f"from {start}" if start else "from scratch"),
+        "time": f"{_duration(gpu_hours / n_gpus)}, {gpu_hours:,.1f} GPU-hours, at {tok_s:,.0f} tokens a second "
+        f"a GPU ({assumed})",
+        "memory": f"no estimate: {reason}"
+        if reason
+        else f"about {sum(parts.values()):.1f} of {gpu_memory:.1f} GiB a GPU: "
+        + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items()),
+        "disk": f"{count} checkpoints more at most, of {_gb(plan.checkpoint_bytes)}: "
+        f"{_gb(count * plan.checkpoint_bytes)} of {_gb(shutil.disk_usage(disk).free)} free in {disk}",
+    }
+
+
+def _degrees(dims: ParallelDims) -> str:
+    names = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+    return " x ".join(
+        f"{name} {getattr(dims, name)}"
+        for name in names
+        if getattr(dims, name) > 1 or name == "dp_shard"
+    )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:,.2f} GB"

@@ -1,0 +1,132 @@
+"""Check a whole run before it is paid for, in seconds: no training, no GPU, on any machine.
+
+    python -m torchtitan_ext.preflight --job.config_file configs/530m/stage1.toml --ngpu 8 [overrides]
+
+Every problem is named at once: versions, torchtitan's patches, the job's settings by the rules of training
+itself, data, the checkpoint to start from, disk and GPU memory. Without one, what the run will take is printed.
+Overrides are torchtitan's, as for training: --lighthouse.top_k 2048.
+"""
+
+import argparse
+import importlib.metadata
+import logging
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .patching import PatchingError, installed_root, is_patched
+
+DISTRIBUTION = "torchtitan-lighthouse"
+
+
+def environment_problems() -> Iterator[str]:
+    """What is installed against what pyproject.toml supports, and the patches."""
+    own = importlib.metadata.distribution(DISTRIBUTION)
+    python = SpecifierSet(own.metadata["Requires-Python"])
+    if platform.python_version() not in python:
+        yield f"Python {platform.python_version()}: {DISTRIBUTION} needs {python}"
+    for line in own.requires or ():
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        needed = f'{requirement.name}{requirement.specifier}: pip install "{requirement.name}{requirement.specifier}"'
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{requirement.name} is not installed, {DISTRIBUTION} needs {needed}"
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield f"{requirement.name} is {version}, {DISTRIBUTION} needs {needed}"
+    try:
+        root = installed_root()
+        if not is_patched(root):
+            yield f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext.patching apply"
+    except (PatchingError, OSError) as error:
+        yield str(error)
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
+    return number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code that --help documents."""
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtitan_ext.preflight",
+        description=__doc__,
+        epilog="exit code: 0, nothing found; 1, problems, each named; 2, wrong arguments",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--job.config_file", dest="config_file", required=True, metavar="TOML", help="the job file"
+    )
+    parser.add_argument(
+        "--ngpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs of the run, on all nodes (default: 1)",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=positive,
+        metavar="GIB",
+        help="memory of one GPU (default: of this machine's, or the 139 of an NVIDIA H200)",
+    )
+    parser.add_argument(
+        "--tok-s",
+        type=positive,
+        metavar="N",
+        help="tokens a second a GPU, `tps` in the log of a trial (default: from the MFU measured on an H200)",
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    if options.ngpu < 1:
+        parser.error(f"--ngpu {options.ngpu}: must be 1 or more")
+
+    problems, facts = list(environment_problems()), {}
+    try:
+        # Not before: it needs what has just been looked for.
+        from .outlook import job_outlook
+    except ImportError as error:
+        problems.append(f"the job can't be looked at before this environment is mended: {error}")
+    else:
+        job_arguments = ["--job.config_file", options.config_file, *overrides]
+        facts, found = job_outlook(job_arguments, options.ngpu, options.gpu_memory, options.tok_s)
+        problems += found
+    show(facts, problems)
+    return 1 if problems else 0
+
+
+def show(facts: dict[str, str], problems: list[str]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    table = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        table.add_row(Text(name), Text(fact))
+    if facts:
+        console.print(table)
+    if problems:
+        noun = "problem" if len(problems) == 1 else "problems"
+        console.print(f"{len(problems)} {noun}:", style="bold red")
+    for problem in problems:
+        console.print(f"- {problem}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    # What libraries warn of on the way is no problem of the run.
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    sys.exit(main())
