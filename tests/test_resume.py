@@ -1,4 +1,4 @@
-"""Exact resume, seen from outside: real launches of torchtitan.train, on one process and on two.
+"""Exact resume, seen from outside: real launches of torchtitan.train, on one process and on several.
 
 On a CPU with the demo's jobs; with -m gpu, with the 530M recipe on two GPUs.
 """
@@ -14,7 +14,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is unavailable"),
+    pytest.mark.timeout(900),
+]
 ROOT = Path(__file__).parents[1]
 COMMON = (
     "--lr_scheduler.warmup_steps=2",
@@ -34,29 +37,35 @@ DEMO = SimpleNamespace(
         *("--validation.steps=3", "--validation.freq=2"),
     ),
     repeats=True,
+    rounding=1e-4,
 )
 RECIPE = SimpleNamespace(
     configs="configs/530m",
     steps=4,
     split=2,
-    overrides=("--training.global_batch_size=2",),
+    overrides=("--training.global_batch_size=-1",),  # a sequence a data-parallel rank and step
     repeats=False,  # the backward pass of cuDNN's attention sums with atomics
+    rounding=1e-2,
 )
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((DEMO, 1), id="one-process"),
-        pytest.param((DEMO, 2), id="two-ranks"),
-        pytest.param((RECIPE, 2), id="530M-on-two-GPUs", marks=pytest.mark.gpu),
+        # job, data-parallel degree, context-parallel degree, and the one of the run that moves
+        pytest.param((DEMO, 1, 1, 2), id="one-process"),
+        pytest.param((DEMO, 2, 2, 1), id="four-ranks-two-a-sequence"),
+        pytest.param((RECIPE, 2, 1, None), id="530M-on-two-GPUs", marks=pytest.mark.gpu),
+        pytest.param((RECIPE, 1, 2, 1), id="530M-on-two-GPUs-a-sequence", marks=pytest.mark.gpu),
     ],
 )
 def runs(request, tmp_path_factory):
-    """Stage 1 in one go; the same killed and resumed; and stage 2 from the former's checkpoint."""
-    folder, (job, n_ranks) = tmp_path_factory.mktemp("runs"), request.param
+    """Stage 1 in one go; the same killed and resumed; and, from the former's checkpoint, its rest at
+    another context-parallel degree, and stage 2.
+    """
+    folder, (job, dp, cp, moved_cp) = tmp_path_factory.mktemp("runs"), request.param
 
-    def launch(name, *overrides, stage="stage1", steps=job.steps, dump=None, **env):
+    def launch(name, *overrides, stage="stage1", steps=job.steps, dump=None, cp=cp, **env):
         records = folder / f"{name}-records"
         records.mkdir()
         env = {
@@ -68,11 +77,10 @@ def runs(request, tmp_path_factory):
         }
         dump = folder / (dump or name)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={n_ranks}", "-m", "torchtitan.train"]
+        command += [f"--nproc_per_node={dp * cp}", "-m", "torchtitan.train"]
         command += [f"--job.config_file={job.configs}/{stage}.toml", f"--job.dump_folder={dump}"]
-        command += [
-            f"--training.dataloader.num_workers={n_ranks - 1}"
-        ]  # beside the trainer, or in it
+        command += [f"--parallelism.context_parallel_degree={cp}"]
+        command += [f"--training.dataloader.num_workers={dp - 1}"]  # beside the trainer, or in it
         command += [*COMMON, *job.overrides, f"--training.steps={steps}", *overrides]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         return SimpleNamespace(
@@ -82,19 +90,20 @@ def runs(request, tmp_path_factory):
     whole = launch("whole")
     killed = launch("killed", KILL_AT_BATCH=str(job.split + 2))
     resumed = launch("resumed", dump="killed")
+    start = f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}"
     stage2 = launch(
-        "stage2",
-        f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}",
-        "--metrics.enable_wandb",
+        *("stage2", start, "--metrics.enable_wandb"),
         stage="stage2",
         steps=job.split + 1,
         WANDB_MODE="offline",
     )
-    for run in (whole, resumed, stage2):
+    runs = {"whole": whole, "resumed": resumed, "stage2": stage2}
+    if moved_cp:
+        weights_and_all = "--checkpoint.no_initial_load_model_only"
+        runs["moved"] = launch("moved", start, weights_and_all, cp=moved_cp)
+    for run in runs.values():
         assert run.code == 0, run.output
-    return SimpleNamespace(
-        job=job, n_ranks=n_ranks, whole=whole, killed=killed, resumed=resumed, stage2=stage2
-    )
+    return SimpleNamespace(job=job, dp=dp, n_ranks=dp * cp, killed=killed, **runs)
 
 
 def losses(dump, tag="loss_metrics/global_avg_loss"):
@@ -110,6 +119,11 @@ def losses(dump, tag="loss_metrics/global_avg_loss"):
 def batch(run, rank, count):
     inputs, labels = torch.load(run.records / f"batch-{rank}-{count}.pt")
     return inputs["input"], labels
+
+
+def continued(runs):
+    """What started from a checkpoint of step `split`; on a CPU, one at another context-parallel degree too."""
+    return [runs.stage2, runs.resumed, *([runs.moved] if hasattr(runs, "moved") else [])]
 
 
 def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(runs):
@@ -135,9 +149,9 @@ def test_every_validation_of_every_start_reads_the_same_documents(runs):
         assert whole == sorted(whole, key=lambda point: -point[1])  # it learns
 
 
-def test_the_first_batch_of_stage_2_is_the_one_that_stage_1_would_have_drawn_next(runs):
-    for rank in range(runs.n_ranks):
-        for run in (runs.stage2, runs.resumed):
+def test_what_continues_draws_first_what_stage_1_would_have_drawn_next(runs):
+    for rank in range(runs.dp):
+        for run in continued(runs):
             for got, expected in zip(
                 batch(run, rank, 1), batch(runs.whole, rank, runs.job.split + 1), strict=True
             ):
@@ -146,22 +160,22 @@ def test_the_first_batch_of_stage_2_is_the_one_that_stage_1_would_have_drawn_nex
         assert len({tuple(tokens.flatten().tolist()) for tokens in drawn}) == runs.job.steps
 
 
-def test_stage_2_starts_from_stage_1s_optimizer_schedule_and_step(runs):
+def test_what_continues_starts_from_the_optimizer_schedule_and_step_of_the_checkpoint(runs):
     checkpoint = f"{runs.whole.dump}/checkpoint/step-{runs.job.split}"
     names = ("optimizer", "lr_scheduler", "train_state")
     saved = _load_state_dict_from_keys(set(names), checkpoint_id=checkpoint)
-    loaded = torch.load(runs.stage2.records / "loaded.pt", map_location="cpu")
-    assert loaded["step"] == saved["train_state"]["step"] == runs.job.split
-    assert loaded["lr"] == saved["lr_scheduler"]["_last_lr"]
-    assert loaded["ntokens_seen"] == saved["train_state"]["ntokens_seen"]
-    moments = 0
-    for key, value in saved["optimizer"].items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(loaded[key], value), key
-            moments += key.endswith(("exp_avg", "exp_avg_sq")) and bool(value.any())
-        else:
-            assert loaded[key] == value, key
-    assert moments > 0
+    moments = [key for key in saved["optimizer"] if key.endswith(("exp_avg", "exp_avg_sq"))]
+    assert any(saved["optimizer"][key].any() for key in moments)
+    for run in continued(runs):
+        loaded = torch.load(run.records / "loaded.pt", map_location="cpu")
+        assert loaded["step"] == saved["train_state"]["step"] == runs.job.split
+        assert loaded["lr"] == saved["lr_scheduler"]["_last_lr"]
+        assert loaded["ntokens_seen"] == saved["train_state"]["ntokens_seen"]
+        for key, value in saved["optimizer"].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(loaded[key], value), key
+            else:
+                assert loaded[key] == value, key
 
 
 def test_stage_2_attends_densely_and_differs_from_stage_1_by_that_alone(runs):
@@ -170,6 +184,26 @@ def test_stage_2_attends_densely_and_differs_from_stage_1_by_that_alone(runs):
     assert list(stage2) == [step]
     assert stage2[step] != whole[step]
     assert stage2[step] == pytest.approx(whole[step], abs=1)
+
+
+def test_a_checkpoint_goes_on_at_another_context_parallel_degree(runs):
+    if hasattr(runs, "moved"):
+        for tag in ("loss_metrics/global_avg_loss", "validation_metrics/loss", "n_tokens_seen"):
+            whole, moved = (dict(losses(run.dump, tag)) for run in (runs.whole, runs.moved))
+            whole = {step: value for step, value in whole.items() if step > runs.job.split}
+            assert moved == pytest.approx(whole, rel=runs.job.rounding)
+
+
+def test_what_is_logged_adds_up_where_ranks_share_a_sequence(runs):
+    n_tokens = sum(batch(runs.whole, rank, 1)[1].numel() for rank in range(runs.dp))
+    for step, seen in losses(runs.whole.dump, "n_tokens_seen"):
+        assert seen == step * n_tokens
+    mean = dict(losses(runs.whole.dump))
+    for step, greatest in losses(runs.whole.dump, "loss_metrics/global_max_loss"):
+        assert greatest >= mean[step]
+    # before it has learned much, what it trained on last is no easier than what it never saw
+    first = dict(losses(runs.whole.dump, "validation_metrics/loss"))
+    assert all(loss == pytest.approx(mean[step], rel=0.3) for step, loss in first.items())
 
 
 def test_each_logged_step_says_how_many_devices_made_it(runs):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
-from torchtitan.components.validate import Validator, build_validator
+from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
@@ -82,9 +82,20 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         first, self.first_step = self.first_step, False
         return first or super().should_log(step)
 
-    def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        # Each rank's loss is of its part of a sequence, but torchtitan has it count the whole.
+        n_parts = self.parallel_dims.cp
         extra_metrics = {**(extra_metrics or {}), **self.constants}
-        super().log(*args, extra_metrics=extra_metrics, **kwargs)
+        if "n_tokens_seen" in extra_metrics:
+            extra_metrics["n_tokens_seen"] /= n_parts
+        super().log(step, global_avg_loss, global_max_loss * n_parts, grad_norm, extra_metrics)
         for logger in getattr(self.logger, "_loggers", ()):
             if isinstance(logger, TensorBoardLogger):
                 logger.writer.flush()
@@ -99,18 +110,32 @@ def build_metrics_processor(
     return LighthouseMetricsProcessor(job_config, parallel_dims, tag)
 
 
-def build_repeating_validator(job_config: JobConfig, **kwargs: Any) -> Validator:
-    """torchtitan's validator, on the same sequences each time.
+class LighthouseValidator(Validator):
+    """torchtitan's validator, on the same sequences each time, of which ranks may share each.
 
     By itself it would draw on from where the last validation stopped, so that neither two validations of
     a run nor a run and its resumed twin could be compared.
     """
-    validator = build_validator(job_config=job_config, **kwargs)
-    steps = job_config.validation.steps
-    validator.validation_dataloader = list(
-        islice(validator.validation_dataloader, None if steps == -1 else steps)
-    )
-    return validator
+
+    def __init__(self, job_config: JobConfig, **kwargs: Any):
+        super().__init__(job_config, **kwargs)
+        steps, loss_fn = job_config.validation.steps, self.loss_fn
+        self.validation_dataloader = list(
+            islice(self.validation_dataloader, None if steps == -1 else steps)
+        )
+        self.loss_fn = lambda predictions, _: loss_fn(predictions, self.own_labels)
+
+    def post_dataloading_process(
+        self,
+        input_dict: dict[str, torch.Tensor],
+        labels: torch.Tensor,
+        model_parts: list[nn.Module],
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
+        # The loss is divided by the number of labels returned, so they are not this rank's part alone.
+        inputs, self.own_labels, *extra = super().post_dataloading_process(
+            input_dict, labels, model_parts
+        )
+        return inputs, labels, *extra
 
 
 def get_train_spec() -> TrainSpec:
@@ -123,6 +148,6 @@ def get_train_spec() -> TrainSpec:
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_checked_tokenizer,
         build_loss_fn=build_loss,
-        build_validator_fn=build_repeating_validator,
+        build_validator_fn=LighthouseValidator,
         build_metrics_processor_fn=build_metrics_processor,
     )
