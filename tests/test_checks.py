@@ -101,12 +101,12 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         ("--validation.enable --validation.seq_len 100", ["[validation]", "seq_len = 100"]),
         (
             "--parallelism.context_parallel_degree 3 --lighthouse.top_k 64",
-            ["top_k = 64", "16 x 6 = 96", "degree of 3", "nearest: 96;", "degrees 1, 2"],
+            ["top_k = 64", "16 x 6 = 96", "degree of 3", "seq_len = 4096: none;", "degrees 1, 2"],
         ),
         (
             "--parallelism.context_parallel_degree 4 --parallelism.context_parallel_load_balancer None"
             " --lighthouse.top_k 96 --training.seq_len 6144",
-            ["top_k = 96", "16 x 4 = 64", "nearest: 64 or 128;", "degrees 1, 2, 3, 6"],
+            ["top_k = 96", "16 x 4 = 64", "seq_len = 6144: 64 or 128;", "degrees 1, 2, 3, 6"],
         ),
         (
             "--parallelism.context_parallel_degree 2 --lighthouse.scorer gla",

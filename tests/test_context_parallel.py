@@ -4,6 +4,7 @@ torch's ring attention has no CPU kernel: `gathering_attention` stands in for it
 """
 
 import os
+import re
 from dataclasses import asdict, replace
 from functools import cache
 from unittest.mock import patch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from gathering_attention import GatheringAttention
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
 from test_model import args, build, parse
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +30,11 @@ from torchtitan_ext.lighthouse import (
     lighthouse_attention,
     operators,
 )
-from torchtitan_ext.lighthouse.context_parallel import chunk_order, context_parallel_attention
+from torchtitan_ext.lighthouse.context_parallel import (
+    check_context_parallel,
+    chunk_order,
+    context_parallel_attention,
+)
 from torchtitan_ext.model import Lighthouse
 from torchtitan_ext.model.model import LighthouseSelfAttention
 from torchtitan_ext.model.train_spec import parallelize
@@ -187,7 +194,8 @@ def run_rank(rank, n_ranks, store):
     layers_agree()
     spill_matters()
     positions_are_torchtitans()
-    compiles()
+    if n_ranks == 2:
+        compiles()
     training_steps_agree()
     dist.barrier()
     os._exit(0)  # past the interpreter's end, gloo's threads may abort the process
@@ -219,3 +227,38 @@ def test_chunks_select_what_the_whole_sequence_does(ops, kind):
     expected = selected(base, config)
     assert torch.equal(torch.cat(levels, -1), expected.level)
     assert torch.equal(torch.cat(indices, -1), expected.index)
+
+
+@settings(deadline=None)
+@given(
+    top_k=st.integers(1, 40).map(lambda tiles: 4 * tiles),
+    degree=st.integers(2, 9),
+    load_balance=st.booleans(),
+    seq_len=st.sampled_from([2048, 3072, 5120]),
+)
+def test_what_an_error_proposes_is_legal(top_k, degree, load_balance, seq_len):
+    config = LighthouseConfig(top_k=top_k, tile_winners=4)
+    try:
+        config.check_seq_len(seq_len)
+    except ValueError:
+        return  # illegal on one device too
+
+    def legal(config, degree):
+        try:
+            check_context_parallel(config, seq_len, degree, load_balance)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    answer = legal(config, degree)
+    if answer is not True:
+        proposed, degrees = re.search(
+            r"nearest for seq_len = \d+: (.*); .* degrees (.*)$", answer
+        ).groups()
+        degrees = [int(n) for n in degrees.split(", ")]
+        assert degree not in degrees and all(legal(config, n) is True for n in degrees[1:])
+        others = [replace(config, top_k=k) for k in range(4, seq_len, 4)]
+        best = min((abs(c.top_k - top_k) for c in others if legal(c, degree) is True), default=None)
+        proposed = [int(k) for k in proposed.split(" or ")] if proposed != "none" else []
+        assert all(legal(replace(config, top_k=k), degree) is True for k in proposed)
+        assert best == min((abs(k - top_k) for k in proposed), default=None)

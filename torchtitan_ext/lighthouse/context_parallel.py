@@ -40,18 +40,24 @@ def check_context_parallel(
     m = config.tile_winners
     unit = m * n_chunks
     if config.top_k % unit:
-        below = config.top_k // unit * unit
-        nearest = f"{below} or {below + unit}" if below else f"{unit}"
-        degrees = [1] + [
-            n
-            for n in range(2, config.n_tiles + 1)
-            if config.n_tiles % len(chunk_order(n, load_balance)) == 0
-        ]
+        legal = [k for k in range(unit, seq_len, unit) if _is_legal(config, k, seq_len)]
+        nearest = sorted(sorted(legal, key=lambda k: abs(k - config.top_k))[:2])
+        tiles = config.n_tiles
+        degrees = [n for n in range(2, tiles + 1) if tiles % len(chunk_order(n, load_balance)) == 0]
         raise ValueError(
             f"top_k = {config.top_k}: must be a multiple of tile_winners x chunks = {m} x {n_chunks} = {unit}"
-            f" at a context-parallel degree of {degree}, so that tiles end at the chunks' borders; nearest:"
-            f" {nearest}; this top_k allows the degrees {', '.join(map(str, degrees))}"
+            f" at a context-parallel degree of {degree}, so that tiles end at the chunks' borders;"
+            f" nearest for seq_len = {seq_len}: {' or '.join(map(str, nearest)) or 'none'};"
+            f" this top_k allows the degrees {', '.join(map(str, [1, *degrees]))}"
         )
+
+
+def _is_legal(config: LighthouseConfig, top_k: int, seq_len: int) -> bool:
+    try:
+        replace(config, top_k=top_k).check_seq_len(seq_len)
+    except ValueError:
+        return False
+    return True
 
 
 def _spill(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
