@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import parse_args
 
 from torchtitan_ext import records
+from torchtitan_ext.model.checks import complete_steps
+from torchtitan_ext.runner import ANSI_COLOR
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/demo/stage1.toml"
@@ -27,9 +30,12 @@ STAND_INS = {
         if [[ $1 == show ]]; then
             [[ $* == "show hostnames $SLURM_JOB_NODELIST" ]] && printf '%s\\n' $HOSTS
         else
-            echo "$*" >> "$CALLS/scontrol"
-            kill "$(cat "$CALLS/srun-pid")"
+            echo "scontrol $*" >> "$CALLS/slurm"
         fi
+    """,
+    "scancel": """
+        echo "scancel $*" >> "$CALLS/slurm"
+        for call in "$CALLS"/torchrun-*; do kill -TERM "${call##*-}"; done
     """,
     "torchrun": """
         printf '%s\\0' "$@" > "$CALLS/.torchrun-$$"
@@ -158,32 +164,41 @@ def test_a_job_at_its_time_limit_is_queued_again_and_a_cancelled_one_is_not(laun
         process.send_signal(sent)
         assert process.wait(timeout=30) != 0
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-    requests = launches.calls / "scontrol"
-    assert requests.exists() == (sent == signal.SIGUSR1)
-    if requests.exists():
-        assert requests.read_text() == "requeue 4242\n"
+        with suppress(ProcessLookupError):  # none is left
+            os.killpg(process.pid, signal.SIGKILL)
+    asked = launches.calls / "slurm"
+    assert asked.exists() == (sent == signal.SIGUSR1)
+    if asked.exists():
+        assert asked.read_text() == "scancel --signal=TERM 4242\nscontrol requeue 4242\n"
 
 
-def test_two_nodes_meet_and_train(launches, tmp_path):
+def test_two_nodes_meet_train_save_at_the_time_limit_and_continue(launches, tmp_path):
     """Through the real torchrun and torchtitan, both nodes on the CPU of this machine."""
     launches.command(
-        launches.bin / "torchrun", f'exec "{sys.executable}" -m torch.distributed.run "$@"'
+        launches.bin / "torchrun",
+        f'touch "$CALLS/torchrun-$$"; exec "{sys.executable}" -m torch.distributed.run "$@"',
     )
-    settings = ["training.seq_len=1024", "lighthouse.top_k=16", "training.steps=2"]
-    settings += ["lr_scheduler.warmup_steps=1", f"job.dump_folder={tmp_path / 'run'}"]
-    code, output = launches.run(
-        "train.slurm",
-        *(f"--{setting}" for setting in settings),
-        # the port comes from the job: two runs of this test must not meet
-        **launches.slurm | {"HOSTS": "localhost localhost", "SLURM_JOB_ID": str(os.getpid())},
-        NGPU="1",
-        CUDA_VISIBLE_DEVICES="",
-        OMP_NUM_THREADS="1",
-        OMP_WAIT_POLICY="PASSIVE",
-    )
+    # the port comes from the job: two runs of this test must not meet
+    job = launches.slurm | {"HOSTS": "localhost localhost", "SLURM_JOB_ID": str(os.getpid())}
+    job |= {"NGPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    job |= {"OMP_WAIT_POLICY": "PASSIVE"}
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoint"
+    settings = ["--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"]
+    settings += [f"--job.dump_folder={run}", "--checkpoint.interval=1000000"]
+
+    process = launches.start("train.slurm", *settings, "--training.steps=1000000", **job)
+    started = next(line for line in process.stdout if "- step:" in ANSI_COLOR.sub("", line))
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, started + output
+    [saved] = complete_steps(checkpoints)
+    assert len(list(checkpoints.glob(f"step-{saved}/*.distcp"))) == 2
+    assert (launches.calls / "slurm").read_text().endswith(f"requeue {os.getpid()}\n")
+
+    for call in launches.calls.glob("torchrun-*"):
+        call.unlink()
+    code, output = launches.run("train.slurm", *settings, f"--training.steps={saved + 2}", **job)
     assert code == 0, output
-    run = records.read_run(tmp_path / "run")
-    assert run.step.tolist() == [1, 2] and set(run.n_devices) == {2}
-    saved = tmp_path / "run" / "checkpoint" / "step-2"
-    assert (saved / ".metadata").is_file() and len(list(saved.glob("*.distcp"))) == 2
+    curve = records.read_run(run)
+    assert curve.step.tolist() == list(range(1, saved + 3)) and set(curve.n_devices) == {2}
+    assert curve.starts.sum() == 2
