@@ -113,7 +113,8 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
             ["scorer = 'gla'", "degree of 2", "'norm'"],
         ),
         (
-            "--parallelism.context_parallel_degree 2 --parallelism.context_parallel_load_balancer ptrr",
+            "--parallelism.context_parallel_degree 2 --parallelism.context_parallel_load_balancer ptrr"
+            " --lighthouse.no_enable",
             ["context_parallel_load_balancer = 'ptrr'", "'headtail'"],
         ),
         ("--checkpoint.load_step 10", ["checkpoint.load_step = 10", "-1"]),

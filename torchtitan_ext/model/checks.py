@@ -119,15 +119,15 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             f"activation_checkpoint.selective_ac_option = {option!r}: use 'op', or a number n to "
             "recompute every n-th block"
         )
-    if not lighthouse.enable:
-        return
     degree = job_config.parallelism.context_parallel_degree
     balancer = job_config.parallelism.context_parallel_load_balancer
     if degree > 1 and balancer not in ("headtail", None):
         yield (
-            f"parallelism.context_parallel_load_balancer = {balancer!r}: Lighthouse attends through 'sdpa', "
-            "for which torchtitan has 'headtail' alone; use that or None"
+            f"parallelism.context_parallel_load_balancer = {balancer!r}: attention is 'sdpa', for which "
+            "torchtitan has 'headtail' alone; use that or None"
         )
+    if not lighthouse.enable:
+        return
     for name, section in _data_sections(job_config):
         try:
             if degree > 1:
