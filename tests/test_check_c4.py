@@ -124,7 +124,6 @@ def test_training_stops_with_file_and_line(kind, tmp_path):
     with pytest.raises(ValueError) as error:
         list(loader("c4_local", path, 8, infinite=False))
     assert f"{file}, {place}: " in str(error.value) and what in str(error.value)
-    assert "check_c4.py" in str(error.value) and error.value.__cause__
 
 
 @pytest.mark.parametrize("kind", ONLY_CHECKED)

@@ -9,6 +9,7 @@ import socket
 import sysconfig
 import tempfile
 import time
+from copy import deepcopy
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config import JobConfig
+from torchtitan.config import ConfigManager
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from torchtitan_ext.data import build_dataloader, check_dataset, datasets, tokenizer
@@ -28,6 +29,7 @@ TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 SPECIAL = tuple(tokenizer.SPECIAL_TOKENS.values())
 LOCAL = ("c4_local", "python_source")
+JOB = ConfigManager().parse_args(["--job.custom_config_module=torchtitan_ext.model.config"])
 
 
 # ---- tokenizer
@@ -106,11 +108,14 @@ def write_tree(root: Path, shards: list[list[str]]) -> Path:
 WRITE = dict(zip(LOCAL, (write_c4, write_tree), strict=True))
 
 
-def loader(dataset, path, seq_len, batch_size=1, rank=0, world=1, workers=0, infinite=True):
-    config = JobConfig()
+def loader(
+    dataset, path, seq_len, batch_size=1, rank=0, world=1, workers=0, infinite=True, skip=False
+):
+    config = deepcopy(JOB)
     config.training.dataset, config.training.dataset_path = dataset, str(path)
     config.training.seq_len, config.training.local_batch_size = seq_len, batch_size
     config.training.dataloader.num_workers = workers
+    config.training.skip_damaged_data = skip
     return build_dataloader(world, rank, TOKENIZER, config, infinite=infinite)
 
 
@@ -177,6 +182,14 @@ def test_resumed_stream_is_the_uninterrupted_one(
 
 SHARDS = [[f"{i}.{j} " * (3 * i + 7 * j) for j in range(5 - i)] for i in range(3)]
 TEXTS = list(chain(*SHARDS))
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_a_state_saved_before_the_first_batch_is_the_start(dataset, tmp_path):
+    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    whole, untouched, resumed = (loader(dataset, path, 8) for _ in range(3))
+    resumed.load_state_dict(untouched.state_dict())
+    assert tokens(next(iter(resumed))) == tokens(next(iter(whole)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

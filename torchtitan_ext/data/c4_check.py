@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from torchtitan_ext.data.datasets import read_documents
+from torchtitan_ext.data.datasets import pieces_of_document, read_documents
 
 FILE_NAME = re.compile(r"c4-train\.(\d{5})-of-(\d{5})\.json\.gz")
 PROBLEMS_KEPT = 5  # of one file; after a corrupt byte nearly every line is one
@@ -20,6 +20,7 @@ class Contents:
     """What one file holds; characters and bytes are those of the texts."""
 
     documents: int = 0
+    pieces: int = 0  # of the documents, as training takes them
     characters: int = 0
     utf8_bytes: int = 0
     n_problems: int = 0
@@ -27,10 +28,10 @@ class Contents:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the byte tokenizer: the bytes, and a bos and an eos a document."""
-        return self.utf8_bytes + 2 * self.documents
+        """Tokens of the byte tokenizer: the bytes, and a bos and an eos a piece."""
+        return self.utf8_bytes + 2 * self.pieces
 
-    def add_problem(self, problem: str, error: Exception | None = None) -> None:
+    def add_problem(self, problem: str) -> None:
         self.n_problems += 1
         if self.n_problems <= PROBLEMS_KEPT:
             self.problems.append(problem)
@@ -39,12 +40,20 @@ class Contents:
 def check_file(file: str) -> Contents:
     """Reads one file as training does, and on past whatever is damaged."""
     contents = Contents()
-    for line, text in read_documents(file, contents.add_problem):
-        contents.documents += 1
-        contents.characters += len(text)
-        contents.utf8_bytes += len(text.encode())
-        if not text:
-            contents.add_problem(f"{file}, line {line}: empty text")
+    try:
+        for line, sample in enumerate(read_documents(file), 1):
+            if "damage" in sample:
+                contents.add_problem(sample["damage"])
+                continue
+            text = sample["text"]
+            contents.documents += 1
+            contents.pieces += len(pieces_of_document(text))
+            contents.characters += len(text)
+            contents.utf8_bytes += len(text.encode())
+            if not text:
+                contents.add_problem(f"{file}, line {line}: empty text")
+    except ValueError as error:
+        contents.add_problem(str(error))
     if not contents.documents and not contents.n_problems:
         contents.add_problem(f"{file}: no document")
     return contents

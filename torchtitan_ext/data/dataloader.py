@@ -1,9 +1,10 @@
-"""torchtitan's text dataloader, exact on resume in every epoch."""
+"""torchtitan's text dataloader, exact on resume in every epoch, past damaged data where that is to be skipped."""
 
+import math
 import os
 import signal
 from collections.abc import Iterator
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import asdict
 from threading import Thread
 from typing import Any
@@ -15,15 +16,43 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
+from torchtitan.tools.logging import logger
 
 from torchtitan_ext.data.passkey import answers_alone, question_and_answers
+from torchtitan_ext.unpickling import load_plain
 
 
 class TextDataset(HuggingFaceTextDataset):
     """torchtitan's data set, which by itself restarts a streamed one that was saved after a re-loop.
 
-    Of passkey documents the answers alone are labels.
+    Of passkey documents the answers alone are labels. skip_damaged: leave out what `read_documents` yields as
+    damage; otherwise its first stops the run.
     """
+
+    def __init__(self, *args: Any, skip_damaged: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._skip_damaged = skip_damaged
+        self._n_skipped = 0  # since the run started, of all processes
+        self._named: set[str] = (
+            set()
+        )  # files whose damage the log names; many have it in every line
+
+    def _get_data_iter(self) -> Iterator[dict[str, Any]]:
+        for sample in super()._get_data_iter():
+            if self._skip_damaged and "damage" in sample:
+                self._skip(sample)
+            else:
+                yield sample
+
+    def _skip(self, sample: dict[str, str]) -> None:
+        self._n_skipped += 1
+        # A corrupt file may have damage in every line: its first is named, and the number now and then.
+        if sample["file"] not in self._named or math.log10(self._n_skipped).is_integer():
+            self._named.add(sample["file"])
+            logger.warning(
+                f"{sample['damage']}: left out, and with it whatever else is damaged in this file "
+                f"(scripts/check_c4.py names it all); number {self._n_skipped:,} on this rank"
+            )
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         if self.dataset_name != "passkey":
@@ -34,7 +63,10 @@ class TextDataset(HuggingFaceTextDataset):
             yield inputs, answers_alone(inputs["input"], labels, question)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"documents": self._documents()}
+        return super().state_dict() | {
+            "documents": self._documents(),
+            "n_skipped": self._n_skipped,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was saved.
@@ -48,6 +80,7 @@ class TextDataset(HuggingFaceTextDataset):
                 f"saved at a position in {state_dict.get('documents')}: resume with the data that it was saved with"
             )
         super().load_state_dict(state_dict)
+        self._n_skipped = state_dict.get("n_skipped", 0)
         if isinstance(self._data, IterableDataset):
             # It heeds a saved state in that state's epoch alone, and a fresh one stands in epoch 0.
             self._data.set_epoch(state_dict["data"]["epoch"])
@@ -56,6 +89,33 @@ class TextDataset(HuggingFaceTextDataset):
         if isinstance(self._data, IterableDataset):
             return f"{self.dataset_name}, {self._data.num_shards} shards"
         return f"{self.dataset_name}, {len(self._data)} documents"
+
+
+class TextDataloader(ParallelAwareDataloader):
+    """torchtitan's, which by itself unpickles whatever a checkpoint holds in the place of the data position."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was saved.
+
+        Raises:
+            ValueError: this rank's position is no pickle of plain data, and nothing of it was built; or it was
+                saved with another `num_workers`.
+        """
+        if self._rank_id in state_dict:
+            try:
+                beside_trainer = "_num_yielded" not in load_plain(state_dict[self._rank_id])
+            except Exception as error:  # whatever its bytes happen to spell
+                raise ValueError(
+                    f"the checkpoint's data position, dataloader.{self._rank_id}, is damaged or was made to "
+                    f"run code ({error}): use another checkpoint, or start the data over with "
+                    "checkpoint.exclude_from_loading = ['dataloader']"
+                ) from error
+            if beside_trainer != bool(self.num_workers):
+                raise ValueError(
+                    f"training.dataloader.num_workers = {self.num_workers}: the checkpoint's data position was "
+                    f"saved with {int(beside_trainer)}, and holds for no other; set it to that"
+                )
+        super().load_state_dict(state_dict)
 
 
 def _end_with_the_trainer(worker_id: int) -> None:
@@ -87,14 +147,16 @@ def build_dataloader(
         dp_world_size: number of data-parallel ranks; each document goes to one of them.
         dp_rank: this rank.
         tokenizer: encodes a document, with its bos and eos.
-        job_config: `training.dataset`, `dataset_path`, `seq_len`, `local_batch_size` and `dataloader` are read.
+        job_config: `training.dataset`, `dataset_path`, `seq_len`, `local_batch_size`, `dataloader` and
+            `skip_damaged_data` are read.
         infinite: start over at the data set's end.
 
     Returns:
         A loader of ({"input": tokens}, labels), int64 [local_batch_size, seq_len] each.
 
     Raises:
-        ValueError: more than one worker, no document for this rank, or a hub that can't be reached.
+        ValueError: more than one worker, no document for this rank, damage in its first one, or a hub that
+            can't be reached.
     """
     training = job_config.training
     if training.dataloader.num_workers > 1:
@@ -111,20 +173,24 @@ def build_dataloader(
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
             infinite=infinite,
+            skip_damaged=training.skip_damaged_data,
         )
-        # A rank without a document would look for one forever. The copy leaves the state alone.
-        next(iter(copy(dataset._data)))
+        # A rank without a document would look for one forever. A shallow copy would move the data on.
+        probe = copy(dataset)
+        probe._data = deepcopy(dataset._data)
+        probe._text_processor(next(probe._get_data_iter()))
     except (IndexError, StopIteration) as error:  # of a map-style split, of a streamed one
         raise ValueError(
             f"training.dataset = {training.dataset!r}, training.dataset_path = {training.dataset_path!r}: "
             f"no document for data-parallel rank {dp_rank}, give at least {dp_world_size} documents"
+            f"{' that are not damaged' * training.skip_damaged_data}"
         ) from error
     except ConnectionError as error:
         raise ValueError(
             f"training.dataset = {training.dataset!r}: {error}; without a network, set it to 'c4_local' and "
             "training.dataset_path to a local copy"
         ) from error
-    return ParallelAwareDataloader(
+    return TextDataloader(
         dataset,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,

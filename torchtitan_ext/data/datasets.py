@@ -6,10 +6,9 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import NoReturn
 
 from datasets import Dataset, IterableDataset
 from torchtitan.hf_datasets import DatasetConfig
@@ -23,6 +22,9 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 HELD_OUT = 128  # one file of so many is for validation
 # A generated file of megabytes would fill many steps in a row with itself.
 PIECE = 2**17  # bytes
+# A document is held as tokens until it is trained on, in memory and in every checkpoint, and encoding takes some
+# 200 bytes of memory a character: a document of 200 MB would take 40 GB. A page of C4 is never so long.
+LONGEST_DOCUMENT = 2**20  # characters
 SOURCE_PARTS = {
     "python_source": None,
     "python_source_train": False,
@@ -55,45 +57,37 @@ def c4_files(dataset_path: str) -> list[str]:
     return [str(file) for file in files]
 
 
-def _stop(problem: str, error: Exception) -> NoReturn:
-    raise ValueError(
-        f"{problem}; to find all that is damaged, run scripts/check_c4.py on training.dataset_path"
-    ) from error
-
-
-def read_documents(
-    file: str, damaged: Callable[[str, Exception], None] = _stop
-) -> Iterator[tuple[int, str]]:
-    """The documents of one file of gzip'd JSON lines.
+def read_documents(file: str) -> Iterator[dict[str, str]]:
+    """The lines of one file of gzip'd JSON, in their order.
 
     Args:
         file: each line a JSON object in UTF-8, with a string `text`; other fields are left alone.
-        damaged: gets what is wrong and where, and the error that showed it; where it returns, reading goes
-            on with the next line. By default the first damage stops the reading.
 
     Yields:
-        The line's number, from 1, and its text.
+        {"text": the document}, or, where a line is none or the file can't be decompressed to its end,
+        {"damage": what is wrong, with the file and the line, from 1; "file": the file}. A file that is cut
+        short or corrupt ends there.
 
     Raises:
-        ValueError: the file can't be read or decompressed to its end, or a line is no document; it names
-            the file and the line.
+        ValueError: the file can't be read at all, which says nothing of what it holds.
     """
     number = 0
     # Looked up now: when a program ends amid a file, the generator is closed after the module's names are gone.
-    unreadable = (OSError, EOFError, zlib.error)
+    corrupt = (EOFError, zlib.error, gzip.BadGzipFile)
     try:
         if not os.path.getsize(file):
             raise EOFError("the file has no bytes")  # gzip takes it for a whole one
         with gzip.open(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    text = _text_of_line(line)
+                    sample = {"text": _text_of_line(line)}
                 except ValueError as error:
-                    damaged(f"{file}, line {number}: {error}", error)
-                else:
-                    yield number, text
-    except unreadable as error:
-        damaged(f"{file}, after line {number}: {error}", error)
+                    sample = {"damage": f"{file}, line {number}: {error}", "file": file}
+                yield sample
+    except corrupt as error:
+        yield {"damage": f"{file}, after line {number}: {error}", "file": file}
+    except OSError as error:
+        raise ValueError(f"{file}, after line {number}: {error}") from error
 
 
 def source_pieces(dataset_path: str, held_out: bool | None = None) -> list[tuple[str, int]]:
@@ -193,13 +187,37 @@ def _text_of_line(line: bytes) -> str:
     return text
 
 
+def pieces_of_document(text: str) -> list[str]:
+    """The text in pieces of LONGEST_DOCUMENT, which training takes for documents of their own."""
+    starts = range(0, max(1, len(text)), LONGEST_DOCUMENT)
+    return [text[start : start + LONGEST_DOCUMENT] for start in starts]
+
+
 def _read_json_lines(files: list[str]) -> Iterator[dict[str, str]]:
+    # Damage is a sample of its own, so that a position means the same whether damage is skipped or mended.
     for file in files:
-        for _, text in read_documents(file):
-            yield {"text": text}
+        for sample in read_documents(file):
+            if "damage" in sample:
+                yield sample
+            else:
+                yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
+
+
+def _c4_dataset(path: str) -> IterableDataset:
+    files = c4_files(path)
+    if next(_read_json_lines(files), None) is None:
+        raise ValueError(
+            f"training.dataset_path = {path!r}: no document in its {len(files):,} files; give a folder with some"
+        )
+    return IterableDataset.from_generator(_read_json_lines, gen_kwargs={"files": files})
 
 
 def _text(sample: dict[str, str]) -> str:
+    if "damage" in sample:
+        raise ValueError(
+            f"{sample['damage']}; to find all that is damaged, run scripts/check_c4.py on "
+            "training.dataset_path; to train without it, set training.skip_damaged_data to true"
+        )
     return sample["text"]
 
 
@@ -220,9 +238,7 @@ def _source_dataset(path: str, held_out: bool | None) -> Dataset:
 # guesses each column's type from the first file. A generator over the files has the same shards and state.
 DATASETS["c4_local"] = DatasetConfig(
     path="",
-    loader=lambda path: IterableDataset.from_generator(
-        _read_json_lines, gen_kwargs={"files": c4_files(path)}
-    ),
+    loader=_c4_dataset,
     sample_processor=_text,
 )
 

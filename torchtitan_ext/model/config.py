@@ -21,6 +21,16 @@ class Loss:
 
 
 @dataclass
+class Training:
+    skip_damaged_data: bool = False
+    """
+    Leave out lines and files of c4_local that are damaged, named in the log and counted. By default the first
+    stops the run. A file that can't be read at all always does: it may be back for the next launch.
+    """
+
+
+@dataclass
 class JobConfig:
+    training: Training = field(default_factory=Training)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
     loss: Loss = field(default_factory=Loss)

@@ -1,0 +1,243 @@
+"""Damage in the data: left out where that is asked for, exactly, through resumes; what is huge stays bounded."""
+
+import gzip
+import logging
+import pickle
+import subprocess
+import sys
+import tempfile
+from itertools import chain, islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_check_c4 import SHARDS, STOPS_TRAINING, check
+from test_data import EOS, documents, loader, tokens, write_c4
+
+from torchtitan_ext.data import datasets
+from torchtitan_ext.data.datasets import c4_files
+
+TEXTS = SHARDS[1]
+DAMAGE = {kind: damage for kind, damage in STOPS_TRAINING.items() if kind != "a folder"}
+
+
+def write_damaged(folder, kinds):
+    """A copy of C4 whose files have these kinds of damage, and the texts that are left of each."""
+    path = write_c4(Path(folder), [TEXTS] * len(kinds))
+    left = []
+    for file, kind in zip(c4_files(str(path)), kinds, strict=True):
+        if kind:
+            damage, place, _ = DAMAGE[kind]
+            damage(Path(file))
+        left.append([] if kind and place == "after line 0" else TEXTS)
+    return path, left
+
+
+def stream(batches):
+    return [token for batch in batches for row in tokens(batch) for token in row]
+
+
+def n_skipped(data):
+    return pickle.loads(data.state_dict()[data._rank_id])["dataset_state"]["n_skipped"]
+
+
+damaged_files = st.lists(st.sampled_from([None, *DAMAGE]), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(kinds=damaged_files.map(lambda kinds: [*kinds, None]))
+def test_what_is_left_is_every_intact_document_in_order(kinds):
+    with tempfile.TemporaryDirectory() as folder:
+        path, left = write_damaged(folder, kinds)
+        data = loader("c4_local", path, 1, infinite=False, skip=True)
+        got = bytes(token for token in stream(data) if token < 256)
+        assert got == "".join(chain(*left)).encode()
+        assert n_skipped(data) == sum(map(bool, kinds))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kinds=damaged_files.map(lambda kinds: [None, *kinds]),
+    stops=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    seq_len=st.integers(1, 60),
+)
+def test_a_resume_between_and_after_the_damage_is_exact(kinds, stops, seq_len):
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = write_damaged(folder, kinds)
+        whole = loader("c4_local", path, seq_len, skip=True)
+        expected = stream(islice(whole, sum(stops) + 3))
+        got, state = [], {}
+        for stop in [*stops, 3]:
+            part = loader("c4_local", path, seq_len, skip=True)
+            part.load_state_dict(state)
+            got += stream(islice(part, stop))
+            state = part.state_dict()
+        assert got == expected
+        assert n_skipped(part) >= n_skipped(whole)  # a resume reads one document ahead
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
+    path, _ = write_damaged(tmp_path, [None, "no JSON", "cut short", None])
+    args = ("c4_local", path, 16)
+    whole = [tokens(batch) for batch in loader(*args, infinite=False, skip=True)]
+    got, stopped = [], loader(*args, infinite=False, workers=workers)
+    with pytest.raises(ValueError, match=r"line 3: not JSON.*training\.skip_damaged_data"):
+        for batch in stopped:
+            got.append(tokens(batch))
+            state = stopped.state_dict()
+    resumed = loader(*args, infinite=False, skip=True, workers=workers)
+    resumed.load_state_dict(state)
+    assert got and got + [tokens(batch) for batch in resumed] == whole
+
+
+def test_a_line_that_is_mended_moves_no_other(tmp_path):
+    path, _ = write_damaged(tmp_path, ["blank line", None])
+    file = Path(c4_files(str(path))[0])
+    damaged = gzip.decompress(file.read_bytes())
+    args = ("c4_local", path, 8)
+    epoch = len(list(loader(*args, infinite=False, skip=True)))
+    whole = stream(islice(loader(*args, skip=True), epoch))
+    for stop in range(1, epoch):
+        file.write_bytes(gzip.compress(damaged))
+        part, resumed = loader(*args, skip=True), loader(*args, skip=True)
+        drawn = stream(islice(part, stop))
+        file.write_bytes(gzip.compress(b'{"text": "mended"}' + damaged))
+        resumed.load_state_dict(part.state_dict())
+        assert drawn + stream(islice(resumed, epoch - stop)) == whole
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_damage_is_skipped_by_one_rank(world, tmp_path):
+    kinds = [None, "no text", "no UTF-8", "cut in the header", None, "wrong checksum"]
+    path, left = write_damaged(tmp_path, kinds)
+    ranks = [
+        loader("c4_local", path, 1, rank=rank, world=world, infinite=False, skip=True)
+        for rank in range(world)
+    ]
+    got = [stream(data) for data in ranks]
+    assert sum(tokens.count(EOS) for tokens in got) >= sum(map(len, left)) - world  # odd ones left
+    assert sum(map(n_skipped, ranks)) == sum(map(bool, kinds))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_damaged_file_is_named_once_and_the_number_now_and_then(
+    workers, tmp_path, capfd, caplog
+):
+    path, _ = write_damaged(tmp_path, ["no JSON", None, "cut short"])
+    files = c4_files(str(path))
+    file = Path(files[0])
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()) + b"no JSON\n" * 7))
+    log = logging.StreamHandler()  # seen from the worker's process too
+    logging.getLogger().addHandler(log)
+    try:
+        data = loader("c4_local", path, 8, workers=workers, skip=True)
+        epoch = len(list(loader("c4_local", path, 8, infinite=False, skip=True)))
+        capfd.readouterr()
+        list(islice(data, 2 * epoch))
+    finally:
+        logging.getLogger().removeHandler(log)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    in_file_2 = f"{files[2]}, after line {len(TEXTS)}"
+    # The second pass meets the same damage, in files of another order: its number 10 is in either.
+    assert [line.split(": ")[0] for line in lines[:2]] == [f"{files[0]}, line 3", in_file_2]
+    assert [line.split("number ")[1].split()[0] for line in lines] == ["1", "9", "10"]
+
+
+def test_a_file_that_cannot_be_read_stops_either_way(tmp_path):
+    path, _ = write_damaged(tmp_path, [None, None])
+    file = Path(c4_files(str(path))[1])
+    data = loader("c4_local", path, 8, infinite=False, skip=True)
+    file.unlink()  # or a file system that is gone: skipping would leave out what is intact
+    with pytest.raises(ValueError, match=rf"{file}, after line 0: .*No such file"):
+        list(data)
+
+
+@pytest.mark.parametrize(
+    "shards, words",
+    [([[], []], "no document in its 2 files"), ([[]], "no document in its 1 files")],
+)
+def test_an_empty_data_set_is_named(shards, words, tmp_path):
+    path = write_c4(tmp_path, shards)
+    with pytest.raises(ValueError) as error:
+        loader("c4_local", path, 8)
+    assert f"training.dataset_path = {str(path)!r}" in str(error.value)
+    assert words in str(error.value)
+
+
+def test_a_data_set_of_damage_alone_is_named(tmp_path):
+    path, _ = write_damaged(tmp_path, ["no bytes", "no gzip"])
+    with pytest.raises(ValueError, match=r"training\.dataset_path.*no document.*are not damaged"):
+        loader("c4_local", path, 8, skip=True)
+
+
+def test_another_number_of_workers_is_named(tmp_path):
+    path, _ = write_damaged(tmp_path, [None])
+    for workers in (0, 1):
+        saved, other = (loader("c4_local", path, 8, workers=w) for w in (workers, 1 - workers))
+        next(iter(saved))
+        with pytest.raises(ValueError, match=rf"num_workers = {1 - workers}.* with {workers}"):
+            other.load_state_dict(saved.state_dict())
+
+
+# ---- long documents
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6),
+    longest=st.integers(1, 20),
+    stop=st.integers(1, 10),
+)
+def test_a_long_document_comes_in_pieces(lengths, longest, stop):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "LONGEST_DOCUMENT", longest)
+        texts = [("é🗼x" * length)[:length] for length in lengths]
+        path = write_c4(Path(folder), [texts])
+        got = documents("c4_local", path)
+        assert b"".join(got).decode() == "".join(texts)
+        assert all(len(piece.decode()) <= longest for piece in got)
+        assert len(got) == sum(max(1, -(-length // longest)) for length in lengths)
+        checked, *_ = check(path, workers=1)
+        assert checked[0].documents == len(lengths)
+        assert checked[0].tokens == sum(len(piece) + 2 for piece in got)
+
+        whole, part, resumed = (loader("c4_local", path, 3) for _ in range(3))
+        drawn = stream(islice(part, stop))
+        resumed.load_state_dict(part.state_dict())
+        assert drawn + stream(islice(resumed, 9)) == stream(islice(whole, stop + 9))
+
+
+HUGE = 200 * 10**6
+DRAW = """
+import resource, sys, time
+from test_data import loader
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+data = loader("c4_local", sys.argv[1], 98304, infinite=False)
+before, start = peak(), time.perf_counter()
+batches = iter(data)
+for _ in range(15):
+    next(batches)
+seconds = time.perf_counter() - start
+start = time.perf_counter()
+state = data.state_dict()["dp_rank_0"]
+print(seconds, peak() - before, len(state), time.perf_counter() - start)
+"""
+
+
+def test_a_document_of_200_MB_takes_little_memory_and_little_of_a_checkpoint(tmp_path):
+    (tmp_path / "en").mkdir()
+    with gzip.open(tmp_path / "en/c4-train.00000-of-00001.json.gz", "wb", 1) as file:
+        file.write(b'{"text": "' + b"ten bytes " * (HUGE // 10) + b'"}\n')
+    done = subprocess.run(
+        [sys.executable, "-c", DRAW, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    seconds, memory, state, pause = map(float, done.stdout.split())
+    assert memory < 6 * HUGE  # some 200 * HUGE where all of it is encoded at once
+    assert state < 4 * datasets.LONGEST_DOCUMENT and pause < 1
+    assert seconds < 60
