@@ -286,7 +286,7 @@ def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, mode, ligh
         "configs/530m/stage1.toml", "training.seq_len=64", f"activation_checkpoint.mode={mode}"
     )
     settings = Lighthouse(enable=lighthouse, levels=2, top_k=4, tile_winners=4)
-    args = replace(flavors["debug"], n_layers=1, max_seq_len=64, lighthouse=settings)
+    args = replace(flavors["debug"], n_layers=1, n_kv_heads=1, max_seq_len=64, lighthouse=settings)
 
     torch._dynamo.reset()
     with torch.no_grad():

@@ -276,7 +276,7 @@ def _facts(plan: Plan, gpu_memory: float, gpu: str, tok_s: float | None) -> dict
         f"a GPU ({assumed})",
         "memory": f"no estimate: {reason}"
         if reason
-        else f"about {sum(parts.values()):.1f} of {gpu_memory:.1f} GiB a GPU: "
+        else f"about {sum(parts.values()):.1f} of {gpu_memory:.1f} GiB a GPU, to 15 %: "
         + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items()),
         "disk": f"{count} checkpoints more at most, of {_gb(plan.checkpoint_bytes)}: "
         f"{_gb(count * plan.checkpoint_bytes)} of {_gb(shutil.disk_usage(disk).free)} free in {disk}",

@@ -78,7 +78,8 @@ def peak_memory(
     on_hand = n_params
     if job_config.parallelism.fsdp_reshard_after_forward != "never":
         on_hand = n_output + 2 * n_block  # one at work, one ahead
-    gathered = width * (on_hand + n_output * (1 + 1 / shards))  # with the largest gather's buffers
+    # With the buffers, in and out, of the largest gather.
+    gathered = width * (on_hand + max(n_block, n_output) * (1 + 1 / shards))
 
     kept, whole = _kept_by_layer(job_config, args, model)
     d, f = args.dim, model.layers["0"].feed_forward.w1.out_features
