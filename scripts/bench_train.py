@@ -4,9 +4,10 @@
     python scripts/bench_train.py --nproc 2 --run dense configs/530m/dense.toml \\
         --run selective configs/530m/stage1.toml activation_checkpoint.mode=selective
 
-A run is a name, a job file and settings of it. Every run trains on local sources, one sequence a device and
-step, without checkpoints. One that fails, for want of memory say, is reported and the others go on. --profile
-takes each run's last step apart, every part beside its limit on this GPU.
+A run is a name, a job file and settings of it. Every run trains on local sources, one sequence a data-parallel
+rank and step, without checkpoints. One that fails, for want of memory say, is reported and the others go on.
+--profile takes each run's last step apart, every part beside its limit on this GPU. With --append the runs of
+several calls stand side by side.
 """
 
 import argparse
@@ -67,6 +68,8 @@ def job_arguments(settings: list[str], args: argparse.Namespace) -> list[str]:
 def parse_job(config: str, settings: list[str], args: argparse.Namespace) -> JobConfig:
     """The job, checked as it would check itself. Raises ValueError; torchtitan's parser exits by itself."""
     job = ConfigManager().parse_args(["--job.config_file", config, *job_arguments(settings, args)])
+    # A start from a checkpoint is checked by the run, which has a folder of its own.
+    job.checkpoint.enable, job.checkpoint.initial_load_path = False, None
     check_job(job)
     return job
 
@@ -112,6 +115,7 @@ def record(folder: Path, timed: slice) -> dict:
         "mfu": statistics.median(values[MFU][timed]),
         "loss_first": values[LOSS][0],
         "loss_last": values[LOSS][-1],
+        "losses": values[LOSS],
     }
 
 
@@ -151,6 +155,17 @@ def table(rows: list[dict]) -> str:
             f"| {row['peak_gib']:.1f} | {row['mfu']:.1f} | {row['loss_first']:.2f} to {row['loss_last']:.2f} "
             f"| {row['tok_s_gpu'] / first:.2f}x |"
         )
+    return "\n".join(lines)
+
+
+def losses(rows: list[dict]) -> str:
+    """The logged losses of runs side by side, as many as all of them have."""
+    lines = [
+        "| point | " + " | ".join(f"{row['name']} on {row['n_gpus']}" for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    for number, values in enumerate(zip(*(row["losses"] for row in rows), strict=False), 1):
+        lines.append(f"| {number} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
     return "\n".join(lines)
 
 
@@ -265,8 +280,12 @@ def main() -> None:
         save()
     for name, found in profiles.items():
         print(f"\n{name}\n\n{step_profile.table(found['parts_ms'], found.get('limits_ms'))}")
+    failed = [row["name"] for row in rows if "error" in row]
+    rows = records["rows"] + rows
+    if logged := [row for row in rows if "losses" in row]:
+        print(f"\n{losses(logged)}")
     print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {args.output}")
-    if failed := [row["name"] for row in rows if "error" in row]:
+    if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 

@@ -41,6 +41,8 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path):
     assert row["name"] == "small" and row["seq_len"] == 1024 and row["n_gpus"] == 1
     assert row["tok_s_gpu"] > 0 and row["step_s"] > 0 and row["peak_gib"] > 0
     assert row["loss_last"] < row["loss_first"]
+    assert row["losses"][0] == row["loss_first"] and len(row["losses"]) == 3  # steps 1, 2 and 4
+    assert f"| 1 | {row['loss_first']:.4f} | {compiled['loss_first']:.4f} |" in done.stdout
     assert f"| small | 1 | 1,024 | {row['tok_s_gpu']:,.0f} |" in done.stdout
     assert compiled["loss_last"] < compiled["loss_first"]
     log = (tmp_path / "bench_train_small_1.log").read_text()
