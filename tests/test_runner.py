@@ -15,6 +15,7 @@ from rich.console import Console
 from torchtitan.config import ConfigManager
 
 from torchtitan_ext import records, runner, split_points
+from torchtitan_ext.model.checks import job_problems
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "demo"
@@ -320,5 +321,6 @@ def test_every_cell_of_a_grid_is_a_legal_job_with_its_settings(configs, cell, mo
         for section, settings in cell["settings"].items():
             for field, value in settings.items():
                 assert getattr(getattr(config, section), field) == value
+        config.checkpoint.enable, config.checkpoint.initial_load_path = False, None
+        assert job_problems(config, n_ranks=8 if configs == "530m" else 1) == []
     assert stages[0].lighthouse.enable and not stages[1].lighthouse.enable
-    stages[0].lighthouse.check_seq_len(stages[0].training.seq_len)
