@@ -3,7 +3,7 @@
     python -m torchtitan_ext.preflight --job.config_file configs/530m/stage1.toml --ngpu 8 [overrides]
 
 Every problem is named at once: versions, torchtitan's patches, the job's settings by the rules of training
-itself, data, the checkpoint to start from, disk and GPU memory. Without one, what the run will take is printed.
+itself, data, the checkpoint to start from, disk and GPU memory. What the run will take is printed beside them.
 Overrides are torchtitan's, as for training: --lighthouse.top_k 2048.
 """
 
