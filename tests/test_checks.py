@@ -1,16 +1,23 @@
 """A job that can't run, or would lose state in silence, stops before anything is built."""
 
+import pickle
+import re
+import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchtitan.config import ConfigManager
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_ext.model import LighthouseTransformer, check_job, flavors
+from torchtitan_ext.model.checks import checkpoint_to_load, complete_metadata, step_of
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -39,7 +46,7 @@ def save(folder, step=10, degree=1, without=(), **changes):
         **weights,
         "optimizer": {"state.output.weight.exp_avg": torch.zeros(4, 4)},
         "lr_scheduler": {"last_epoch": step},
-        "dataloader": {f"dp_rank_{rank}": b"state" for rank in range(degree)},
+        "dataloader": {f"dp_rank_{rank}": pickle.dumps({}) for rank in range(degree)},
         "train_state": {"step": step},
     }
     path = Path(folder) / "checkpoint" / f"step-{step}"
@@ -321,6 +328,90 @@ def test_an_incomplete_checkpoint_is_an_error(job, tmp_path, damage):
     only_problem(
         job(*start_from(path)), "checkpoint.initial_load_path", path, "not a complete checkpoint"
     )
+
+
+def cut_short(path):
+    data = next(path.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+
+
+def test_a_broken_checkpoint_is_named_and_another_is_loaded_when_that_is_asked_for(job, tmp_path):
+    older, newer, newest = (save(tmp_path / "run", step=step) for step in (9, 10, 100))
+    cut_short(newest)
+    size = next(newest.glob("*.distcp")).stat().st_size
+    problem = only_problem(job(), newest, f"holds {size:,} of {size + 1:,} bytes", newer.name)
+    check_job(job("--checkpoint.load_step=10"))
+    cut_short(newer)
+    only_problem(
+        job("--checkpoint.load_step=10"), newer, f"--checkpoint.load_step {step_of(older)}"
+    )
+    assert older.name in only_problem(job())
+    save(tmp_path / "run", step=10)
+
+    [command] = re.findall(r"\((mv .*)\)", problem)
+    subprocess.run(shlex.split(command), check=True)
+    assert checkpoint_to_load(job()) == newer
+    check_job(job())
+
+
+def test_where_no_checkpoint_is_complete_there_is_none_to_fall_back_to(job, tmp_path):
+    for step in (10, 20):
+        cut_short(save(tmp_path / "run", step=step))
+    only_problem(job(), "step-20", "no other", "choose another job.dump_folder")
+
+
+def test_a_broken_checkpoint_to_start_from_is_named_with_a_complete_one_beside_it(job, tmp_path):
+    older, newer = (save(tmp_path / "old", step=step) for step in (10, 20))
+    next(newer.glob("*.distcp")).unlink()
+    only_problem(job(*start_from(newer)), "is missing", f"complete one beside it is {older}")
+    check_job(job(*start_from(older)))
+
+
+@pytest.mark.parametrize("name", ["step-30.broken", "old-step-30", "step-030", "step-30"])
+@pytest.mark.parametrize("index", [".metadata", "model.safetensors.index.json"])
+def test_a_folder_that_torchtitan_would_mistake_for_a_checkpoint_is_named(
+    job, tmp_path, name, index
+):
+    path = save(tmp_path / "run", step=20)
+    check_job(job())
+    stray = path.with_name(name)
+    stray.mkdir()
+    (stray / index).touch()
+    if (name, index) == ("step-30", ".metadata"):  # it is one, broken
+        only_problem(job(), stray, "not a complete checkpoint", path.name)
+    else:
+        only_problem(job(), stray, "step 30", f"move it out of {path.parent}")
+
+
+def test_a_seed_checkpoint_is_weights_alone_and_must_be_complete(job, tmp_path):
+    training = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+    path = save(tmp_path / "run", step=0, without=training)
+    check_job(job())
+    cut_short(path)
+    only_problem(job(), path, "not a complete checkpoint")
+
+
+places = st.floats(0, 1, exclude_max=True)  # of the file
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cut=places | st.just(1.0), changes=st.dictionaries(places, st.binary(max_size=2), max_size=3)
+)
+def test_no_damage_of_metadata_gets_past_the_check_with_another_error(
+    tmp_path_factory, cut, changes
+):
+    path = save(tmp_path_factory.mktemp("run"))
+    whole = (path / ".metadata").read_bytes()
+    damaged = bytearray(whole)
+    for place, replacement in changes.items():
+        at = int(place * len(whole))
+        damaged[at : at + 1] = replacement
+    (path / ".metadata").write_bytes(damaged[: int(cut * len(damaged))])
+    try:
+        assert complete_metadata(path).state_dict_metadata
+    except ValueError as error:
+        assert str(path) in str(error)
 
 
 def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path):

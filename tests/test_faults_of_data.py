@@ -1,20 +1,29 @@
-"""Damage in the data: left out where that is asked for, exactly, through resumes; what is huge stays bounded."""
+"""Damage in the data: left out where that is asked for, exactly, through resumes; what is huge stays bounded.
+
+And of checkpoints: what is broken is named, and training goes on from another only when told to.
+"""
 
 import gzip
+import json
 import logging
+import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_check_c4 import SHARDS, STOPS_TRAINING, check
 from test_data import EOS, documents, loader, tokens, write_c4
+from test_resume import losses
 
+from torchtitan_ext import runner
 from torchtitan_ext.data import datasets
 from torchtitan_ext.data.datasets import c4_files
 
@@ -210,6 +219,13 @@ def test_a_long_document_comes_in_pieces(lengths, longest, stop):
 
 
 HUGE = 200 * 10**6
+
+
+def write_huge_document(file):
+    with gzip.open(file, "wb", 1) as lines:
+        lines.write(b'{"text": "' + b"ten bytes " * (HUGE // 10) + b'"}\n')
+
+
 DRAW = """
 import resource, sys, time
 from test_data import loader
@@ -228,8 +244,7 @@ print(seconds, peak() - before, len(state), time.perf_counter() - start)
 
 def test_a_document_of_200_MB_takes_little_memory_and_little_of_a_checkpoint(tmp_path):
     (tmp_path / "en").mkdir()
-    with gzip.open(tmp_path / "en/c4-train.00000-of-00001.json.gz", "wb", 1) as file:
-        file.write(b'{"text": "' + b"ten bytes " * (HUGE // 10) + b'"}\n')
+    write_huge_document(tmp_path / "en/c4-train.00000-of-00001.json.gz")
     done = subprocess.run(
         [sys.executable, "-c", DRAW, str(tmp_path)],
         cwd=Path(__file__).parent,
@@ -241,3 +256,80 @@ def test_a_document_of_200_MB_takes_little_memory_and_little_of_a_checkpoint(tmp
     assert memory < 6 * HUGE  # some 200 * HUGE where all of it is encoded at once
     assert state < 4 * datasets.LONGEST_DOCUMENT and pause < 1
     assert seconds < 60
+
+
+# ---- real runs, on two gloo ranks
+
+ROOT = Path(__file__).parents[1]
+STEPS, SEQ_LEN = 6, 256
+SETTINGS = (
+    *("--training.dataset=c4_local", f"--training.seq_len={SEQ_LEN}", "--lighthouse.top_k=16"),
+    *("--lighthouse.tile_winners=4", "--lr_scheduler.warmup_steps=2", "--checkpoint.interval=2"),
+    f"--training.steps={STEPS}",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run that skips damage from the start, and one that meets it, then a broken checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    lines = [json.dumps({"text": f"{i:100}"}).encode() for i in range(14)]
+    lines.insert(11, b'{"text": "broken')  # the second rank needs 11 documents for 4 steps
+    data = write_c4(folder / "data", [[], []])
+    first, second = map(Path, c4_files(str(data)))
+    write_huge_document(first)
+    second.write_bytes(gzip.compress(b"\n".join(lines) + b"\n")[:-4])  # and all of them for 6
+
+    def start(dump, *settings):
+        command = [*runner.torchrun(2, "configs/demo/stage1.toml"), *SETTINGS, *settings]
+        done = subprocess.run(
+            [*command, f"--training.dataset_path={data}", f"--job.dump_folder={folder / dump}"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        return SimpleNamespace(
+            dump=folder / dump, code=done.returncode, output=done.stdout + done.stderr
+        )
+
+    skip = "--training.skip_damaged_data"
+    whole, stopped = start("whole", skip), start("faulty")
+    shard = stopped.dump / "checkpoint/step-4/__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused = start("faulty", skip)
+    moved = re.search(r"\((mv .*?)\) and launch again", refused.output)
+    subprocess.run(["bash", "-c", moved[1]], check=True)
+    resumed = start("faulty", skip)
+    return SimpleNamespace(
+        whole=whole, stopped=stopped, refused=refused, resumed=resumed, damaged=second, shard=shard
+    )
+
+
+def test_a_run_stops_at_damage_by_default_and_names_it(runs):
+    assert runs.stopped.code != 0
+    assert f"{runs.damaged}, line 12: not JSON" in runs.stopped.output
+    assert "training.skip_damaged_data" in runs.stopped.output
+
+
+def test_a_run_that_skips_damage_names_and_counts_it(runs):
+    assert runs.whole.code == 0, runs.whole.output
+    [named] = [line for line in runs.whole.output.splitlines() if "left out" in line]
+    assert f"{runs.damaged}, line 12: not JSON" in named and "number 1 " in named
+
+
+def test_a_broken_checkpoint_is_named_with_the_newest_complete_one(runs):
+    assert runs.refused.code != 0 and "Traceback" in runs.refused.output
+    assert f"step-4 is not a complete checkpoint: {runs.shard.name} holds" in runs.refused.output
+    assert "the newest complete one is step-2" in runs.refused.output
+    assert "Training starts at step" not in runs.refused.output
+
+
+def test_the_faulty_run_ends_with_the_losses_of_the_undisturbed_one(runs):
+    assert runs.resumed.code == 0, runs.resumed.output
+    assert "Training starts at step 3" in runs.resumed.output
+    whole, faulty = dict(losses(runs.whole.dump)), losses(runs.resumed.dump)
+    assert sorted(whole) == list(range(1, STEPS + 1))
+    assert {step for step, _ in faulty} == set(whole) and len(faulty) > STEPS
+    assert all(loss == whole[step] for step, loss in faulty)

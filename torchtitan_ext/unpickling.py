@@ -10,6 +10,7 @@ what is no tensor (torch.distributed.checkpoint has no setting for either). The 
 import io
 import os
 import pickle
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
@@ -57,6 +58,22 @@ def load_plain(data: bytes) -> Any:
         Exception: of any kind, where `data` is no whole pickle.
     """
     return _Unpickler(io.BytesIO(data)).load()
+
+
+def load_object(saved: bytes) -> Any:
+    """What torch.save made of plain data and tensors.
+
+    Raises:
+        pickle.UnpicklingError: it names anything else; nothing is called.
+        Exception: of any kind, where it is damaged.
+    """
+    try:
+        return torch.load(io.BytesIO(saved), weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's message is of many lines, and advises to load it without this check.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would call {named[1]}, which has no place there" if named else "no plain data"
+        raise pickle.UnpicklingError(reason) from None
 
 
 def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:

@@ -1,14 +1,14 @@
 """What would stop a job later, or lose its state in silence, found before anything is built."""
 
 import os
-import pickle
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, Metadata
-from torch.distributed.checkpoint.metadata import STORAGE_TYPES
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMetadata
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
@@ -17,6 +17,7 @@ from torchtitan.distributed import ParallelDims
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
+from torchtitan_ext.unpickling import load_object, load_plain
 
 from .args import flavors
 from .model import LighthouseTransformer
@@ -231,6 +232,7 @@ def _checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> It
         return
 
     # From here on torchtitan loads from the run's own folder and ignores initial_load_path.
+    yield from _mistaken_folders(folder)
     steps = complete_steps(folder)
     if initial and not steps:
         yield (
@@ -258,23 +260,41 @@ def _checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> It
             f"training.steps = {job_config.training.steps}: {folder} holds a run that is past it, at "
             f"step {step}; raise it, choose another job.dump_folder or delete {folder}"
         )
-    elif step > 0:  # step 0 is torchtitan's seed checkpoint: weights alone
+    elif step != -1:
         yield from _state_problems(job_config, dims, "job.dump_folder", folder / f"step-{step}")
+
+
+def _mistaken_folders(folder: Path) -> Iterator[str]:
+    """What torchtitan takes for a checkpoint of the run's own, and couldn't load."""
+    steps = complete_steps(folder)
+    for path in sorted(folder.iterdir()):
+        found = re.search(r"step-(\d+)", path.name)
+        has_index = [
+            (path / name).is_file() for name in (".metadata", "model.safetensors.index.json")
+        ]
+        if found and any(has_index) and path.name not in {f"step-{step}" for step in steps}:
+            yield (
+                f"{path}: torchtitan takes this folder for the run's checkpoint of step {int(found[1])}, which "
+                f"it is not; move it out of {folder}"
+            )
 
 
 def _state_problems(
     job_config: JobConfig, dims: ParallelDims | None, field: str, path: Path
 ) -> Iterator[str]:
     """What the checkpoint at `path`, which `field` leads to, lacks to be resumed by this launch."""
+    excluded = job_config.checkpoint.exclude_from_loading
     try:
         metadata = complete_metadata(path)
+        _check_objects(path, metadata, excluded)
     except ValueError as error:
-        yield f"{field}: {error}"
+        yield f"{field}: {error}{_way_on(job_config, field, path)}"
         return
     saved = metadata.state_dict_metadata
     if job_config.model.flavor in flavors:
         yield from _weight_problems(job_config, field, path, saved)
-    excluded = job_config.checkpoint.exclude_from_loading
+    if path == _folder(job_config) / "step-0":
+        return  # torchtitan's seed checkpoint: weights alone
     wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
     missing = sorted(wanted - {key.split(".")[0] for key in saved})
     if missing:
@@ -291,6 +311,49 @@ def _state_problems(
                 f"its data position holds for no other; launch as many data-parallel ranks (or start "
                 "the data over on purpose: checkpoint.exclude_from_loading = ['dataloader'])"
             )
+
+
+def _check_objects(path: Path, metadata: Metadata, excluded: list[str]) -> None:
+    """Loads what is no tensor, as torch will, because here an error can name it. Raises ValueError."""
+    by_place = sorted(
+        metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset)
+    )
+    for index, stored in by_place:
+        is_object = isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
+        if not is_object or index.fqn.split(".")[0] in excluded:
+            continue
+        with open(path / stored.relative_path, "rb") as file:
+            file.seek(stored.offset)
+            saved = file.read(stored.length)
+        try:
+            value = load_object(saved)
+            if index.fqn.startswith(f"{DATALOADER}.dp_rank_"):
+                load_plain(value)
+        except Exception as error:  # whatever the bytes happen to spell
+            raise ValueError(
+                f"{index.fqn} in {path / stored.relative_path} is damaged or was made to run code ({error})"
+            ) from error
+
+
+def _way_on(job_config: JobConfig, field: str, path: Path) -> str:
+    """How to go on where the checkpoint at `path`, which `field` leads to, can't be loaded."""
+    folder = path.parent
+    older = (folder / f"step-{step}" for step in sorted(complete_steps(folder), reverse=True))
+    newest = next((other for other in older if other != path and _is_complete(other)), None)
+    if field != "job.dump_folder":
+        if newest:
+            return f"; the newest complete one beside it is {newest}: to start from that, set {field} to it"
+        return ""
+    if newest is None:
+        return f"; no other in {folder} is complete: to start anew, choose another job.dump_folder"
+    this_launch = f"--checkpoint.load_step {step_of(newest)}"
+    if job_config.checkpoint.load_step != -1:
+        return f"; the newest complete one is {newest.name}: {this_launch}"
+    aside = shlex.join(["mv", str(path), str(folder.with_name(f"broken-{path.name}"))])
+    return (
+        f"; the newest complete one is {newest.name}: to go on from that, now and in every later launch, put "
+        f"the broken one aside ({aside}) and launch again; for one launch alone, add {this_launch}"
+    )
 
 
 def _weight_problems(
@@ -343,31 +406,40 @@ def complete_metadata(path: Path) -> Metadata:
     """The metadata of the checkpoint in the step-N folder `path`; ValueError where it isn't complete."""
     try:
         metadata = FileSystemReader(path).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        sizes: dict[str, int] = {}
+        for stored in metadata.storage_data.values():
+            end = stored.offset + stored.length
+            sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    except Exception as error:  # whatever the bytes happen to spell
         raise ValueError(
-            f"{path} is not a complete checkpoint ({error}); "
+            f"{path} is not a complete checkpoint: no .metadata that can be read ({error}); "
             "give the step-N folder of one that was saved to its end"
         ) from error
-    sizes: dict[str, int] = {}
-    for stored in metadata.storage_data.values():
-        end = stored.offset + stored.length
-        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
-    broken = [
-        name
-        for name, size in sorted(sizes.items())
-        if not (path / name).is_file() or (path / name).stat().st_size < size
-    ]
+    broken = []
+    for name, size in sorted(sizes.items()):
+        if not (path / name).is_file():
+            broken.append(f"{name} is missing")
+        elif (held := (path / name).stat().st_size) < size:
+            broken.append(f"{name} holds {held:,} of {size:,} bytes")
     if broken:
         raise ValueError(
-            f"{path} is not a complete checkpoint, {', '.join(broken)} missing or cut short; "
-            "restore it, or delete the folder and use an earlier checkpoint"
+            f"{path} is not a complete checkpoint: {', '.join(broken)}; restore it, or use another"
         )
     return metadata
 
 
+def _is_complete(path: Path) -> bool:
+    try:
+        complete_metadata(path)
+    except ValueError:
+        return False
+    return True
+
+
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that torchtitan would consider: the metadata is written last."""
-    return [int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/.metadata")]
+    names = [path.parent.name for path in folder.glob("step-*/.metadata")]
+    return [int(name[5:]) for name in names if re.fullmatch(r"step-(0|[1-9]\d*)", name)]
 
 
 def _resolved(path: str | None) -> str | None:
