@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table test test-gpu test-gpus bench lint clean
+.PHONY: help setup demo table test test-gpu test-gpus soak bench lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -38,6 +38,9 @@ test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUD
 
 test-gpus: setup  ## exact resume of the 530M recipe across the switch, on two CUDA devices
 	$(BIN)/python -m pytest tests/test_resume.py -m gpu --timeout 900
+
+soak: setup  ## 2,000 steps with 20 kills against an undisturbed run, on the CPU in 10 minutes
+	$(BIN)/python scripts/soak.py
 
 bench: setup  ## one attention layer beside dense SDPA and the floor
 	$(BIN)/python scripts/bench_attention.py

@@ -585,6 +585,27 @@ os._exit(0)  # gloo's threads may still hold tensors
     )
 
 
+def test_an_interrupted_run_does_not_end_like_a_complete_one(patched):
+    python(
+        patched,
+        """
+import signal, sys
+from unittest.mock import MagicMock
+
+from torchtitan.train import main
+
+sys.argv = ["train"]
+main(lambda config: MagicMock(interrupted=False))
+try:
+    main(lambda config: MagicMock(interrupted=True))
+except SystemExit as end:
+    assert end.code == 128 + signal.SIGTERM
+else:
+    raise AssertionError
+""",
+    )
+
+
 def test_stock_llama3_trains_on_the_cpu(patched, tmp_path):
     """torchtitan's own trainer, model and data set; the loss of a repeated text falls."""
     data = tmp_path / "data"
