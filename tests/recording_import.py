@@ -8,7 +8,7 @@ import os
 import signal
 from pathlib import Path
 
-import gathering_attention  # noqa: F401
+import ring_attention  # noqa: F401
 import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import CheckpointManager
