@@ -556,8 +556,16 @@ trainer = MagicMock(step=7, nonfinite_steps=0, job_config=JobConfig(), device="c
 trainer.checkpointer.describe_latest.return_value = "LATEST"
 allowed = trainer.job_config.training
 
+trainer.outcome, trainer.interrupted, trainer.sigterm_received = None, False, False
+assert Trainer.check_outcome(trainer)  # no step yet
+
 def finite(loss=2.0, norm=3.0):
-    return Trainer.is_step_finite(trainer, torch.tensor(loss), torch.tensor(norm))
+    Trainer.share_outcome(trainer, torch.tensor(loss), torch.tensor(norm))
+    trainer.step += 1  # asked in the next step
+    try:
+        return Trainer.check_outcome(trainer)
+    finally:
+        trainer.step -= 1
 
 assert finite()
 for value in (math.nan, math.inf, -math.inf):
@@ -576,9 +584,9 @@ for value in (math.nan, math.inf, -math.inf):
             raise AssertionError(case)
         assert finite()
 
-for received in (False, True):
-    trainer.sigterm_received = here and received
-    assert Trainer.is_any_rank_told_to_stop(trainer) == received
+assert not trainer.interrupted
+trainer.sigterm_received = here
+assert finite() and trainer.interrupted
 os._exit(0)  # gloo's threads may still hold tensors
 """,
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
