@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table test test-gpu test-gpus soak bench lint clean
+.PHONY: help setup demo table test test-gpu test-gpus soak bench lint coverage clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -45,9 +45,16 @@ soak: setup  ## 2,000 steps with 20 kills against an undisturbed run, on the CPU
 bench: setup  ## one attention layer beside dense SDPA and the floor
 	$(BIN)/python scripts/bench_attention.py
 
-lint: setup  ## ruff
+lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+coverage: setup  ## lines of the package that the test suite runs, 90 % at least
+	mkdir -p outputs/coverage && rm -f outputs/coverage/*
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 clean:  ## remove the environment and every run
 	rm -rf $(VENV) outputs

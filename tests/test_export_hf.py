@@ -280,8 +280,8 @@ def changed_job(path, section, field, value):
 
 
 def unknown_flavor(path):
-    changed_job(path, "model", "flavor", "8B")
-    return path, "model.flavor = '8B'", ", ".join(flavors)
+    changed_job(path, "model", "flavor", "7B")
+    return path, "model.flavor = '7B'", ", ".join(flavors)
 
 
 def wrong_flavor(path):

@@ -97,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.ngpu < 1:
         parser.error(f"--ngpu {options.ngpu}: must be 1 or more")
 
-    problems, facts = list(environment_problems()), {}
+    problems = list(environment_problems())
+    facts: dict[str, str] = {}
     try:
         # Not before: it needs what has just been looked for.
         from .outlook import job_outlook

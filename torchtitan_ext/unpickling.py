@@ -13,7 +13,7 @@ import pickle
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, Metadata
@@ -79,7 +79,7 @@ def load_object(saved: bytes) -> Any:
 def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
     path = self._get_metadata_path(kwargs.get("rank"))
     with self.fs.create_stream(path, "rb") as file:
-        metadata = _Unpickler(file, NAMES_OF_METADATA).load()
+        metadata = _Unpickler(cast(IO[bytes], file), NAMES_OF_METADATA).load()
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError(
             f"it holds a {type(metadata).__name__}, no checkpoint's metadata"
@@ -89,5 +89,5 @@ def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadat
     return metadata
 
 
-FileSystemReader.read_metadata = _read_metadata
+FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign]
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # stronger than an argument of the call

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torchtitan.hf_datasets import DatasetConfig
@@ -221,7 +222,7 @@ def _text(sample: dict[str, str]) -> str:
     return sample["text"]
 
 
-def _text_of_piece(sample: dict[str, str | int]) -> str:
+def _text_of_piece(sample: dict[str, Any]) -> str:
     with open(sample["path"], "rb") as file:
         file.seek(sample["start"])
         return file.read(PIECE).decode("utf-8", errors="replace")

@@ -74,10 +74,11 @@ def _spread(spill: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     # The span that starts at an entry's end has its first position in the entry's own chunk.
     reached = [config.span(level) - 1 for level in range(1, config.levels)]
     levels = zip(reached, spill.transpose(1, 2).unbind(1), strict=True)
-    return sum(
+    padded = [
         F.pad(row.unsqueeze(1).expand(-1, n, -1, -1), (0, 0, 0, 0, 0, reached[-1] - n))
         for n, row in levels
-    )
+    ]
+    return torch.stack(padded).sum(0)
 
 
 def context_parallel_attention(
@@ -121,12 +122,12 @@ def context_parallel_attention(
 
     slots, gathered = [], []
     chunk_len = q.shape[1] // per_rank
-    parts = (x.chunk(per_rank, 1) for x in (q, k, v))
-    for chunk, *qkv in zip(chunks, *parts, strict=True):
+    parts = zip(*(x.chunk(per_rank, 1) for x in (q, k, v)), strict=True)
+    for chunk, (q, k, v) in zip(chunks, parts, strict=True):
         table = None if freqs_cis is None else freqs_cis[chunk * chunk_len :]
-        _check_inputs(*qkv, config, table)
-        slots.append(_slots(*qkv, config, table, starts_sequence=chunk == 0))
-        gathered.append(ops.gather(*qkv, table, slots[-1], config))
+        _check_inputs(q, k, v, config, table)
+        slots.append(_slots(q, k, v, config, table, starts_sequence=chunk == 0))
+        gathered.append(ops.gather(q, k, v, table, slots[-1], config))
     q, k, v = (torch.cat(rows, 2) for rows in zip(*gathered, strict=True))
     outs = _attend(attention, q, k, v).chunk(per_rank, 2)
 

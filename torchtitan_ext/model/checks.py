@@ -362,11 +362,11 @@ def _weight_problems(
     with torch.device("meta"):
         weights = LighthouseTransformer(flavors[job_config.model.flavor]).state_dict()
     other = [
-        f"{name} is {list(saved[name].size)} there and {list(weight.shape)} here"
-        if name in saved
+        f"{name} is {list(size)} there and {list(weight.shape)} here"
+        if size
         else f"{name} is not there"
         for name, weight in weights.items()
-        if name not in saved or saved[name].size != weight.shape
+        if (size := getattr(saved.get(name), "size", None)) != weight.shape
     ]
     if other:
         yield (

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.llama3 import Transformer
@@ -30,7 +32,7 @@ class LighthouseSelfAttention(Attention):
                 "only; use those, or set lighthouse.enable to false"
             )
         self.config = model_args.lighthouse
-        self.context_parallel = {}
+        self.context_parallel: dict[str, Any] = {}
 
     def share_sequence(self, mesh: DeviceMesh, load_balance: bool) -> None:
         """Let the ranks of `mesh` share each sequence; see `context_parallel_attention`."""

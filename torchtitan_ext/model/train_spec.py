@@ -119,10 +119,9 @@ class LighthouseValidator(Validator):
 
     def __init__(self, job_config: JobConfig, **kwargs: Any):
         super().__init__(job_config, **kwargs)
-        steps, loss_fn = job_config.validation.steps, self.loss_fn
-        self.validation_dataloader = list(
-            islice(self.validation_dataloader, None if steps == -1 else steps)
-        )
+        steps, loss_fn = job_config.validation.steps, self.loss_fn  # type: ignore[has-type]
+        batches = islice(self.validation_dataloader, None if steps == -1 else steps)  # type: ignore[has-type]
+        self.validation_dataloader = list(batches)
         self.loss_fn = lambda predictions, _: loss_fn(predictions, self.own_labels)
 
     def post_dataloading_process(
