@@ -31,7 +31,7 @@ table: setup  ## the split-point experiment of configs/PRESET, continued where i
 	$(BIN)/python scripts/make_table.py outputs/$(PRESET)
 
 test: setup  ## the test suite (CPU, under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUDA device
 	$(BIN)/python -m pytest tests/test_kernels.py tests/test_scorers.py tests/test_loss.py -m "gpu or not gpu"

@@ -4,6 +4,7 @@ import gzip
 import importlib
 import json
 import os
+import pickle
 import shutil
 import socket
 import sysconfig
@@ -352,3 +353,16 @@ def test_a_position_in_other_data_is_refused(dataset, tmp_path):
     other.load_state_dict(saved.state_dict())
     with pytest.raises(ValueError, match=r"training\.dataset and training\.dataset_path"):
         next(iter(other))
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_a_state_stays_what_it_was_while_drawing_goes_on(dataset, tmp_path):
+    """A worker hands its state to a thread that pickles it when it gets to it."""
+    samples = loader(dataset, WRITE[dataset](tmp_path / "data", SHARDS), 8).dataset
+    drawn = iter(samples)
+    for _ in range(20):
+        next(drawn)
+        state = samples.state_dict()
+        before = pickle.dumps(state)
+        next(drawn)
+        assert pickle.dumps(state) == before

@@ -64,6 +64,8 @@ class TextDataset(HuggingFaceTextDataset):
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
+            # A copy: a worker's state is pickled by another thread, while the next document is added to it.
+            "token_buffer": list(self._token_buffer),
             "documents": self._documents(),
             "n_skipped": self._n_skipped,
         }
