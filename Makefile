@@ -30,8 +30,9 @@ table: setup  ## the split-point experiment of configs/PRESET, continued where i
 	$(BIN)/python scripts/run_splits.py --configs configs/$(PRESET) --nproc $(NPROC) -- $(OVERRIDES)
 	$(BIN)/python scripts/make_table.py outputs/$(PRESET)
 
-test: setup  ## the test suite (CPU, under 10 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := -m pytest -n 2 --dist loadfile
+test: lint  ## lint, then the test suite (CPU, under 10 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUDA device
 	$(BIN)/python -m pytest tests/test_kernels.py tests/test_scorers.py tests/test_loss.py -m "gpu or not gpu"
@@ -52,7 +53,7 @@ lint: setup  ## ruff and mypy
 
 coverage: setup  ## lines of the package that the test suite runs, 90 % at least
 	mkdir -p outputs/coverage && rm -f outputs/coverage/*
-	$(BIN)/coverage run -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/coverage run $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
