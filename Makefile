@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table test test-gpu test-gpus soak bench lint coverage clean
+.PHONY: help setup demo table test test-gpu test-gpus soak bench docs lint coverage clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -45,6 +45,10 @@ soak: setup  ## 2,000 steps with 20 kills against an undisturbed run, on the CPU
 
 bench: setup  ## one attention layer beside dense SDPA and the floor
 	$(BIN)/python scripts/bench_attention.py
+
+docs: setup  ## docs/settings.md and the pictures of docs/method.md, written anew from the code
+	$(BIN)/python scripts/write_settings.py
+	$(BIN)/python scripts/draw_method.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

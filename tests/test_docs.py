@@ -1,0 +1,202 @@
+"""What the pages say is what the code says: settings, messages, links, commands."""
+
+import ast
+import re
+import runpy
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import pyarrow.parquet
+import pytest
+import torch
+import torchtitan
+from markdown_it import MarkdownIt
+from test_data import documents
+from torchtitan.config import ConfigManager
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+from torchtitan_ext.model import LighthouseModelArgs, LighthouseTransformer
+from torchtitan_ext.model.checks import job_problems
+from torchtitan_ext.model.config import Lighthouse
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "results").glob("**/README.md"))
+SCRIPT = ROOT / "scripts" / "write_settings.py"
+
+
+# ---- settings
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_the_settings_page_is_what_the_script_writes(script):
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert page == script["reference"](), "docs/settings.md is out of date: make docs"
+
+
+def test_each_override_of_the_settings_page_breaks_one_rule(script):
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert tuple(re.findall(r"^\| `(--.*?)` \|", page, re.MULTILINE)) == script["REFUSED"]
+
+
+def test_a_field_without_a_docstring_is_named(script):
+    @dataclass(frozen=True)
+    class More(Lighthouse):
+        threshold: float = 0.0
+
+    with pytest.raises(ValueError, match=r"lighthouse\.threshold in .*no docstring"):
+        script["documented"]("lighthouse", More, {"levels", "threshold"})
+
+
+# ---- links
+
+
+@cache
+def links_and_anchors(page):
+    """Where a page's links and pictures lead to, and the anchors of its headings, by GitHub's rule."""
+    links, anchors = [], set()
+    tokens = MarkdownIt().enable("table").parse(page.read_text())
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        for child in token.children or ():
+            links += [child.attrs[name] for name in ("href", "src") if name in child.attrs]
+        if before and before.type == "heading_open":
+            words = "".join(c.content for c in token.children).lower()
+            anchors.add(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+    return links, anchors
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    broken = []
+    for link in links_and_anchors(page)[0]:
+        if ":" in link:
+            continue  # another site
+        name, _, anchor = unquote(link).partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in links_and_anchors(target)[1]):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_in_the_readmes_index():
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links_and_anchors(PAGES[0])[0]}
+    assert set((ROOT / "docs").glob("*.md")) <= linked
+
+
+# ---- what is quoted
+
+
+@cache
+def messages():
+    """The texts in the sources of the package and of the patched torchtitan, with … for what they fill in."""
+    found = []
+    for folder in (ROOT / "torchtitan_ext", Path(next(iter(torchtitan.__path__)))):
+        for file in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [getattr(part, "value", None) for part in node.values]
+                    found.append("".join(p if isinstance(p, str) else "…" for p in parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return "\n".join(found)
+
+
+QUOTED = re.findall(
+    r"^\| `([^`|]+)`", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE
+)
+assert QUOTED
+
+
+@pytest.mark.parametrize("message", QUOTED)
+def test_every_message_that_is_explained_exists(message):
+    assert message in messages()
+
+
+# ---- what is to be copied
+
+
+def code(page, language):
+    tokens = MarkdownIt().parse(page.read_text())
+    return [token.content for token in tokens if token.type == "fence" and token.info == language]
+
+
+def launches():
+    """Each documented launch of a job file: the file, the number of GPUs and what overrides it."""
+    for page in PAGES:
+        for line in "\n".join(code(page, "bash")).replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            given = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
+            if "--help" in words:
+                continue
+            if "--job.config_file" in words:
+                file, *overrides = words[words.index("--job.config_file") + 1 :]
+                if "--ngpu" in overrides:
+                    given["NGPU"] = overrides.pop(overrides.index("--ngpu") + 1)
+                    overrides.remove("--ngpu")
+            elif "CONFIG" in given:
+                [script] = [i for i, word in enumerate(words) if word.startswith("scripts/train.")]
+                file, overrides = given["CONFIG"], words[script + 1 :]
+            else:
+                continue
+            n_gpus = (
+                given.get("NGPU") or given.get("nproc_per_node") or (1 if "demo" in file else 8)
+            )
+            n_nodes = given.get("nodes") or given.get("nnodes") or given.get("NNODES") or 1
+            yield file, int(n_gpus) * int(n_nodes), tuple(overrides)
+
+
+LAUNCHES = sorted(set(launches()))
+assert len(LAUNCHES) > 10
+REFUSED = ("configs/demo/stage1.toml", 1, ("--training.seq_len", "5000"))  # shown to be
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: " ".join(map(str, launch[2])))
+def test_documented_launches_are_legal(launch, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(DATASETS, "my_parquet", DATASETS["c4"])  # the one that data.md adds
+    file, n_gpus, overrides = launch
+    # Other modules, checkpoints, tokenizers and data than the repository's are the reader's.
+    job = ConfigManager().parse_args(["--job.config_file", file, *overrides])
+    job.checkpoint.enable, job.checkpoint.initial_load_path = False, None
+    problems = [p for p in job_problems(job, n_gpus) if "tokenizer" not in p and "/data/" not in p]
+    assert bool(problems) == (launch == REFUSED), problems
+
+
+def test_the_flavor_that_is_shown_is_legal():
+    [example] = code(ROOT / "docs" / "running.md", "python")
+    added = {}
+    exec(example, {"flavors": added, "LighthouseModelArgs": LighthouseModelArgs})
+    [args] = added.values()
+    with torch.device("meta"):
+        model = LighthouseTransformer(args)
+    assert 1e9 < sum(p.numel() for p in model.parameters()) < 2e9
+
+
+def test_the_data_set_that_is_shown_is_read_whole_and_shared_out(tmp_path):
+    [_, example] = code(ROOT / "docs" / "data.md", "python")
+    texts = [f"text {i}" for i in range(6)]
+    for i in range(2):
+        table = pyarrow.table({"text": texts[i::2], "other": [i] * 3})
+        pyarrow.parquet.write_table(table, tmp_path / f"{i}.parquet")
+    known = set(DATASETS)
+    try:
+        exec(example, {})
+        [name] = set(DATASETS) - known
+        ranks = [documents(name, tmp_path, rank=rank, world=2) for rank in range(2)]
+    finally:
+        for name in set(DATASETS) - known:
+            del DATASETS[name]
+    assert [[text.decode() for text in rank] for rank in ranks] == [texts[0::2], texts[1::2]]
+
+
+def test_the_readme_shows_the_demos_table():
+    table, *_ = (ROOT / "results/demo/table.md").read_text().split("\n\n")[1:]
+    assert table in (ROOT / "README.md").read_text()
