@@ -161,7 +161,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "settings.md")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "docs" / "settings.md",
+        help="the file to write (default: docs/settings.md)",
+    )
     args = parser.parse_args()
     out = args.out.resolve()
     os.chdir(ROOT)

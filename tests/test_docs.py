@@ -6,6 +6,7 @@ import runpy
 import shlex
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torchtitan
 from markdown_it import MarkdownIt
-from test_data import documents
+from test_data import documents, loader, tokens
 from torchtitan.config import ConfigManager
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
@@ -188,7 +189,7 @@ def test_the_flavor_that_is_shown_is_legal():
     assert 1e9 < sum(p.numel() for p in model.parameters()) < 2e9
 
 
-def test_the_data_set_that_is_shown_is_read_whole_and_shared_out(tmp_path):
+def test_the_data_set_that_is_shown_is_read_whole_shared_out_and_resumed(tmp_path):
     [_, example] = code(ROOT / "docs" / "data.md", "python")
     texts = [f"text {i}" for i in range(6)]
     for i in range(2):
@@ -199,10 +200,16 @@ def test_the_data_set_that_is_shown_is_read_whole_and_shared_out(tmp_path):
         exec(example, {})
         [name] = set(DATASETS) - known
         ranks = [documents(name, tmp_path, rank=rank, world=2) for rank in range(2)]
+        whole, part, resumed = (loader(name, tmp_path, 3) for _ in range(3))
+        drawn = [tokens(batch) for batch in islice(part, 9)]
+        resumed.load_state_dict(part.state_dict())
+        drawn += [tokens(batch) for batch in islice(resumed, 30)]  # into the next pass
+        expected = [tokens(batch) for batch in islice(whole, 39)]
     finally:
         for name in set(DATASETS) - known:
             del DATASETS[name]
     assert [[text.decode() for text in rank] for rank in ranks] == [texts[0::2], texts[1::2]]
+    assert drawn == expected
 
 
 def test_the_readme_shows_the_demos_table():
