@@ -5,6 +5,7 @@ FAULT: "NAME RANK STEP", and what happens to that rank in that step:
     killed-saving      SIGKILL, when the shards of that step's checkpoint are written
     full-disk          from that step's checkpoint on no file can grow beyond 64 KiB
     not-finite         its loss is nan, and in the next step too
+    orphaned           torchrun, its parent, gets SIGKILL
     terminated         torchrun, its parent, gets SIGTERM, and hands it on
 CHANGED: the folder where each rank writes what a step with a loss of nan changed.
 """
@@ -40,9 +41,10 @@ def faulty_forward_backward(self, **batch):
     if HERE and self.step == STEP:
         if NAME == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if NAME == "terminated":
-            os.kill(os.getppid(), signal.SIGTERM)
-            while not self.sigterm_received:
+        if NAME in ("orphaned", "terminated"):
+            os.kill(os.getppid(), signal.SIGKILL if NAME == "orphaned" else signal.SIGTERM)
+            until = time.monotonic() + 30
+            while not self.sigterm_received and time.monotonic() < until:
                 time.sleep(0.01)
     return loss
 

@@ -6,6 +6,7 @@ One run suffers every fault in turn, each start from where the one before left o
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ FAULTS = {  # in this order: the rank and the step
     "killed-saving": (0, 4),
     "full-disk": (1, 4),
     "not-finite": (1, 5),
+    "orphaned": (0, 5),
     "terminated": (1, 7),
 }
 
@@ -71,7 +73,7 @@ def runs(tmp_path_factory):
         runs[name] = start(
             "suffering",
             # which also has the ranks hear of SIGTERM in its own step, not in the next, where a checkpoint is due
-            f"--training.skip_nonfinite_steps={int(name in ('not-finite', 'terminated'))}",
+            f"--training.skip_nonfinite_steps={int(name in ('not-finite', 'orphaned', 'terminated'))}",
             fault=f"{name} {rank} {step}",
         )
     runs["completed"] = start("suffering")
@@ -134,6 +136,12 @@ def test_a_step_that_is_not_finite_is_passed_over_as_often_as_allowed_then_train
             for step in (3, 4, 5)
         }
         assert changed == {3: ["weights", "moments"], 4: ["weights", "moments"], 5: []}
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(runs):
+    assert runs["orphaned"].code == -signal.SIGKILL
+    assert max(runs["orphaned"].complete) == 5
+    assert runs["terminated"].first_step == 6
 
 
 def test_sigterm_saves_the_step_that_all_ranks_ended_with(runs):

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.components.validate import Validator
@@ -55,6 +57,10 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     # torchtitan builds the tokenizer before anything else, so this is where a bad job stops.
     check_job(job_config)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Ranks whose torchrun was killed would train on, into the folder where the next launch goes on: they
+        # hear of it as of a SIGTERM, save and end.
+        _prctl_pr_set_pdeathsig(signal.SIGTERM)
     if int(os.environ.get("RANK", 0)) == 0:
         # torchtitan's job.save_config_file comes before the check: a refused job would replace the
         # config of the run that its folder holds.
