@@ -15,6 +15,7 @@ from test_checks import job, only_problem, save  # noqa: F401
 from test_data import loader, write_tree
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_ext import unpickling
 from torchtitan_ext.model import check_job
@@ -139,6 +140,21 @@ def test_plain_data_is_what_it_was(value, protocol):
 def test_whatever_names_a_function_is_no_plain_data(value):
     with pytest.raises(pickle.UnpicklingError, match="would call"):
         unpickling.load_plain(pickle.dumps(value))
+
+
+def test_what_torch_allows_by_itself_but_tensors_is_refused(tmp_path, monkeypatch):
+    """A mesh opens a process group when it is built."""
+    mesh = Hostile(tmp_path, "eval")
+    mesh.reduced = (DeviceMesh, ("cpu", [0]))
+    torch.save(mesh, saved := io.BytesIO())
+    store = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(pickle.UnpicklingError):
+        unpickling.load_object(saved.getvalue())
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
+    assert not torch.distributed.is_initialized()
 
 
 def test_metadata_is_read_as_torch_reads_it(tmp_path):

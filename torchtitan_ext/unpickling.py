@@ -3,7 +3,8 @@
 A pickle names the functions that build it, whatever they are, and loading it calls them; a checkpoint lies on a
 disk that others may write to. Importing this module restricts, for the whole process, the two places where torch
 unpickles a checkpoint without a limit: `pickle.load` of `.metadata`, and `torch.load(..., weights_only=False)` of
-what is no tensor (torch.distributed.checkpoint has no setting for either). The third, torchtitan's own
+what is no tensor (torch.distributed.checkpoint has no setting for either). Classes that torch allows by itself where
+that limit is set go too: those of distributed tensors open a process group when they are built. The third, torchtitan's own
 `pickle.loads` of the data position, is restricted by `load_plain` in `data/dataloader.py`.
 """
 
@@ -90,4 +91,5 @@ def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadat
 
 
 FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign]
+torch.serialization.clear_safe_globals()
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # stronger than an argument of the call
