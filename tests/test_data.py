@@ -78,9 +78,9 @@ def test_encoding_time_is_linear(piece):
         text = piece * (n_bytes // len(piece.encode()))
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()  # other processes may have the cores
             TOKENIZER.encode(text)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     assert seconds(2**19) < 16 * 5 * seconds(2**15)  # quadratic would be 16 * 16
@@ -156,7 +156,7 @@ shards_of_texts = st.lists(
     seq_len=st.integers(1, 30),
     batch_size=st.integers(1, 2),
     world=st.integers(1, 3),
-    stops=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    stops=st.lists(st.integers(0, 12), min_size=1, max_size=4),
     data=st.data(),
 )
 def test_resumed_stream_is_the_uninterrupted_one(
@@ -175,6 +175,7 @@ def test_resumed_stream_is_the_uninterrupted_one(
         got, state = [], {}
         for stop in [*stops, 3]:
             part = loader(*args)
+            part.state_dict()  # the checkpointer asks for its keys before it loads
             part.load_state_dict(state)
             got += [tokens(batch) for batch in islice(part, stop)]
             state = part.state_dict()

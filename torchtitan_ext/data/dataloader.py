@@ -36,9 +36,12 @@ class TextDataset(HuggingFaceTextDataset):
         self._named: set[str] = (
             set()
         )  # files whose damage the log names; many have it in every line
+        # A streamed data set that hasn't been read yet says that it stands at its start, wherever it resumes.
+        self._resumed_at: dict[str, Any] | None = None
 
     def _get_data_iter(self) -> Iterator[dict[str, Any]]:
         for sample in super()._get_data_iter():
+            self._resumed_at = None
             if self._skip_damaged and "damage" in sample:
                 self._skip(sample)
             else:
@@ -63,7 +66,10 @@ class TextDataset(HuggingFaceTextDataset):
             yield inputs, answers_alone(inputs["input"], labels, question)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
+        state = super().state_dict()
+        if self._resumed_at is not None:
+            state["data"] = self._resumed_at
+        return state | {
             # A copy: a worker's state is pickled by another thread, while the next document is added to it.
             "token_buffer": list(self._token_buffer),
             "documents": self._documents(),
@@ -86,6 +92,7 @@ class TextDataset(HuggingFaceTextDataset):
         if isinstance(self._data, IterableDataset):
             # It heeds a saved state in that state's epoch alone, and a fresh one stands in epoch 0.
             self._data.set_epoch(state_dict["data"]["epoch"])
+            self._resumed_at = state_dict["data"]
 
     def _documents(self) -> str:
         if isinstance(self._data, IterableDataset):
