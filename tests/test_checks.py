@@ -13,7 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torchtitan.config import ConfigManager
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_ext.model import LighthouseTransformer, check_job, flavors
@@ -133,6 +135,36 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
             "--checkpoint.last_save_model_only",
             ["checkpoint.last_save_model_only = true", "set it to false"],
         ),
+        ("--training.steps -1", ["training.steps = -1", "0 or more"]),
+        ("--training.local_batch_size 0", ["training.local_batch_size = 0", "1 or more"]),
+        ("--lighthouse.no_enable --training.seq_len 0", ["training.seq_len = 0", "1 or more"]),
+        ("--training.gc_freq 0", ["training.gc_freq = 0", "1 or more"]),
+        ("--metrics.log_freq 0", ["metrics.log_freq = 0", "1 or more"]),
+        ("--validation.enable --validation.freq 0", ["validation.freq = 0", "1 or more"]),
+        (
+            "--validation.enable --validation.seq_len 8192",
+            ["validation.seq_len = 8192", "training.seq_len = 4096"],
+        ),
+        ("--checkpoint.interval 0", ["checkpoint.interval = 0", "1 or more"]),
+        ("--checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
+        ("--checkpoint.exclude_from_loading dataloder", ["dataloder", "dataloader, lr_scheduler"]),
+        (
+            "--checkpoint.last_save_in_hf",
+            ["checkpoint.last_save_in_hf = true", "scripts/export_hf.py"],
+        ),
+        ("--training.dataloader.num_workers 2", ["training.dataloader.num_workers = 2", "0 or 1"]),
+        (
+            "--validation.enable --validation.dataloader.num_workers 2",
+            ["validation.dataloader.num_workers = 2", "0 or 1"],
+        ),
+        ("--optimizer.name SGD", ["[optimizer]", "SGD"]),
+        ("--optimizer.beta2 2", ["[optimizer]", "2.0"]),
+        ("--activation_checkpoint.mode memory_budget", ["memory_budget", "compile.enable"]),
+        ("--compile.enable --compile.backend gcc", ["compile.backend = 'gcc'", "inductor"]),
+        (
+            "--profiling.enable_profiling --profiling.profile_freq 3",
+            ["profiling.profile_freq = 3", "4 or more"],
+        ),
     ],
 )
 def test_each_problem_is_named_with_its_value_and_remedy(job, overrides, words):
@@ -183,7 +215,32 @@ def test_a_tokenizer_must_fit_the_embeddings(job, tmp_path):
 
     words = {f"w{i}": i for i in range(1000)}
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
-    only_problem(job(f"--model.hf_assets_path={tmp_path}"), "model.hf_assets_path", "1000", "384")
+    only_problem(job(f"--model.hf_assets_path={tmp_path}"), "model.hf_assets_path", "to 999", "384")
+    few = {"a": 0, "b": 384}  # fewer tokens than embeddings, but one beyond them
+    Tokenizer(models.WordLevel(few, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    only_problem(job(f"--model.hf_assets_path={tmp_path}"), "model.hf_assets_path", "to 384", "384")
+
+
+def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_path):
+    def start(*changes, folder=tmp_path):
+        start = [f"--checkpoint.initial_load_path={folder}", "--checkpoint.initial_load_in_hf"]
+        return job(*start, *changes)
+
+    field = "checkpoint.initial_load_path = "
+    only_problem(start(folder=tmp_path / "gone"), field, "gone", "no *.safetensors")
+    only_problem(job("--checkpoint.initial_load_in_hf"), "model.hf_assets_path", "no *.safetensors")
+    state = LighthouseTransformer(flavors["debug"]).state_dict()
+    file = tmp_path / "model.safetensors"
+    save_file(Llama3StateDictAdapter(flavors["debug"], None).to_hf(state), file)
+    check_job(start())
+    only_problem(
+        start("--checkpoint.no_initial_load_model_only"), "weights alone", "set it to true"
+    )
+    only_problem(start("--model.flavor=27M"), tmp_path, "model.flavor = '27M'", "[384, 64] there")
+    file.write_bytes(file.read_bytes()[:-1])
+    only_problem(start(), field, file, "can't be read")
+    save_file({"lm_head.weight": torch.zeros(384, 64)}, file)
+    only_problem(start(), tmp_path, "is not there")
 
 
 def test_the_section_is_missed_when_its_module_is_not_named():

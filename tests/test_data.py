@@ -340,10 +340,14 @@ def test_a_hub_out_of_reach_is_named_with_the_way_on(monkeypatch):
         loader("c4", None, 8)
 
 
-def test_more_than_one_worker_is_refused(tmp_path):
-    path = write_tree(tmp_path / "data", SHARDS)
-    with pytest.raises(ValueError, match=r"training\.dataloader\.num_workers = 2"):
-        loader("python_source", path, 8, workers=2)
+@pytest.mark.parametrize("damage", ["a link to nothing", "a folder"])
+def test_a_name_without_a_file_is_refused_before_training(damage, tmp_path):
+    path = write_c4(tmp_path, SHARDS)
+    last = Path(datasets.c4_files(str(path))[-1])
+    last.unlink()
+    last.symlink_to("nothing") if damage == "a link to nothing" else last.mkdir()
+    with pytest.raises(ValueError, match=rf"training\.dataset_path = .*1 of its files.*{last}"):
+        check_dataset("c4_local", str(path))
 
 
 @pytest.mark.parametrize("dataset", LOCAL)

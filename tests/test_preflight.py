@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import ConfigManager
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from torchtitan_ext import outlook, preflight
+from torchtitan_ext.data.dataloader import TextDataloader, TextDataset
 from torchtitan_ext.lighthouse import attention, kernels
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.checks import parallel_dims
@@ -196,6 +199,41 @@ def test_what_training_refuses_is_a_problem(only_problem):
         *("--checkpoint.initial_load_path=gone", "--checkpoint.no_initial_load_model_only"),
         words=["gone is not a complete checkpoint"],
     )
+
+
+@pytest.mark.parametrize(
+    "setting", ["training.local_batch_size=0", "training.seq_len=0", "checkpoint.interval=0"]
+)
+def test_a_number_that_nothing_can_be_derived_from_is_a_problem_beside_others(check, setting):
+    _, problems, _ = check(f"--{setting}", "--optimizer.name=SGD")
+    for words in (setting.replace("=", " = "), "SGD"):
+        assert any(words in problem for problem in problems)
+
+
+def test_what_the_job_config_itself_refuses_is_named(only_problem):
+    only_problem("--validation.enable", "--validation.steps=0", words=["validation steps"])
+
+
+def test_the_data_goes_on_where_the_checkpoint_stopped(only_problem, check, tmp_path):
+    tokenizer = build_hf_tokenizer(job_of("configs/demo/stage1.toml")[0])
+    data = TextDataloader(
+        TextDataset("python_source", None, tokenizer), dp_rank=0, dp_world_size=1, batch_size=1
+    )
+    next(iter(data))
+    states = {
+        **LighthouseTransformer(flavors["debug"]).state_dict(),
+        **{"optimizer": {"a": 1}, "lr_scheduler": {"last_epoch": 1}, "train_state": {"step": 1}},
+        "dataloader": data.state_dict(),
+    }
+    dcp.save(states, checkpoint_id=tmp_path / "run/checkpoint/step-1", no_dist=True)
+    assert check()[0] == 0
+    only_problem("--training.dataloader.num_workers=1", words=["num_workers = 1", "with 0"])
+    only_problem(
+        *("--training.dataset=passkey", "--training.dataset_path=4095"),
+        words=["training.dataset and", "passkey", "python_source"],
+    )
+    excluded = "--checkpoint.exclude_from_loading=dataloader"
+    assert check("--training.dataloader.num_workers=1", excluded)[0] == 0
 
 
 def test_the_first_documents_are_read(only_problem, check, tmp_path):

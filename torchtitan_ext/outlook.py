@@ -20,6 +20,7 @@ from .model import LighthouseModelArgs, LighthouseTransformer, flavors
 from .model.checks import (
     checkpoint_to_load,
     complete_steps,
+    data_position,
     job_problems,
     parallel_dims,
     step_of,
@@ -94,18 +95,20 @@ def job_outlook(
     except ValueError as error:
         return {}, [str(error)]
     problems = [*_import_problems(job), *job_problems(job, n_gpus)]
-    try:
-        plan = Plan.of(job, n_gpus)
-    except (AttributeError, KeyError, ValueError):  # named already
-        return {}, problems
     name, memory = H200
     if torch.cuda.is_available():
         local = torch.cuda.get_device_properties(0)
         name, memory = local.name, local.total_memory / GIB
-    problems += _reading_problems(plan)
-    problems += _disk_problems(plan)
-    problems += _memory_problems(plan, gpu_memory or memory, problems)
-    return _facts(plan, gpu_memory or memory, name, tok_s), problems
+    try:
+        plan = Plan.of(job, n_gpus)
+        problems += _reading_problems(plan)
+        problems += _disk_problems(plan)
+        problems += _memory_problems(plan, gpu_memory or memory, problems)
+        return _facts(plan, gpu_memory or memory, name, tok_s), problems
+    except Exception:  # of any kind: settings that were found wrong are no plan
+        if not problems:
+            raise
+        return {}, problems
 
 
 def _parse(arguments: list[str]) -> JobConfig:
@@ -113,7 +116,7 @@ def _parse(arguments: list[str]) -> JobConfig:
     try:
         tomli.loads(path.read_text())
         return ConfigManager().parse_args(arguments)
-    except (OSError, ImportError, TypeError, ValueError) as error:
+    except (AssertionError, OSError, ImportError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     except SystemExit as error:  # it has said why
         raise ValueError(
@@ -134,7 +137,10 @@ def _import_problems(job: JobConfig) -> Iterator[str]:
 
 
 def _reading_problems(plan: Plan) -> Iterator[str]:
-    """Read a first sequence of the first rank, and the first document of the last, which gets the fewest."""
+    """Read a first batch of the first rank, and the first document of the last, which gets the fewest.
+
+    A training that goes on reads it where it stopped.
+    """
     job, degree = plan.job, plan.dims.dp_replicate * plan.dims.dp_shard
     sections = {"training": (job.training, build_dataloader)}
     if job.validation.enable:
@@ -150,19 +156,24 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
                 loader = build(
                     dp_world_size=degree, dp_rank=rank, tokenizer=tokenizer, job_config=job
                 )
-            next(iter(loader.dataset))
+            position = data_position(job, 0) if name == "training" else {}
+            if position.get("world_size") == degree:
+                loader.load_state_dict(position)
+            next(iter(loader))
         except StopIteration:
             yield (
                 f"{name}.dataset = {section.dataset!r}, {name}.dataset_path = {section.dataset_path!r}: "
                 f"not one sequence of {name}.seq_len = {section.seq_len} tokens; give more, or a shorter seq_len"
             )
         except Exception as error:  # whatever reads a data set
+            # That of a worker comes with its traceback, as text.
+            reason = (str(error).splitlines() or [""])[-1].removeprefix(f"{type(error).__name__}: ")
             yield (
-                str(error)
-                if f"{name}.dataset" in str(error)
+                reason
+                if f"{name}.data" in reason
                 else (
                     f"{name}.dataset = {section.dataset!r}, {name}.dataset_path = {section.dataset_path!r}: "
-                    f"its first documents can't be read ({error})"
+                    f"its first documents can't be read ({reason})"
                 )
             )
 
@@ -170,7 +181,7 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
 def _checkpoints_to_come(plan: Plan) -> int:
     """How many more checkpoints than now the run's folder will hold at most."""
     checkpoint, steps = plan.job.checkpoint, plan.job.training.steps
-    if not checkpoint.enable or plan.first_step >= steps:
+    if not checkpoint.enable or checkpoint.load_only or plan.first_step >= steps:
         return 0
     interval = checkpoint.interval
     saves = -(-steps // interval) - plan.first_step // interval  # the last step too

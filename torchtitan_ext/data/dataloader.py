@@ -164,15 +164,9 @@ def build_dataloader(
         A loader of ({"input": tokens}, labels), int64 [local_batch_size, seq_len] each.
 
     Raises:
-        ValueError: more than one worker, no document for this rank, damage in its first one, or a hub that
-            can't be reached.
+        ValueError: no document for this rank, damage in its first one, or a hub that can't be reached.
     """
     training = job_config.training
-    if training.dataloader.num_workers > 1:
-        raise ValueError(
-            f"training.dataloader.num_workers = {training.dataloader.num_workers}: use 0 or 1, "
-            "because several workers would read the same files, and resume in another order"
-        )
     try:
         dataset = TextDataset(
             dataset_name=training.dataset,

@@ -155,7 +155,11 @@ def check_dataset(dataset: str, dataset_path: str | None) -> None:
         )
     path = dataset_path or DATASETS[name].path
     if name == "c4_local":
-        c4_files(path)
+        if gone := [file for file in c4_files(path) if not os.path.isfile(file)]:
+            raise ValueError(
+                f"training.dataset_path = {path!r}: {len(gone):,} of its files are links to nothing or no files, "
+                f"{gone[0]} first; put the files there, or take the names away"
+            )
     elif name in SOURCE_PARTS:
         source_pieces(path, SOURCE_PARTS[name])
     elif name == "passkey":

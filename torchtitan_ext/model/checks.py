@@ -4,16 +4,30 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch._dynamo import list_backends
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMetadata
-from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
+from torchtitan.components.checkpoint import (
+    DATALOADER,
+    LR_SCHEDULER,
+    MODEL,
+    OPTIMIZER,
+    TRAIN_STATE,
+)
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
 from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
@@ -44,7 +58,12 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
             f"job.custom_config_module = {job_config.job.custom_config_module!r}: "
             "set it to 'torchtitan_ext.model.config', which adds the [lighthouse] section"
         ]
-    problems = [*_model_problems(job_config), *_data_problems(job_config)]
+    problems = [
+        *_number_problems(job_config),
+        *_model_problems(job_config),
+        *_optimizer_problems(job_config),
+        *_data_problems(job_config),
+    ]
     dims = None
     if n_ranks is not None:
         try:
@@ -98,6 +117,47 @@ def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
             )
 
 
+def _number_problems(job_config: JobConfig) -> Iterator[str]:
+    """Numbers that training divides by, counts to or allocates, and would trip over."""
+    smallest = {"training.steps": 0, "training.gc_freq": 1, "metrics.log_freq": 1}
+    for name, _ in _data_sections(job_config):
+        smallest |= {f"{name}.seq_len": 1, f"{name}.local_batch_size": 1}
+    if job_config.validation.enable:
+        smallest["validation.freq"] = 1
+    if job_config.checkpoint.enable:
+        smallest["checkpoint.interval"] = 1
+    for field, least in smallest.items():
+        if (number := attrgetter(field)(job_config)) < least:
+            yield f"{field} = {number}: must be {least} or more"
+    if job_config.checkpoint.enable and job_config.checkpoint.keep_latest_k == 1:
+        yield (
+            "checkpoint.keep_latest_k = 1: the one would be deleted while the next may not be complete; "
+            "use 2 or more, or 0 to keep all"
+        )
+    table, longest = job_config.training.seq_len, job_config.validation.seq_len
+    if job_config.validation.enable and longest > table:
+        yield (
+            f"validation.seq_len = {longest}: the model's positions end at training.seq_len = {table}; "
+            "use that at most"
+        )
+    profiling = job_config.profiling
+    profiled = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < profiled:
+        yield (
+            f"profiling.profile_freq = {profiling.profile_freq}: must be profiler_warmup + profiler_active = "
+            f"{profiled} or more"
+        )
+
+
+def _optimizer_problems(job_config: JobConfig) -> Iterator[str]:
+    """What torchtitan's own builders say, of a model of one layer."""
+    try:
+        optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
+        build_lr_schedulers(optimizers, job_config.lr_scheduler, max(0, job_config.training.steps))
+    except Exception as error:  # of any kind
+        yield f"[optimizer] and [lr_scheduler]: training can't start with these ({error}); correct them"
+
+
 def _model_problems(job_config: JobConfig) -> Iterator[str]:
     flavor, lighthouse = job_config.model.flavor, job_config.lighthouse
     if flavor not in flavors:
@@ -120,6 +180,14 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             f"activation_checkpoint.selective_ac_option = {option!r}: use 'op', or a number n to "
             "recompute every n-th block"
         )
+    compiled = job_config.compile
+    if mode == "memory_budget" and not (compiled.enable and "model" in compiled.components):
+        yield (
+            "activation_checkpoint.mode = 'memory_budget': the compiler keeps to the budget; set compile.enable to "
+            "true, with 'model' in compile.components"
+        )
+    if compiled.enable and compiled.backend not in (backends := list_backends(exclude_tags=())):
+        yield f"compile.backend = {compiled.backend!r}: choose one of {', '.join(backends)}"
     degree = job_config.parallelism.context_parallel_degree
     balancer = job_config.parallelism.context_parallel_load_balancer
     if degree > 1 and balancer not in ("headtail", None):
@@ -173,10 +241,12 @@ def _loss_problems(job_config: JobConfig) -> Iterator[str]:
 def _data_problems(job_config: JobConfig) -> Iterator[str]:
     path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
     try:
-        vocab_size = build_hf_tokenizer(job_config).get_vocab_size()
+        # Ids may leave gaps, and beyond the embeddings a GPU fails amid a step.
+        ids = build_hf_tokenizer(job_config).get_vocab().values()  # type: ignore[attr-defined]
+        vocab_size = max(ids, default=-1) + 1
         if flavor in flavors and vocab_size > flavors[flavor].vocab_size:
             yield (
-                f"model.hf_assets_path = {path!r}: its {vocab_size} tokens exceed the "
+                f"model.hf_assets_path = {path!r}: its token ids go to {vocab_size - 1}, beyond the "
                 f"{flavors[flavor].vocab_size} embeddings of model.flavor = {flavor!r}; "
                 "choose a larger flavor or a smaller tokenizer"
             )
@@ -186,6 +256,11 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
             "give the folder that holds tokenizer.json"
         )
     for name, section in _data_sections(job_config):
+        if (workers := section.dataloader.num_workers) not in (0, 1):
+            yield (
+                f"{name}.dataloader.num_workers = {workers}: use 0 or 1, because several workers would read the "
+                "same files, and resume in another order"
+            )
         try:
             check_dataset(section.dataset, section.dataset_path)
         except ValueError as error:
@@ -202,6 +277,18 @@ def _checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> It
                 "nothing would be loaded; set checkpoint.enable to true or drop the path"
             )
         return
+    known = {MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}
+    if unknown := sorted({*checkpoint.exclude_from_loading} - known):
+        yield (
+            f"checkpoint.exclude_from_loading = {checkpoint.exclude_from_loading}: a checkpoint has no "
+            f"{', '.join(unknown)}; choose from {', '.join(sorted(known))}"
+        )
+    if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
+        yield (
+            "checkpoint.last_save_in_hf = true with checkpoint.last_save_model_only = false: the last checkpoint "
+            "couldn't be saved, because Hugging Face's format holds weights alone; set last_save_in_hf to false, "
+            "and export the checkpoint with scripts/export_hf.py"
+        )
     if job_config.lighthouse.enable and checkpoint.last_save_model_only:
         yield (
             "checkpoint.last_save_model_only = true: the last checkpoint of a Lighthouse run "
@@ -215,7 +302,9 @@ def _checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> It
         )
 
     if not folder.exists():
-        if initial and not checkpoint.initial_load_in_hf:
+        if checkpoint.initial_load_in_hf:
+            yield from _hf_problems(job_config)
+        elif initial:
             yield from _state_problems(
                 job_config, dims, "checkpoint.initial_load_path", Path(initial)
             )
@@ -224,7 +313,7 @@ def _checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> It
                     f"training.steps = {job_config.training.steps}: {initial} has done as many; "
                     "set the number of steps counted from the start of the first stage"
                 )
-        elif not initial and checkpoint.load_step != -1:
+        elif checkpoint.load_step != -1:
             yield (
                 f"checkpoint.load_step = {checkpoint.load_step}: {folder} doesn't exist, so there "
                 "is nothing to load; set it to -1 to start from scratch"
@@ -262,6 +351,38 @@ def _checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> It
         )
     elif step != -1:
         yield from _state_problems(job_config, dims, "job.dump_folder", folder / f"step-{step}")
+
+
+def _hf_problems(job_config: JobConfig) -> Iterator[str]:
+    """What the Hugging Face folder that a new run starts from lacks."""
+    checkpoint, field = job_config.checkpoint, "checkpoint.initial_load_path"
+    path = checkpoint.initial_load_path
+    if not path:
+        field, path = "model.hf_assets_path", job_config.model.hf_assets_path
+    if not checkpoint.initial_load_model_only:
+        yield (
+            "checkpoint.initial_load_model_only = false with checkpoint.initial_load_in_hf = true: Hugging Face's "
+            "format holds weights alone; set it to true"
+        )
+    shapes: dict[str, list[int]] = {}
+    try:
+        for file in sorted(Path(path).glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        yield f"{field} = {path!r}: {file} can't be read ({error}); fetch it again"
+        return
+    if not shapes:
+        yield (
+            f"{field} = {path!r}: no *.safetensors there, from which checkpoint.initial_load_in_hf = true would "
+            "start; give the folder that holds them, or set it to false"
+        )
+    elif job_config.model.flavor in flavors:
+        args = flavors[job_config.model.flavor]
+        with torch.device("meta"):
+            weights = LighthouseTransformer(args).state_dict()
+        adapter = Llama3StateDictAdapter(args, None)
+        yield from _other_model(job_config, field, path, adapter.to_hf(weights), shapes)
 
 
 def _mistaken_folders(folder: Path) -> Iterator[str]:
@@ -313,25 +434,30 @@ def _state_problems(
             )
 
 
-def _check_objects(path: Path, metadata: Metadata, excluded: list[str]) -> None:
-    """Loads what is no tensor, as torch will, because here an error can name it. Raises ValueError."""
+def _objects(path: Path, metadata: Metadata) -> Iterator[tuple[str, Path, bytes]]:
+    """What is no tensor in a checkpoint: key, file and the bytes that torch.save made of it."""
     by_place = sorted(
         metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset)
     )
     for index, stored in by_place:
-        is_object = isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
-        if not is_object or index.fqn.split(".")[0] in excluded:
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            with open(path / stored.relative_path, "rb") as file:
+                file.seek(stored.offset)
+                yield index.fqn, path / stored.relative_path, file.read(stored.length)
+
+
+def _check_objects(path: Path, metadata: Metadata, excluded: list[str]) -> None:
+    """Loads what is no tensor, as torch will, because here an error can name it. Raises ValueError."""
+    for key, file, saved in _objects(path, metadata):
+        if key.split(".")[0] in excluded:
             continue
-        with open(path / stored.relative_path, "rb") as file:
-            file.seek(stored.offset)
-            saved = file.read(stored.length)
         try:
             value = load_object(saved)
-            if index.fqn.startswith(f"{DATALOADER}.dp_rank_"):
+            if key.startswith(f"{DATALOADER}.dp_rank_"):
                 load_plain(value)
         except Exception as error:  # whatever the bytes happen to spell
             raise ValueError(
-                f"{index.fqn} in {path / stored.relative_path} is damaged or was made to run code ({error})"
+                f"{key} in {file} is damaged or was made to run code ({error})"
             ) from error
 
 
@@ -361,12 +487,23 @@ def _weight_problems(
 ) -> Iterator[str]:
     with torch.device("meta"):
         weights = LighthouseTransformer(flavors[job_config.model.flavor]).state_dict()
+    shapes = {name: list(getattr(stored, "size", ())) for name, stored in saved.items()}
+    yield from _other_model(job_config, field, path, weights, shapes)
+
+
+def _other_model(
+    job_config: JobConfig,
+    field: str,
+    path: str | Path,
+    weights: dict[str, torch.Tensor],
+    shapes: dict[str, list[int]],
+) -> Iterator[str]:
     other = [
-        f"{name} is {list(size)} there and {list(weight.shape)} here"
-        if size
+        f"{name} is {shape} there and {list(weight.shape)} here"
+        if shape
         else f"{name} is not there"
         for name, weight in weights.items()
-        if (size := getattr(saved.get(name), "size", None)) != weight.shape
+        if (shape := shapes.get(name)) != list(weight.shape)
     ]
     if other:
         yield (
@@ -388,6 +525,21 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
         step = _step_to_load(job_config, complete_steps(folder))
         return None if step == -1 else folder / f"step-{step}"
     return Path(checkpoint.initial_load_path) if checkpoint.initial_load_path else None
+
+
+def data_position(job_config: JobConfig, rank: int) -> dict[str, Any]:
+    """Where a data-parallel rank goes on in the data, as its loader takes it; empty from the data's start."""
+    path, excluded = checkpoint_to_load(job_config), job_config.checkpoint.exclude_from_loading
+    wanted = [f"{DATALOADER}.{name}" for name in (f"dp_rank_{rank}", "world_size")]
+    try:
+        objects = list(_objects(path, complete_metadata(path))) if path else []
+        return {
+            key.removeprefix(f"{DATALOADER}."): load_object(saved)
+            for key, _, saved in objects
+            if key in wanted and DATALOADER not in excluded
+        }
+    except Exception:  # named by job_problems
+        return {}
 
 
 def _step_to_load(job_config: JobConfig, steps: list[int]) -> int:
