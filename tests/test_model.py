@@ -3,13 +3,15 @@
 import dataclasses
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomli
 import torch
+from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
 from torchtitan.config import ConfigManager
 from torchtitan.config import JobConfig as TorchtitanJobConfig
-from torchtitan.config.job_config import Metrics
+from torchtitan.config.job_config import Job, Metrics
 from torchtitan.models.llama3 import Transformer, llama3_args
 from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
 from torchtitan.protocols.train_spec import get_train_spec
@@ -232,6 +234,22 @@ def test_the_stages_differ_only_where_they_must(recipe):
         0, settings(stage1)["training.steps"] + 1, settings(stage1)["checkpoint.interval"]
     )
     assert step in saved[-settings(stage1)["checkpoint.keep_latest_k"] :]
+
+
+def test_a_full_disk_is_named_by_the_log_too(tmp_path, monkeypatch):
+    processor = object.__new__(LighthouseMetricsProcessor)
+    processor.job_config = TorchtitanJobConfig(job=Job(dump_folder=str(tmp_path)))
+    processor.parallel_dims, processor.constants = SimpleNamespace(cp=1), {}
+    processor.logger = LoggerContainer()
+    processor.logger.add_logger(TensorBoardLogger(str(tmp_path)))
+    loss = {"loss": 1.0}
+    monkeypatch.setattr(MetricsProcessor, "log", lambda self, step, *_: self.logger.log(loss, step))
+    processor.log(1, 1.0, 1.0, 1.0)
+    [events] = tmp_path.glob("*tfevents*")
+    events.unlink()
+    events.symlink_to("/dev/full")
+    with pytest.raises(RuntimeError, match=rf"step 2 could not .*{tmp_path}: .*No space left"):
+        processor.log(2, 1.0, 1.0, 1.0)
 
 
 def test_the_first_step_of_every_process_is_logged():

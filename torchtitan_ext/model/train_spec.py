@@ -101,10 +101,16 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         extra_metrics = {**(extra_metrics or {}), **self.constants}
         if "n_tokens_seen" in extra_metrics:
             extra_metrics["n_tokens_seen"] /= n_parts
-        super().log(step, global_avg_loss, global_max_loss * n_parts, grad_norm, extra_metrics)
-        for logger in getattr(self.logger, "_loggers", ()):
-            if isinstance(logger, TensorBoardLogger):
-                logger.writer.flush()
+        try:
+            super().log(step, global_avg_loss, global_max_loss * n_parts, grad_norm, extra_metrics)
+            for logger in getattr(self.logger, "_loggers", ()):
+                if isinstance(logger, TensorBoardLogger):
+                    logger.writer.flush()
+        except OSError as error:
+            raise RuntimeError(
+                f"step {step} could not be logged in {self.job_config.job.dump_folder}: {error}. Make space, or mend "
+                "what else is the cause, and launch the same command again: it continues from the newest checkpoint"
+            ) from error
 
 
 def build_metrics_processor(
