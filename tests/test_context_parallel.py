@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
-from test_model import ROOT, args, build, parse
+from test_model import args, build, parse
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torchtitan.distributed import ParallelDims
@@ -42,8 +42,7 @@ from torchtitan_ext.lighthouse.context_parallel import (
     chunk_order,
     context_parallel_attention,
 )
-from torchtitan_ext.model import Lighthouse, flavors
-from torchtitan_ext.model.checks import job_problems
+from torchtitan_ext.model import Lighthouse
 from torchtitan_ext.model.model import LighthouseSelfAttention
 from torchtitan_ext.model.train_spec import parallelize
 
@@ -319,27 +318,3 @@ def test_what_an_error_proposes_is_legal(top_k, degree, load_balance, seq_len):
         proposed = [int(k) for k in proposed.split(" or ")] if proposed != "none" else []
         assert all(legal(replace(config, top_k=k), degree) is True for k in proposed)
         assert best == min((abs(k - top_k) for k in proposed), default=None)
-
-
-LAUNCHES = re.findall(
-    r"^(?:NGPU=(\d+) )?CONFIG=(\S+)/stage1.toml (?:sbatch --nodes=(\d+) )?scripts/train\S+ "
-    r"(.*context_parallel.*)$",
-    (ROOT / "docs/running.md").read_text().replace("\\\n", ""),
-    re.MULTILINE,
-)
-
-assert LAUNCHES
-
-
-@pytest.mark.parametrize("n_gpus, configs, n_nodes, overrides", LAUNCHES)
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "dense"])
-def test_documented_launches_are_legal(stage, n_gpus, configs, n_nodes, overrides, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    job = parse(f"{configs}/{stage}.toml", *overrides.split())
-    job.checkpoint.enable, job.checkpoint.initial_load_path = False, None
-    assert job_problems(job, int(n_gpus or 8 * int(n_nodes))) == []
-    model_args = replace(flavors[job.model.flavor])
-    model_args.update_from_config(job)
-    assert bool(build(model_args, device="meta").model_args.lighthouse_layers) == (
-        stage == "stage1"
-    )

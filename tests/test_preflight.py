@@ -3,6 +3,7 @@
 import gzip
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,16 @@ ROWS = [
 LARGE = ("configs/530m/stage1.toml", "--training.dataset=python_source")
 VERSION = importlib.metadata.version
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+JOBS = sorted(path for path in ROOT.glob("configs/**/*.toml") if "[job]" in path.read_text())
+LAUNCHES = re.findall(
+    r"^(?:NGPU=(\d+) )?CONFIG=(\S+)/stage1.toml (?:sbatch --nodes=(\d+) )?scripts/train\S+ "
+    r"(.*context_parallel.*)$",
+    (ROOT / "docs/running.md").read_text().replace("\\\n", ""),
+    re.MULTILINE,
+)
+assert JOBS and LAUNCHES
 
 
 @pytest.fixture
@@ -96,6 +107,31 @@ def test_a_good_run_is_reported_with_what_it_takes(check):
         f"{job.checkpoint.keep_latest_k + 1} checkpoints more at most, of {12 * n_params / 1e9:.2f} GB",
     ):
         assert fact in report
+
+
+def is_good(check, file, *overrides, n_gpus):
+    """Its data isn't here, nor the checkpoint that stage 2 starts from."""
+    here = ["--training.dataset=python_source", "--checkpoint.initial_load_path=None"]
+    _, problems, report = check(
+        *here, *overrides, f"--ngpu={n_gpus}", "--gpu-memory=139", file=file
+    )
+    assert problems == []
+    assert ("Lighthouse in" in report) == (Path(file).stem == "stage1")
+    assert "GiB a GPU" in report or "no estimate: compile.enable = false" in report
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_job_is_good_on_as_many_gpus_as_it_has_sequences_for(check, file):
+    training = job_of(str(file))[0].training
+    sequences = training.global_batch_size if training.global_batch_size > 0 else 8
+    is_good(check, file, n_gpus=min(8, sequences // training.local_batch_size))
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "dense"])
+@pytest.mark.parametrize("n_gpus, configs, n_nodes, overrides", LAUNCHES)
+def test_documented_launches_are_good(check, stage, n_gpus, configs, n_nodes, overrides):
+    n_gpus = int(n_gpus or 8 * int(n_nodes))
+    is_good(check, f"{configs}/{stage}.toml", *overrides.split(), n_gpus=n_gpus)
 
 
 def test_the_command_names_every_problem_at_once(tmp_path):
