@@ -140,22 +140,61 @@ def add_limits(jobs: dict[str, JobConfig], profiles: dict[str, dict]) -> None:
         )
 
 
+def kept(row: dict, rows: list[dict]) -> str | None:
+    """Of the speed that the run of the same name has on one device, None for that one itself."""
+    alone = [r for r in rows if (r["name"], r["n_gpus"]) == (row["name"], 1) and "error" not in r]
+    if row["n_gpus"] == 1 or not alone:
+        return None
+    return f"{100 * row['tok_s_gpu'] / alone[-1]['tok_s_gpu']:.1f} %"
+
+
 def table(rows: list[dict]) -> str:
     lines = [
-        "| run | devices | seq_len | tok/s a device | step s | peak GiB | MFU % | loss | against the first |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| run | devices | seq_len | tok/s a device | of one device | step s | peak GiB | MFU % | loss "
+        "| against the first |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['name']} | {row['n_gpus']} | {row['error']} | | | | | | |")
+            lines.append(f"| {row['name']} | {row['n_gpus']} | {row['error']} | | | | | | | |")
             continue
         first = rows[0].get("tok_s_gpu", float("nan"))
         lines.append(
-            f"| {row['name']} | {row['n_gpus']} | {row['seq_len']:,} | {row['tok_s_gpu']:,.0f} | {row['step_s']:.3f} "
+            f"| {row['name']} | {row['n_gpus']} | {row['seq_len']:,} | {row['tok_s_gpu']:,.0f} "
+            f"| {kept(row, rows) or '-'} | {row['step_s']:.3f} "
             f"| {row['peak_gib']:.1f} | {row['mfu']:.1f} | {row['loss_first']:.2f} to {row['loss_last']:.2f} "
             f"| {row['tok_s_gpu'] / first:.2f}x |"
         )
     return "\n".join(lines)
+
+
+def plot(rows: list[dict], machine: dict, path: Path) -> None:
+    """Bars of tokens a second a device, the runs of one name side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    numbers = sorted({row["n_gpus"] for row in rows})
+    width = 0.8 / len(numbers)
+    figure, axis = plt.subplots(figsize=(max(6, 1.6 * len(names)), 4.5))
+    for place, number in enumerate(numbers):
+        chosen = [row for row in rows if row["n_gpus"] == number]
+        bars = axis.bar(
+            [names.index(row["name"]) + (place - (len(numbers) - 1) / 2) * width for row in chosen],
+            [row["tok_s_gpu"] / 1000 for row in chosen],
+            width,
+            label=f"{number} device{'s' * (number > 1)}",
+        )
+        axis.bar_label(bars, [kept(row, rows) or "" for row in chosen], size=8)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("thousands of tokens a second a device")
+    axis.set_title(f"A training step, {machine['device']}; shares are of one device's speed")
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def losses(rows: list[dict]) -> str:
@@ -284,6 +323,9 @@ def main() -> None:
     rows = records["rows"] + rows
     if logged := [row for row in rows if "losses" in row]:
         print(f"\n{losses(logged)}")
+    if len({row["n_gpus"] for row in logged}) > 1:
+        plot(logged, machine, args.output.with_suffix(".png"))
+        print(f"\nplot: {args.output.with_suffix('.png')}")
     print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {args.output}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

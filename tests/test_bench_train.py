@@ -1,6 +1,7 @@
 """The training benchmark records what ran, reports what failed and goes on, and refuses what can't run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from torchtitan_ext import records
+from torchtitan_ext import outlook, records
 from torchtitan_ext.runner import child_environment
 
 ROOT = Path(__file__).parents[1]
@@ -73,18 +74,28 @@ def test_what_cannot_run_is_refused_before_any_time_is_spent(arguments, words, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_warm_up_is_not_timed(tmp_path, monkeypatch):
+@pytest.fixture
+def bench_train(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import bench_train
 
-    with SummaryWriter(tmp_path) as writer:
-        for step, seconds in [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)]:
+    return bench_train
+
+
+def write_events(folder, bench_train, points):
+    """What a run leaves: for each (step, seconds) a loss, speed, MFU and memory, and its settings."""
+    with SummaryWriter(folder) as writer:
+        for step, seconds in points:
             writer.add_scalar(records.LOSS, 10 - step / 10, step)
             writer.add_scalar(records.SECONDS, seconds, step)
             writer.add_scalar(records.TOKENS_PER_SECOND, 1000 / seconds, step)
             writer.add_scalar(bench_train.MFU, 10 / seconds, step)
             writer.add_scalar(bench_train.PEAK, step, step)
-    (tmp_path / records.CONFIG_FILE).write_text(json.dumps({"training": {"seq_len": 64}}))
+    (folder / records.CONFIG_FILE).write_text(json.dumps({"training": {"seq_len": 64}}))
+
+
+def test_warm_up_is_not_timed(tmp_path, bench_train):
+    write_events(tmp_path, bench_train, [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)])
     row = bench_train.record(tmp_path, bench_train.timed_windows(window=4, profile=False))
     assert row["step_s"] == 3 and row["tok_s_gpu"] == pytest.approx(1000 / 3)
     assert row["peak_gib"] == 16 and (row["loss_first"], row["loss_last"]) == pytest.approx(
@@ -94,3 +105,57 @@ def test_warm_up_is_not_timed(tmp_path, monkeypatch):
     assert row["step_s"] == 3  # of 2 and 4: the last window holds the profile
     row = bench_train.record(tmp_path, bench_train.timed_windows(window=1, profile=False))
     assert row["step_s"] == pytest.approx((3 + 4) / 2)  # of 50, 2, 4, 3
+
+
+def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(
+    tmp_path, bench_train, monkeypatch, capsys
+):
+    stand_in = tmp_path / "bin" / "python3"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n")
+    stand_in.chmod(0o755)
+    output = tmp_path / "eight.json"
+    for part in ("fsdp", "cp"):
+        subprocess.run(
+            ["bash", str(ROOT / "scripts/bench_eight.sh"), part],
+            env={"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "OUTPUT": str(output)},
+            check=True,
+        )
+    calls = (tmp_path / "calls").read_text().split("END\0")[:-1]
+
+    jobs = []
+
+    def train(nproc, config, settings, args, folder):
+        arguments = ["--job.config_file", config, *bench_train.job_arguments(settings, args)]
+        _, problems = outlook.job_outlook(arguments, nproc, gpu_memory=139, tok_s=None)
+        assert problems == []
+        jobs.append(bench_train.parse_job(config, settings, args))
+        write_events(folder, bench_train, [(n, 10 / nproc) for n in (1, 2, 4, 6, 8)])
+        (folder / "log.txt").touch()
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(bench_train, "train", train)
+    for call in calls:
+        script, *arguments = call.split("\0")[:-1]
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        bench_train.main()
+    table = capsys.readouterr().out.rsplit("| run |", 1)[-1]
+
+    rows = json.loads(output.read_text())["rows"]
+    by_run = {(row["name"], row["n_gpus"]): job for row, job in zip(rows, jobs, strict=True)}
+    assert len(by_run) == len(rows)  # each run once
+    on_one, on_eight = ({name for name, n in by_run if n == number} for number in (1, 8))
+    assert on_one < on_eight and len(by_run) == len(on_one) + len(on_eight)
+    for name in on_one:
+        one, eight = by_run[name, 1], by_run[name, 8]
+        assert one.activation_checkpoint == eight.activation_checkpoint
+        # the same sequence, or a rank's share of it that attends to as many rows a token
+        lens = [job.training.seq_len for job in (one, eight)]
+        assert lens[1] / lens[0] in (1, eight.parallelism.context_parallel_degree)
+        attended = [
+            job.lighthouse.gathered_len(n) ** 2 / n
+            for job, n in zip((one, eight), lens, strict=True)
+        ]
+        assert attended[0] == pytest.approx(attended[1], rel=1e-3)
+        assert f"| {name} | 8 | 64 | 800 | 800.0 % |" in table
+    assert output.with_suffix(".png").stat().st_size > 0

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What a GPU keeps of its speed beside seven others: scripts/bench_eight.sh fsdp|cp [arguments of bench_train.py]
+#
+#   fsdp   98,304 tokens a GPU: stage 1 and dense, with FSDP over all GPUs and on one
+#   cp     one sequence on all GPUs: 1,048,576 tokens (1m, 1m-selective) and 262,144 with dense layers (256k);
+#          beside 1m the same job on one GPU, beside 1m-selective a GPU's share of it
+#
+# A few minutes each, on NGPU=8 GPUs. The rows of both go to OUTPUT=results/bench_eight.json.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+n=${NGPU:-8}
+part=${1:-}
+shift
+shared=parallelism.context_parallel_degree=$n
+selective=activation_checkpoint.mode=selective
+
+bench() {
+    # All ranks of a sequence read the whole of it, in a quarter of a second a million tokens: beside the trainer.
+    python3 scripts/bench_train.py --append --output "${OUTPUT:-results/bench_eight.json}" \
+        --steps 8 --window 2 --settings training.dataloader.num_workers=1 "$@" || failed=1
+}
+
+case $part in
+fsdp)
+    bench --nproc "$n" 1 \
+        --run stage1 configs/530m/stage1.toml \
+        --run dense configs/530m/dense.toml "$@"
+    ;;
+cp)
+    bench --nproc "$n" \
+        --run 1m configs/530m-1m/stage1.toml "$shared" \
+        --run 1m-selective configs/530m-1m/stage1.toml "$shared" "$selective" \
+        --run 256k configs/530m-256k/stage1.toml "$shared" activation_checkpoint.mode=none "$@"
+    # An eighth of the tokens can't hold top_k = 4096 (their coarsest level has 2,048 entries). With 1,760 a token
+    # attends to as many rows as one of the whole sequence: gathered_len squared over seq_len is the same.
+    bench \
+        --run 1m configs/530m-1m/stage1.toml \
+        --run 1m-selective configs/530m-1m/stage1.toml "$selective" training.seq_len=131072 \
+        lighthouse.top_k=1760 lighthouse.tile_winners=110 "$@"
+    ;;
+*)
+    echo "'$part': say what to measure, fsdp or cp" >&2
+    exit 2
+    ;;
+esac
+exit "${failed:-0}"
