@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table test test-gpu test-gpus soak bench docs lint coverage clean
+.PHONY: help setup demo table test test-eight test-gpu test-gpus soak bench docs lint coverage clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -33,6 +33,9 @@ table: setup  ## the split-point experiment of configs/PRESET, continued where i
 PYTEST := -m pytest -n 2 --dist loadfile
 test: lint  ## lint, then the test suite (CPU, under 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+test-eight: setup  ## FSDP and context parallelism on eight CPU processes: exact resume, and what one process trains
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_resume.py -m eight
 
 test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUDA device
 	$(BIN)/python -m pytest tests/test_kernels.py tests/test_scorers.py tests/test_loss.py -m "gpu or not gpu"

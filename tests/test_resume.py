@@ -1,6 +1,7 @@
-"""Exact resume, seen from outside: real launches of torchtitan.train, on one process and on several.
+"""Exact resume, seen from outside: real launches of torchtitan.train, on one process and on several,
+which train what one would.
 
-On a CPU with the demo's jobs; with -m gpu, with the 530M recipe on two GPUs.
+On a CPU with the demo's jobs, with -m eight on eight processes; with -m gpu, with the 530M recipe on two GPUs.
 """
 
 import os
@@ -37,8 +38,12 @@ DEMO = SimpleNamespace(
         *("--validation.steps=3", "--validation.freq=2"),
     ),
     repeats=True,
-    rounding=1e-4,
+    rounding=1e-5,
 )
+# Sixteen tiles: one in each of the chunks of eight ranks that share a sequence.
+LONGER = SimpleNamespace(**vars(DEMO))
+LONGER.overrides += ("--training.seq_len=1024", "--validation.seq_len=1024")
+LONGER.overrides += ("--lighthouse.top_k=64",)
 RECIPE = SimpleNamespace(
     configs="configs/530m",
     steps=4,
@@ -55,17 +60,20 @@ RECIPE = SimpleNamespace(
         # job, data-parallel degree, context-parallel degree, and the one of the run that moves
         pytest.param((DEMO, 1, 1, 2), id="one-process"),
         pytest.param((DEMO, 2, 2, 1), id="four-ranks-two-a-sequence"),
+        pytest.param((DEMO, 8, 1, None), id="eight-ranks", marks=pytest.mark.eight),
+        pytest.param((DEMO, 4, 2, 1), id="eight-ranks-two-a-sequence", marks=pytest.mark.eight),
+        pytest.param((LONGER, 1, 8, 1), id="eight-ranks-a-sequence", marks=pytest.mark.eight),
         pytest.param((RECIPE, 2, 1, None), id="530M-on-two-GPUs", marks=pytest.mark.gpu),
         pytest.param((RECIPE, 1, 2, 1), id="530M-on-two-GPUs-a-sequence", marks=pytest.mark.gpu),
     ],
 )
 def runs(request, tmp_path_factory):
     """Stage 1 in one go; the same killed and resumed; and, from the former's checkpoint, its rest at
-    another context-parallel degree, and stage 2.
+    another context-parallel degree, on one process alone, and stage 2.
     """
     folder, (job, dp, cp, moved_cp) = tmp_path_factory.mktemp("runs"), request.param
 
-    def launch(name, *overrides, stage="stage1", steps=job.steps, dump=None, cp=cp, **env):
+    def launch(name, *overrides, stage="stage1", steps=job.steps, dump=None, dp=dp, cp=cp, **env):
         records = folder / f"{name}-records"
         records.mkdir()
         env = {
@@ -80,7 +88,8 @@ def runs(request, tmp_path_factory):
         command += [f"--nproc_per_node={dp * cp}", "-m", "torchtitan.train"]
         command += [f"--job.config_file={job.configs}/{stage}.toml", f"--job.dump_folder={dump}"]
         command += [f"--parallelism.context_parallel_degree={cp}"]
-        command += [f"--training.dataloader.num_workers={dp - 1}"]  # beside the trainer, or in it
+        # beside the trainer, or in it
+        command += [f"--training.dataloader.num_workers={int(dp == 2)}"]
         command += [*COMMON, *job.overrides, f"--training.steps={steps}", *overrides]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         return SimpleNamespace(
@@ -88,6 +97,7 @@ def runs(request, tmp_path_factory):
         )
 
     whole = launch("whole")
+    assert whole.code == 0, whole.output
     killed = launch("killed", KILL_AT_BATCH=str(job.split + 2))
     resumed = launch("resumed", dump="killed")
     start = f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}"
@@ -98,9 +108,18 @@ def runs(request, tmp_path_factory):
         WANDB_MODE="offline",
     )
     runs = {"whole": whole, "resumed": resumed, "stage2": stage2}
+    weights_and_all = "--checkpoint.no_initial_load_model_only"
     if moved_cp:
-        weights_and_all = "--checkpoint.no_initial_load_model_only"
         runs["moved"] = launch("moved", start, weights_and_all, cp=moved_cp)
+    if job.repeats and dp > 1:
+        runs["alone"] = launch(
+            *("alone", start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader"),
+            *(f"--training.global_batch_size={dp}", "--validation.no_enable"),
+            dp=1,
+            cp=1,
+            REPLAYED=str(whole.records),
+            FIRST_REPLAYED=str(job.split + 1),
+        )
     for run in runs.values():
         assert run.code == 0, run.output
     return SimpleNamespace(job=job, dp=dp, n_ranks=dp * cp, killed=killed, **runs)
@@ -186,12 +205,22 @@ def test_stage_2_attends_densely_and_differs_from_stage_1_by_that_alone(runs):
     assert stage2[step] == pytest.approx(whole[step], abs=1)
 
 
+def assert_the_rest_is_equal(runs, run, tags=()):
+    for tag in ("loss_metrics/global_avg_loss", "grad_norm", *tags):
+        whole, rest = (dict(losses(dump, tag)) for dump in (runs.whole.dump, run.dump))
+        whole = {step: value for step, value in whole.items() if step > runs.job.split}
+        assert rest == pytest.approx(whole, rel=runs.job.rounding)
+
+
 def test_a_checkpoint_goes_on_at_another_context_parallel_degree(runs):
     if hasattr(runs, "moved"):
-        for tag in ("loss_metrics/global_avg_loss", "validation_metrics/loss", "n_tokens_seen"):
-            whole, moved = (dict(losses(run.dump, tag)) for run in (runs.whole, runs.moved))
-            whole = {step: value for step, value in whole.items() if step > runs.job.split}
-            assert moved == pytest.approx(whole, rel=runs.job.rounding)
+        tags = ["validation_metrics/loss", "n_tokens_seen"]
+        assert_the_rest_is_equal(runs, runs.moved, tags)
+
+
+def test_several_ranks_train_what_one_does_with_their_sequences(runs):
+    if hasattr(runs, "alone"):
+        assert_the_rest_is_equal(runs, runs.alone)
 
 
 def test_what_is_logged_adds_up_where_ranks_share_a_sequence(runs):
