@@ -1,5 +1,6 @@
 """A job that can't run, or would lose state in silence, stops before anything is built."""
 
+import json
 import pickle
 import re
 import shlex
@@ -219,6 +220,22 @@ def test_a_tokenizer_must_fit_the_embeddings(job, tmp_path):
     few = {"a": 0, "b": 384}  # fewer tokens than embeddings, but one beyond them
     Tokenizer(models.WordLevel(few, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     only_problem(job(f"--model.hf_assets_path={tmp_path}"), "model.hf_assets_path", "to 384", "384")
+
+
+def test_a_tokenizer_that_changes_documents_or_cannot_be_built_is_named(job, tmp_path):
+    whole = json.loads(Path("torchtitan_ext/data/byte_tokenizer/tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
+    config = job(f"--model.hf_assets_path={tmp_path}")
+    for change, words in [
+        ({}, None),
+        ({"truncation": cut}, "sets truncation"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "no tokenizer"),
+    ]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
+        if words:
+            only_problem(config, "model.hf_assets_path", words)
+        else:
+            check_job(config)
 
 
 def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_path):

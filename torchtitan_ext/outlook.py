@@ -9,7 +9,6 @@ from pathlib import Path
 
 import tomli
 import torch
-from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import build_text_validation_dataloader
@@ -18,6 +17,7 @@ from torchtitan.tools.utils import get_peak_flops
 from .data import build_dataloader, check_dataset
 from .model import LighthouseModelArgs, LighthouseTransformer, flavors
 from .model.checks import (
+    build_tokenizer,
     checkpoint_to_load,
     complete_steps,
     data_position,
@@ -148,8 +148,8 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
     for name, (section, build) in sections.items():
         try:
             check_dataset(section.dataset, section.dataset_path)
-            tokenizer = build_hf_tokenizer(job)
-        except Exception:  # named by job_problems
+            tokenizer = build_tokenizer(job)
+        except ValueError:  # named by job_problems
             continue
         try:
             for rank in {degree - 1, 0}:

@@ -238,11 +238,22 @@ def _loss_problems(job_config: JobConfig) -> Iterator[str]:
         )
 
 
+def build_tokenizer(job_config: JobConfig) -> Any:
+    """torchtitan's tokenizer of this job. Raises ValueError where its files don't make one."""
+    try:
+        return build_hf_tokenizer(job_config)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the tokenizers library raises bare Exceptions, and panics
+        raise ValueError(str(error)) from error
+
+
 def _data_problems(job_config: JobConfig) -> Iterator[str]:
     path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
     try:
+        tokenizer = build_tokenizer(job_config)
         # Ids may leave gaps, and beyond the embeddings a GPU fails amid a step.
-        ids = build_hf_tokenizer(job_config).get_vocab().values()  # type: ignore[attr-defined]
+        ids = tokenizer.get_vocab().values()
         vocab_size = max(ids, default=-1) + 1
         if flavor in flavors and vocab_size > flavors[flavor].vocab_size:
             yield (
@@ -250,7 +261,13 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
                 f"{flavors[flavor].vocab_size} embeddings of model.flavor = {flavor!r}; "
                 "choose a larger flavor or a smaller tokenizer"
             )
-    except Exception as error:  # the tokenizers library raises bare Exceptions
+        for change in ("truncation", "padding"):
+            if setting := getattr(tokenizer.tokenizer, change):
+                yield (
+                    f"model.hf_assets_path = {path!r}: its tokenizer.json sets {change}, {setting}, which would change "
+                    "every document; set it to null there"
+                )
+    except ValueError as error:
         yield (
             f"model.hf_assets_path = {path!r}: no tokenizer there ({error}); "
             "give the folder that holds tokenizer.json"
