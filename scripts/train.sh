@@ -1,15 +1,35 @@
 #!/usr/bin/env bash
-# Train one job file: NGPU=8 CONFIG=configs/530m/stage1.toml scripts/train.sh [overrides]
-# On many nodes the same command runs on each of them, with NNODES and RDZV_ENDPOINT (host:port, the host being
-# one of them) set too; scripts/train.slurm does that for a cluster.
+# Train one job file on this node's GPUs:
+#     NGPU=8 CONFIG=configs/530m/stage1.toml scripts/train.sh [overrides]
+# CONFIG  the job file
+# NGPU    processes, one a GPU (default: 8)
+# Overrides are torchtitan's: --training.steps 100. On many nodes the same command runs on each of them, with
+# NNODES        their number (default: 1)
+# RDZV_ENDPOINT host:port at which they meet, the host being one of them
+# RDZV_ID       a name of their own (default: train)
+# set too; scripts/train.slurm does that for a cluster.
 set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^set/s/^# //p' "$0"
+    exit
+fi
 : "${CONFIG:?CONFIG is not set: name a job file, for example CONFIG=configs/530m/stage1.toml}"
 if [[ ! -f $CONFIG ]]; then
     echo "CONFIG = $CONFIG: there is no such file in $PWD; give the path of a job file from there" >&2
     exit 1
 fi
+for name in NGPU NNODES; do
+    if [[ ! ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
+        echo "$name = ${!name}: give a whole number, 1 or more" >&2
+        exit 1
+    fi
+done
 if [[ ${NNODES:-1} != 1 ]]; then
     : "${RDZV_ENDPOINT:?RDZV_ENDPOINT is not set: NNODES = $NNODES nodes meet at the host:port of one of them}"
+fi
+if ! command -v torchrun > /dev/null; then
+    echo "torchrun is not on the PATH: activate the environment first (after make setup: source .venv/bin/activate)" >&2
+    exit 1
 fi
 # Segments of GPU memory that can grow leave no gaps that an activation of a long sequence doesn't fit into.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
