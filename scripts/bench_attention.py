@@ -3,6 +3,9 @@
 On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a range of contexts, and the
 recipe's context by each scorer. On a CPU: one small case by each. Writes the records as JSON and, for several
 lengths, a log-log plot of the first scorer beside them.
+
+    python scripts/bench_attention.py                       # minutes on a GPU, seconds on a CPU
+    python scripts/bench_attention.py --seq-lens 98304 --scorers norm dilated --top-k 1536
 """
 
 import argparse
@@ -14,8 +17,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import _start
 import torch
 
+from torchtitan_ext.command_line import CommandFailed, Display, at_least, make_folder
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
@@ -146,8 +151,8 @@ def copy_bandwidth(device):
     )
 
 
-def bench(seq_len, args, device):
-    """One row of the records, and its stages."""
+def config_of(seq_len, args):
+    """The layer's settings for one row. Raises ValueError."""
     top_k = args.top_k or max(seq_len // 64, args.tile_winners)
     config = LighthouseConfig(
         args.levels,
@@ -158,6 +163,12 @@ def bench(seq_len, args, device):
         tile_winners=args.tile_winners,
     )
     config.check_seq_len(seq_len)
+    return config
+
+
+def bench(seq_len, args, device):
+    """One row of the records, and its stages."""
+    config = config_of(seq_len, args)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     attention = cuda_sdpa if device == "cuda" else causal_sdpa
@@ -292,32 +303,68 @@ def plot(records, machine, path):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--seq-lens", type=int, nargs="+", help="instead of the figure's contexts")
-    parser.add_argument("--levels", type=int, default=3)
-    parser.add_argument("--pooling-factor", type=int, default=4)
+    positive = at_least(1)
     parser.add_argument(
-        "--top-k", type=int, default=0 if on_gpu else 256, help="0: a 64th of the sequence length"
+        "--seq-lens",
+        type=positive,
+        nargs="+",
+        metavar="TOKENS",
+        help="(default: the figure's on a GPU, 8192 on a CPU)",
     )
-    parser.add_argument("--tile-winners", type=int, default=128 if on_gpu else 32)
     parser.add_argument(
-        "--scorers", nargs="+", choices=SCORERS, default=SCORERS, help="of a call with --seq-lens"
-    )
-    parser.add_argument("--dilation", type=int, default=4, help="of the dilated scorer")
-    parser.add_argument("--n-heads", type=int, default=8 if on_gpu else 4)
-    parser.add_argument("--n-kv-heads", type=int, default=8 if on_gpu else 4)
-    parser.add_argument("--head-dim", type=int, default=128 if on_gpu else 64)
-    parser.add_argument("--repeats", type=int, default=30 if on_gpu else 5)
-    parser.add_argument(
-        "--dense-up-to", type=int, default=524_288, help="longest sequence to time dense SDPA at"
+        "--scorers",
+        nargs="+",
+        choices=SCORERS,
+        default=SCORERS,
+        help="of a call with --seq-lens (default: all)",
     )
     folder = Path("results" if on_gpu else "outputs")
-    parser.add_argument("--output", type=Path, default=folder / "bench_attention.json")
+    for name, type_, default, what in (
+        ("--levels", positive, 3, "of the pyramid, the base included"),
+        ("--pooling-factor", positive, 4, "entries that one of the next level averages"),
+        ("--top-k", at_least(0), 0 if on_gpu else 256, "winners; 0 is a 64th of the tokens"),
+        ("--tile-winners", positive, 128 if on_gpu else 32, "winners a tile"),
+        ("--dilation", positive, 4, "residue classes of the dilated scorer"),
+        ("--n-heads", positive, 8 if on_gpu else 4, "query heads"),
+        ("--n-kv-heads", positive, 8 if on_gpu else 4, "key and value heads"),
+        ("--head-dim", positive, 128 if on_gpu else 64, "channels a head"),
+        ("--repeats", positive, 30 if on_gpu else 5, "of each timing; the median counts"),
+        ("--dense-up-to", positive, 524_288, "tokens; beyond, dense SDPA is not timed"),
+        ("--output", Path, folder / "bench_attention.json", "the records; the plot goes beside"),
+    ):
+        parser.add_argument(
+            name,
+            metavar="FILE" if type_ is Path else "N",
+            type=type_,
+            default=default,
+            help=f"{what} (default here: %(default)s)",
+        )
     args = parser.parse_args()
+    if args.n_heads % args.n_kv_heads:
+        parser.error(
+            f"--n-heads {args.n_heads}: must be a multiple of --n-kv-heads {args.n_kv_heads}"
+        )
+    if args.head_dim % 2:
+        parser.error(f"--head-dim {args.head_dim}: must be even, RoPE turns pairs")
+    if args.output.is_dir():
+        parser.error(f"--output {args.output}: is a folder; name a file")
 
     device = "cuda" if on_gpu else "cpu"
+    cases = FIGURE
+    if args.seq_lens or device == "cpu":
+        seq_lens = args.seq_lens or [8_192]
+        cases = [(seq_len, {"scorer": scorer}) for seq_len in seq_lens for scorer in args.scorers]
+    cases = [
+        (seq_len, argparse.Namespace(**vars(args) | {"scorer": "norm"} | settings))
+        for seq_len, settings in cases
+    ]
+    for case in cases:
+        config_of(*case)
+    make_folder(args.output.parent)
+
     bandwidth = copy_bandwidth(device)
     machine = {
         "device": torch.cuda.get_device_name()
@@ -330,31 +377,36 @@ def main():
         "copy_gb_s": bandwidth / 1e9,
         "settings": f"{'bf16' if on_gpu else 'fp32'}, B=1, H={args.n_heads}, H_kv={args.n_kv_heads}, D={args.head_dim}",
     }
-    cases = FIGURE
-    if args.seq_lens or device == "cpu":
-        seq_lens = args.seq_lens or [8_192]
-        cases = [(seq_len, {"scorer": scorer}) for seq_len in seq_lens for scorer in args.scorers]
     records, stages = [], {}
-    for seq_len, settings in cases:
-        settings = {"scorer": "norm"} | settings
-        print(f"{seq_len:,} tokens, {settings['scorer']} ...", flush=True)
-        record, stages_ms = bench(seq_len, argparse.Namespace(**vars(args) | settings), device)
-        records.append(record)
-        name = f"{seq_len} L{record['levels']} p{record['pooling_factor']} {record['scorer']}"
-        stages[name] = [
-            {
-                "stage": name,
-                "ms": ms,
-                "mb": moved / 1e6,
-                "gb_s": moved / ms / 1e6,
-                "limit_ms": 1e3 * moved / bandwidth,
-            }
-            for name, (ms, moved) in stages_ms.items()
-        ]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(
-        json.dumps({"machine": machine, "rows": records, "stages": stages}, indent=1) + "\n"
-    )
+    with Display() as display:
+        # Dense attention's time, of which there is most, grows with the square.
+        work = [min(seq_len, args.dense_up_to) ** 2 for seq_len, _ in cases]
+        display.start(f"{len(cases)} layers", sum(work))
+        for (seq_len, settings), of_all in zip(cases, work, strict=True):
+            display.say(f"{seq_len:,} tokens, {settings.scorer} ...")
+            try:
+                record, stages_ms = bench(seq_len, settings, device)
+            except torch.OutOfMemoryError as error:
+                raise CommandFailed(
+                    f"--seq-lens {seq_len}: out of memory; leave it out, or lower --dense-up-to or --n-heads "
+                    f"(the records of those before are in {args.output})"
+                ) from error
+            display.advance(of_all)
+            records.append(record)
+            name = f"{seq_len} L{record['levels']} p{record['pooling_factor']} {record['scorer']}"
+            stages[name] = [
+                {
+                    "stage": name,
+                    "ms": ms,
+                    "mb": moved / 1e6,
+                    "gb_s": moved / ms / 1e6,
+                    "limit_ms": 1e3 * moved / bandwidth,
+                }
+                for name, (ms, moved) in stages_ms.items()
+            ]
+            args.output.write_text(
+                json.dumps({"machine": machine, "rows": records, "stages": stages}, indent=1) + "\n"
+            )
 
     for name, rows in stages.items():
         print(
@@ -371,4 +423,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main)

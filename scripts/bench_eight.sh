@@ -7,6 +7,10 @@
 #
 # A few minutes each, on NGPU=8 GPUs. The rows of both go to OUTPUT=results/bench_eight.json.
 set -uo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 cd "$(dirname "$0")/.."
 n=${NGPU:-8}
 part=${1:-}
@@ -39,7 +43,7 @@ cp)
         lighthouse.top_k=1760 lighthouse.tile_winners=110 "$@"
     ;;
 *)
-    echo "'$part': say what to measure, fsdp or cp" >&2
+    echo "'$part': say what to measure, fsdp or cp (--help tells more)" >&2
     exit 2
     ;;
 esac

@@ -16,31 +16,26 @@ import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tomli
-import torch
+import _start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torchtitan.config import ConfigManager, JobConfig
 
-from torchtitan_ext import step_profile
-from torchtitan_ext.model import check_job, flavors
+from torchtitan_ext.command_line import CommandFailed, Display, at_least, make_folder
 from torchtitan_ext.records import CONFIG_FILE, LOSS, SECONDS, TOKENS_PER_SECOND
-from torchtitan_ext.runner import child_environment, torchrun
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 MFU, PEAK = "mfu(%)", "memory/max_reserved(GiB)"
 PROFILED = 2  # steps
 RECIPE = [["dense", "configs/530m/dense.toml"], ["stage1", "configs/530m/stage1.toml"]]
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
-    return int(text)
 
 
 def job_arguments(settings: list[str], args: argparse.Namespace) -> list[str]:
@@ -65,9 +60,12 @@ def job_arguments(settings: list[str], args: argparse.Namespace) -> list[str]:
     return found
 
 
-def parse_job(config: str, settings: list[str], args: argparse.Namespace) -> JobConfig:
-    """The job, checked as it would check itself. Raises ValueError; torchtitan's parser exits by itself."""
-    job = ConfigManager().parse_args(["--job.config_file", config, *job_arguments(settings, args)])
+def checked_job(config: str, settings: list[str], args: argparse.Namespace) -> "JobConfig":
+    """The job, checked as it would check itself. Raises ValueError."""
+    from torchtitan_ext.model import check_job
+    from torchtitan_ext.runner import parse_job
+
+    job = parse_job(config, job_arguments(settings, args))
     # A start from a checkpoint is checked by the run, which has a folder of its own.
     job.checkpoint.enable, job.checkpoint.initial_load_path = False, None
     check_job(job)
@@ -75,19 +73,24 @@ def parse_job(config: str, settings: list[str], args: argparse.Namespace) -> Job
 
 
 def train(
-    nproc: int, config: str, settings: list[str], args: argparse.Namespace, folder: Path
+    nproc: int,
+    config: str,
+    settings: list[str],
+    args: argparse.Namespace,
+    folder: Path,
+    on_step: Callable[[int], None],
 ) -> str | None:
-    """Run one job; returns the last lines of its output if it failed."""
+    """Run one job, its log in `folder`; returns the last lines of its output if it failed."""
+    from torchtitan_ext.runner import STEP_LINE, torchrun, training
+
     command = [*torchrun(nproc, config), *job_arguments(settings, args)]
-    done = subprocess.run(
-        [*command, f"--job.dump_folder={folder}"],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=child_environment(),
-    )
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    return "\n".join((done.stdout + done.stderr).splitlines()[-60:]) if done.returncode else None
+    last: deque[str] = deque(maxlen=60)
+    with training([*command, f"--job.dump_folder={folder}"], folder / "log.txt") as (child, lines):
+        for line in lines:
+            last.append(line)
+            if found := STEP_LINE.search(line):
+                on_step(int(found[1]))
+    return "".join(last) if child.returncode else None
 
 
 def timed_windows(window: int, profile: bool) -> slice:
@@ -119,8 +122,11 @@ def record(folder: Path, timed: slice) -> dict:
     }
 
 
-def profile(folder: Path, job: JobConfig) -> dict:
+def profile(folder: Path, job: "JobConfig") -> dict:
     """The parts of the run's last step, on its first rank, and the kernels behind them."""
+    from torchtitan_ext import step_profile
+    from torchtitan_ext.model import flavors
+
     [trace] = folder.glob("profile_traces/*/rank0_trace.json")
     step = step_profile.last_step(step_profile.read_kernels(trace))
     vocab_size = flavors[job.model.flavor].vocab_size
@@ -128,8 +134,11 @@ def profile(folder: Path, job: JobConfig) -> dict:
     return {"parts_ms": parts, "kernels": kernels[:60]}
 
 
-def add_limits(jobs: dict[str, JobConfig], profiles: dict[str, dict]) -> None:
+def add_limits(jobs: "dict[str, JobConfig]", profiles: dict[str, dict]) -> None:
     """Measure this GPU's rates, and give the profiles of these jobs the limits of their parts."""
+    from torchtitan_ext import step_profile
+    from torchtitan_ext.model import flavors
+
     rates = step_profile.measure_rates()
     for name, job in jobs.items():
         args = replace(flavors[job.model.flavor])
@@ -208,39 +217,66 @@ def losses(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    on_gpu = torch.cuda.is_available()
     parser.add_argument(
-        "--run", action="append", nargs="+", metavar=("NAME CONFIG", "section.field=value")
+        "--run",
+        action="append",
+        nargs="+",
+        metavar=("NAME CONFIG", "section.field=value"),
+        help="a run's name, job file and settings; once a run (default: dense and stage 1 of the 530M recipe)",
     )
     parser.add_argument(
         "--nproc",
-        type=positive,
+        metavar="N",
+        type=at_least(1),
         nargs="+",
         default=[1],
-        help="processes, one a device; all runs at each",
+        help="processes, one a device; all runs at each (default: 1)",
     )
-    parser.add_argument("--steps", type=positive, default=16)
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=at_least(1),
+        default=16,
+        help="of each run (default: %(default)s)",
+    )
     parser.add_argument(
         "--window",
-        type=positive,
+        metavar="N",
+        type=at_least(1),
         default=4,
-        help="steps timed at a time; the first of them warm up",
+        help="steps timed at a time; the first of them warm up (default: %(default)s)",
     )
-    parser.add_argument("--dataset-path", help="a tree of sources (default: the standard library)")
     parser.add_argument(
-        "--settings", nargs="+", default=[], help="section.field=value for every run"
+        "--dataset-path", metavar="FOLDER", help="a tree of sources (default: the standard library)"
+    )
+    parser.add_argument(
+        "--settings",
+        metavar="SETTING",
+        nargs="+",
+        default=[],
+        help="section.field=value for every run (default: none)",
     )
     parser.add_argument(
         "--profile", action="store_true", help="take the last step apart (on a GPU)"
     )
-    folder = Path("results" if on_gpu else "outputs")
-    parser.add_argument("--output", type=Path, default=folder / "bench_train.json")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="the records; each run's log goes beside them (default: bench_train.json in results on a GPU, else in "
+        "outputs)",
+    )
     parser.add_argument("--append", action="store_true", help="add to the records in --output")
     args = parser.parse_args()
+
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    args.output = args.output or Path("results" if on_gpu else "outputs", "bench_train.json")
     least = (3 if args.profile else 2) * args.window
     if args.steps < least or args.steps % args.window:
         parser.error(
@@ -248,6 +284,12 @@ def main() -> None:
         )
     if args.profile and not on_gpu:
         parser.error("--profile: there is no CUDA device here")
+    if not on_gpu and not args.run:
+        parser.error(
+            "the 530M recipe needs a CUDA device, which is not here: name other runs by --run"
+        )
+    if args.output.is_dir():
+        parser.error(f"--output {args.output}: is a folder; name a file")
     runs = args.run or RECIPE
     jobs = {}
     for run in runs:
@@ -260,8 +302,7 @@ def main() -> None:
             )
         run.extend(args.settings)
         try:
-            tomli.loads(Path(run[1]).read_text())
-            jobs[name] = parse_job(run[1], run[2:], args)
+            jobs[name] = checked_job(run[1], run[2:], args)
         except ValueError as error:
             parser.error(f"--run {' '.join(run)}: {error}")
 
@@ -273,9 +314,10 @@ def main() -> None:
     records = {"machine": machine, "commands": [], "rows": [], "profiles": {}}
     if args.append and args.output.exists():
         try:
-            records = json.loads(args.output.read_text())
-        except json.JSONDecodeError as error:
-            parser.error(f"--append: {args.output} is no record ({error}); name another --output")
+            found = json.loads(args.output.read_text())
+            records = {key: found[key] for key in records}
+        except (ValueError, KeyError, TypeError) as error:
+            parser.error(f"--append: {args.output} is no record ({error!r}); name another --output")
         if records["machine"] != machine:
             parser.error(f"--append: {args.output} is of {records['machine']}, this is {machine}")
     records["commands"].append(" ".join(["python", *sys.argv]))
@@ -283,7 +325,7 @@ def main() -> None:
     rows, profiles, limited = [], {}, {}
     todo = [(nproc, *run) for nproc in args.nproc for run in runs]
     timed = timed_windows(args.window, args.profile)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output.parent)
 
     def save():
         both = {
@@ -292,31 +334,42 @@ def main() -> None:
         }
         args.output.write_text(json.dumps(records | both, indent=1) + "\n")
 
-    for number, (nproc, name, config, *settings) in enumerate(todo, 1):
-        print(f"[{number}/{len(todo)}] {name}: {args.steps} steps of {config}", flush=True)
-        row = {"name": name, "config": " ".join([config, *settings]), "n_gpus": nproc}
-        with tempfile.TemporaryDirectory() as tmp:
-            error = train(nproc, config, settings, args, Path(tmp))
-            log = args.output.with_name(f"bench_train_{name}_{nproc}.log")
-            shutil.copy(Path(tmp, "log.txt"), log)
-            if error:
-                out_of_memory = re.search("OutOfMemoryError|CUDA.*out of memory", log.read_text())
-                row["error"] = "out of memory" if out_of_memory else f"failed: {log}"
-                print(row["error"] if out_of_memory else error, file=sys.stderr)
-            else:
-                row |= record(Path(tmp), timed)
-                if args.profile:
-                    key = name if nproc == 1 else f"{name} on {nproc}"
-                    profiles[key] = profile(Path(tmp), jobs[name])
-                    # They are those of a lone device that recomputes nothing.
-                    if nproc == 1 and jobs[name].activation_checkpoint.mode == "none":
-                        limited[key] = jobs[name]
-        rows.append(row)
-        print(table([row]).splitlines()[-1], flush=True)
-        save()
+    with Display() as display:
+
+        def on_step(step):
+            display.advance(step - display.done, f"{step}/{args.steps} steps, ")
+
+        for number, (nproc, name, config, *settings) in enumerate(todo, 1):
+            title = f"[{number}/{len(todo)}] {name}"
+            display.say(f"{title}: {args.steps} steps of {config}")
+            display.start(title, args.steps)
+            row = {"name": name, "config": " ".join([config, *settings]), "n_gpus": nproc}
+            with tempfile.TemporaryDirectory() as tmp:
+                error = train(nproc, config, settings, args, Path(tmp), on_step)
+                log = args.output.with_name(f"bench_train_{name}_{nproc}.log")
+                shutil.copy(Path(tmp, "log.txt"), log)
+                if error:
+                    out_of_memory = re.search(
+                        "OutOfMemoryError|CUDA.*out of memory", log.read_text()
+                    )
+                    row["error"] = "out of memory" if out_of_memory else f"failed: {log}"
+                    display.say(row["error"] if out_of_memory else error)
+                else:
+                    row |= record(Path(tmp), timed)
+                    if args.profile:
+                        key = name if nproc == 1 else f"{name} on {nproc}"
+                        profiles[key] = profile(Path(tmp), jobs[name])
+                        # They are those of a lone device that recomputes nothing.
+                        if nproc == 1 and jobs[name].activation_checkpoint.mode == "none":
+                            limited[key] = jobs[name]
+            rows.append(row)
+            display.say(table([row]).splitlines()[-1])
+            save()
     if limited:
         add_limits(limited, profiles)
         save()
+    if profiles:
+        from torchtitan_ext import step_profile
     for name, found in profiles.items():
         print(f"\n{name}\n\n{step_profile.table(found['parts_ms'], found.get('limits_ms'))}")
     failed = [row["name"] for row in rows if "error" in row]
@@ -328,8 +381,11 @@ def main() -> None:
         print(f"\nplot: {args.output.with_suffix('.png')}")
     print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {args.output}")
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+        raise CommandFailed(
+            f"failed: {', '.join(failed)}; why is said above and in the logs beside {args.output}"
+        )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main)

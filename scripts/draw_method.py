@@ -6,10 +6,12 @@ python scripts/draw_method.py            # writes docs/method-*.png
 import argparse
 from pathlib import Path
 
+import _start
 import matplotlib
 import torch
 from matplotlib.patches import Rectangle
 
+from torchtitan_ext.command_line import make_folder
 from torchtitan_ext.lighthouse import LighthouseConfig, operators, select_entries
 from torchtitan_ext.lighthouse.operators import Selection
 
@@ -97,10 +99,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path(__file__).parents[1] / "docs",
+        help="folder of the pictures (default: docs)",
+    )
     args = parser.parse_args()
+    make_folder(args.out)
     selection, reached = example()
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in (
         ("cascade", draw_cascade(selection)),
         ("order", draw_order(selection)),
@@ -112,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main)

@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
+import _start
 
-from torchtitan_ext.export_hf import export, find_checkpoint
+from torchtitan_ext.command_line import Display
 
 
 def main() -> None:
@@ -31,20 +31,26 @@ def main() -> None:
         help="of the weights (default: %(default)s)",
     )
     args = parser.parse_args()
-    try:
-        checkpoint = find_checkpoint(args.checkpoint)
-        if checkpoint.lighthouse:
-            print(
-                f"warning: {checkpoint.path} is of a first stage (lighthouse.enable = true): the model has "
-                "not been finished under dense attention, all that it has from here on; resume it in a "
-                "stage 2 and export that",
-                file=sys.stderr,
-            )
-        export(checkpoint, args.folder, getattr(torch, args.dtype))
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"export_hf: {error}\n")
+
+    import torch
+
+    from torchtitan_ext.export_hf import export, find_checkpoint
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    if checkpoint.lighthouse:
+        print(
+            f"warning: {checkpoint.path} is of a first stage (lighthouse.enable = true): the model has "
+            "not been finished under dense attention, all that it has from here on; resume it in a "
+            "stage 2 and export that",
+            file=sys.stderr,
+        )
+    dtype = getattr(torch, args.dtype)
+    with Display() as display:
+        n_bytes = checkpoint.n_bytes(dtype)
+        display.start(f"{n_bytes / 1e9:.2f} GB read and written", 2 * n_bytes)
+        export(checkpoint, args.folder, dtype, display.advance)
     print(f"{checkpoint.path} exported to {args.folder}")
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main, refused=2)

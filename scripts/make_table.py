@@ -7,9 +7,7 @@ python scripts/make_table.py outputs/small --other-seeds outputs/small-seed2 --a
 import argparse
 from pathlib import Path
 
-import tomli
-
-from torchtitan_ext import split_points
+import _start
 
 PUBLISHED = Path(__file__).parents[1] / "configs" / "published.toml"
 
@@ -19,32 +17,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="the experiment: dense/, stage1/, stage2-*/")
-    parser.add_argument("--out", type=Path, help="where table and plot go (default: the folder)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, help="where table and plot go (default: the folder)"
+    )
     parser.add_argument(
         "--other-seeds",
         type=Path,
         nargs="+",
         default=[],
-        help="the same experiment from other seeds",
+        metavar="FOLDER",
+        help="the same experiment from other seeds (default: none)",
     )
     parser.add_argument(
         "--ablations",
         type=Path,
         nargs="+",
         default=[],
-        help="experiments with other settings of Lighthouse, as scripts/ablate.py leaves them",
+        metavar="FOLDER",
+        help="experiments with other settings of Lighthouse, as scripts/ablate.py leaves them (default: none)",
     )
     args = parser.parse_args()
-    try:
-        text, paths = split_points.write(
-            args.folder,
-            args.out or args.folder,
-            tomli.loads(PUBLISHED.read_text()),
-            args.other_seeds,
-            args.ablations,
-        )
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(1, f"make_table: {error}\n")
+    import tomli
+
+    from torchtitan_ext import split_points
+
+    text, paths = split_points.write(
+        args.folder,
+        args.out or args.folder,
+        tomli.loads(PUBLISHED.read_text()),
+        args.other_seeds,
+        args.ablations,
+    )
     print(text)
     for kind, path in zip(("table", "table, as CSV", "curves, as CSV", "plot"), paths, strict=True):
         print(f"{kind}: {path}")
@@ -52,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main)

@@ -11,11 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+import _start
 
-from torchtitan_ext import niah
+from torchtitan_ext.command_line import Display, at_least, make_folder
 
 RESULTS = Path("results/niah")
 
@@ -31,74 +29,90 @@ def main() -> None:
     )
     parser.add_argument(
         "--contexts",
-        type=int,
+        type=at_least(1),
         nargs="+",
-        help=f"in tokens (default: those of {', '.join(map(str, niah.CONTEXTS))} trained for)",
+        metavar="TOKENS",
+        help="(default: of 4096, 8192, 16384, 32768, 65536 and 98304, those that it was trained for)",
     )
     parser.add_argument(
         "--depths",
-        type=int,
+        type=at_least(0),
         nargs="+",
-        default=niah.DEPTHS,
-        help=f"percent (default: {', '.join(map(str, niah.DEPTHS))})",
+        metavar="PERCENT",
+        help="of the filler before the needle (default: 0, 15, 30, 50, 70, 85, 100)",
     )
-    parser.add_argument("--trials", type=int, default=10, help="a cell (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=10, help="prompts (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--trials",
+        metavar="N",
+        type=at_least(1),
+        default=10,
+        help="prompts a context and depth, a multiple of 10 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=at_least(1),
+        default=10,
+        help="prompts at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the prompts (default: %(default)s)"
+    )
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="bfloat16 on cuda, float32 on cpu (default here: %(default)s)",
+        help="bfloat16 on cuda, float32 on cpu (default: cuda where there is one)",
     )
     parser.add_argument(
-        "--output", type=Path, help=f"folder (default: {RESULTS}/ and the checkpoint's name)"
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        help=f"(default: {RESULTS}/ and the checkpoint's name)",
     )
     args = parser.parse_args()
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    try:
-        candidate = niah.find_candidate(args.checkpoint)
-        prompts = niah.Prompts(candidate.tokenizer)
-        settings = niah.Settings(
-            contexts=tuple(sorted(set(args.contexts or niah.contexts_that_fit(candidate)))),
-            depths=tuple(sorted(set(args.depths))),
-            trials=args.trials,
-            seed=args.seed,
-            batch_size=args.batch_size,
+
+    import torch
+
+    from torchtitan_ext import niah
+
+    on_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not on_gpu:
+        parser.error("--device cuda: there is no CUDA device here; take cpu")
+    device = torch.device(args.device or ("cuda" if on_gpu else "cpu"))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    candidate = niah.find_candidate(args.checkpoint)
+    prompts = niah.Prompts(candidate.tokenizer)
+    settings = niah.Settings(
+        contexts=tuple(sorted(set(args.contexts or niah.contexts_that_fit(candidate)))),
+        depths=tuple(sorted(set(args.depths or niah.DEPTHS))),
+        trials=args.trials,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    settings.check(prompts, candidate)
+    folder = make_folder(args.output or RESULTS / candidate.name)
+    if not args.contexts and (left_out := niah.CONTEXTS[len(settings.contexts) :]):
+        print(
+            f"left out: contexts {', '.join(map(str, left_out))}, beyond {candidate.max_context_field} "
+            f"= {candidate.max_context}",
+            file=sys.stderr,
         )
-        settings.check(prompts, candidate)
-        folder = args.output or RESULTS / candidate.name
-        folder.mkdir(parents=True, exist_ok=True)
-        if not args.contexts and (left_out := niah.CONTEXTS[len(settings.contexts) :]):
-            print(
-                f"left out: contexts {', '.join(map(str, left_out))}, beyond {candidate.max_context_field} "
-                f"= {candidate.max_context}",
-                file=sys.stderr,
-            )
-        if candidate.lighthouse:
-            print(
-                f"note: {candidate.path} is of a first stage (lighthouse.enable = true), not finished under "
-                "dense attention, which is what this evaluates",
-                file=sys.stderr,
-            )
-        logits = candidate.load(device, dtype)
-        columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-            n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials
-            task = progress.add_task("tokens", total=n_tokens)
-            cells = niah.evaluate(
-                logits, prompts, settings, device, lambda n: progress.advance(task, n)
-            )
-        text, paths = niah.write(folder, candidate, settings, cells, dtype)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"niah: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
+    if candidate.lighthouse:
+        print(
+            f"note: {candidate.path} is of a first stage (lighthouse.enable = true), not finished under "
+            "dense attention, which is what this evaluates",
+            file=sys.stderr,
+        )
+    logits = candidate.load(device, dtype)
+    with Display() as display:
+        n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials
+        display.start(f"{n_tokens:,} tokens", n_tokens)
+        cells = niah.evaluate(logits, prompts, settings, device, display.advance)
+    text, paths = niah.write(folder, candidate, settings, cells, dtype)
     print(text)
     for kind, path in zip(("table", "records", "heat map"), paths, strict=True):
         print(f"{kind}: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main, refused=2)

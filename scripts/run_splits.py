@@ -9,7 +9,11 @@ The same command again continues what was interrupted. What follows `--` goes to
 import argparse
 from pathlib import Path
 
-from torchtitan_ext import runner
+import _start
+
+from torchtitan_ext.command_line import at_least
+
+STAGES = ("dense", "stage1", "stage2")
 
 
 def main() -> None:
@@ -17,31 +21,53 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--configs", type=Path, required=True, help="folder of dense, stage1 and stage2.toml"
+        "--configs",
+        metavar="FOLDER",
+        type=Path,
+        required=True,
+        help="folder of dense, stage1 and stage2.toml",
     )
     parser.add_argument(
-        "--output", type=Path, help="folder of the runs (default: outputs/<name of configs>)"
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        help="folder of the runs (default: outputs/<name of configs>)",
     )
-    parser.add_argument("--nproc", type=int, default=1, help="processes, one a device")
+    parser.add_argument(
+        "--nproc",
+        metavar="N",
+        type=at_least(1),
+        default=1,
+        help="processes, one a device (default: 1)",
+    )
     parser.add_argument(
         "--splits",
-        type=int,
+        type=at_least(1),
         nargs="+",
+        metavar="STEP",
         default=(),
         help="steps at which stage 2 takes over (default: 10, 11, 12 sixteenths of its steps)",
     )
-    parser.add_argument("--only", nargs="+", choices=runner.STAGES, default=runner.STAGES)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        help="which of the runs (default: all)",
+    )
     parser.add_argument("overrides", nargs="*", help="torchtitan arguments for every run, after --")
     args = parser.parse_args()
-    runner.run_script(
-        args.nproc,
+    from torchtitan_ext import runner
+
+    runs = runner.plan(
         args.configs,
-        args.output or Path("outputs") / args.configs.name,
+        args.output or Path("outputs") / args.configs.resolve().name,
         splits=args.splits,
         only=args.only,
         overrides=args.overrides,
     )
+    runner.run_all(runs, args.nproc)
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main)

@@ -12,22 +12,15 @@ import csv
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 
-import matplotlib
+import _start
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchtitan_ext.command_line import CommandFailed, Display, at_least, make_folder
 
-from torchtitan_ext.model.checks import complete_steps
-from torchtitan_ext.records import LOSS
-from torchtitan_ext.runner import STEP_LINE, child_environment, torchrun
-
+CONFIG = "configs/demo/stage1.toml"
 SETTINGS = (
     *(
         "--training.dataset=python_source",
@@ -41,79 +34,109 @@ SAMPLE = 20  # steps between two looks at the processes
 NOISE = 0.02  # of the resident memory: growth that counts as none
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--interval", type=int, default=50, help="steps between two checkpoints")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--nproc", type=int, default=2, help="ranks")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("outputs/soak"), help="the two runs")
-    parser.add_argument("--results", type=Path, default=Path("results/soak"))
+    for name, metavar, type_, default, what in (
+        ("--steps", "N", at_least(3 * SAMPLE), 2000, "of each run"),
+        ("--interval", "STEPS", at_least(1), 50, "between two checkpoints"),
+        ("--kills", "N", at_least(1), 20, "of the second run"),
+        ("--nproc", "N", at_least(1), 2, "ranks of each run"),
+        ("--seed", "N", int, 0, "of the kills' moments"),
+        (
+            "--runs",
+            "FOLDER",
+            Path,
+            Path("outputs/soak"),
+            "folder of the two runs, which must be new",
+        ),
+        ("--results", "FOLDER", Path, Path("results/soak"), "folder of the tables and the plot"),
+    ):
+        parser.add_argument(
+            name,
+            metavar=metavar,
+            type=type_,
+            default=default,
+            help=f"{what} (default: %(default)s)",
+        )
     args = parser.parse_args()
+    if args.kills >= args.steps - args.interval:
+        parser.error(
+            f"--kills {args.kills}: they come before the last checkpoint, so --steps {args.steps} less --interval "
+            f"{args.interval} must be more"
+        )
+    if not Path("/proc/self/statm").exists():
+        parser.error("the ranks' memory is read from /proc, which is not here: call on Linux")
+    if not Path(CONFIG).is_file():
+        raise ValueError(f"{CONFIG} is not in {Path.cwd()}: call from the repository's root")
     if args.runs.exists():
-        sys.exit(
+        raise ValueError(
             f"{args.runs} holds the runs of an earlier soak: delete it, or name another --runs"
         )
-    args.results.mkdir(parents=True, exist_ok=True)
+    make_folder(args.results)
 
     moments = random.Random(args.seed)
     steps = sorted(moments.sample(range(1, args.steps - args.interval), args.kills))
     kills = [(step, moments.randrange(args.nproc), moments.uniform(0, 0.1)) for step in steps]
-    soak = Soak(args)
-    soak.start("undisturbed")
-    for number, kill in enumerate(kills, 1):
-        print(f"kill {number} of {len(kills)}: rank {kill[1]} in or after step {kill[0]}")
-        soak.start("killed", kill)
-    soak.start("killed")
-    sys.exit(report(args, soak))
+    with Display() as display:
+        display.start(f"two runs of {args.steps:,} steps", 2 * args.steps)
+        soak = Soak(args, display)
+        soak.start("undisturbed")
+        for number, kill in enumerate(kills, 1):
+            display.say(f"kill {number} of {len(kills)}: rank {kill[1]} in or after step {kill[0]}")
+            soak.start("killed", kill)
+        soak.start("killed")
+    return int(report(args, soak))
 
 
 class Soak:
     """Starts the two runs, and keeps what it sees of their processes."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, display: Display) -> None:
+        self.args, self.display = args, display
         self.starts: list[dict[str, object]] = []
         self.samples: list[dict[str, object]] = []
-        self.began, self.done = time.monotonic(), 0
+        self.began = time.monotonic()
 
     def start(self, name: str, kill: tuple[int, int, float] | None = None) -> None:
         """Train the run `name` to its end, or to `kill`: step, rank and seconds after the step's log line."""
-        args, folder = self.args, self.args.runs / name
+        from torchtitan_ext.model.checks import complete_steps
+        from torchtitan_ext.runner import STEP_LINE, torchrun, training
+
+        args, folder = self.args, make_folder(self.args.runs / name)
         first = max([0, *complete_steps(folder / "checkpoint")]) + 1
-        command = [*torchrun(args.nproc, "configs/demo/stage1.toml"), *SETTINGS]
+        command = [*torchrun(args.nproc, CONFIG), *SETTINGS]
         command += [f"--job.dump_folder={folder}", f"--training.steps={args.steps}"]
         command += [f"--checkpoint.interval={args.interval}"]
-        process = subprocess.Popen(
-            command,
-            env={**child_environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        step, log, killed = 0, [], False
-        for line in process.stdout:
-            log.append(line)
-            match = STEP_LINE.search(line)
-            if match is None or int(match[1]) <= step:  # each rank logs it
-                continue
-            step = int(match[1])
-            self.progress(name, step, first)
-            if step % SAMPLE == 0 and not killed:
-                self.sample(name, process.pid, step)
-            if kill and not killed and step >= kill[0]:
-                killed = True
-                time.sleep(kill[2])
-                os.kill(ranks(process.pid)[kill[1]], signal.SIGKILL)
-        code = process.wait()
+        step, last, killed = 0, deque(maxlen=60), False
+        log = folder / "log.txt"
+        on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with training(command, log, **on_cpu) as (process, lines):
+            for line in lines:
+                last.append(line)
+                match = STEP_LINE.search(line)
+                if match is None or int(match[1]) <= step:  # each rank logs it
+                    continue
+                step = int(match[1])
+                done = step + args.steps * (name == "killed")
+                self.display.advance(
+                    done - self.display.done, f"{name}, {step}/{args.steps}, in all "
+                )
+                if step % SAMPLE == 0 and not killed:
+                    self.sample(name, process.pid, step)
+                if kill and not killed and step >= kill[0]:
+                    killed = True
+                    time.sleep(kill[2])
+                    os.kill(ranks(process.pid)[kill[1]], signal.SIGKILL)
         self.starts.append(
             {"run": name, "first": first, "last": step, "killed_rank": kill and kill[1]}
         )
-        if (code != 0) != killed:
-            sys.exit(f"{''.join(log[-60:])}\nthis start of {folder} ended with exit code {code}")
+        if (process.returncode != 0) != killed:
+            raise CommandFailed(
+                f"{''.join(last)}\nthis start of {folder} ended with exit code {process.returncode}, as said above and "
+                f"in {log}: mend that, and call again with another --runs"
+            )
 
     def sample(self, name: str, launcher: int, step: int) -> None:
         for rank, pid in ranks(launcher).items():
@@ -129,14 +152,6 @@ class Soak:
                 }
             )
 
-    def progress(self, name: str, step: int, first: int) -> None:
-        done = step + self.args.steps * (name == "killed")
-        if done >= self.done + 200:
-            self.done = done
-            passed = time.monotonic() - self.began
-            left = passed / done * (2 * self.args.steps - done) / 60
-            print(f"{name}: step {step} of {self.args.steps}, about {left:.0f} minutes left")
-
 
 def ranks(launcher: int) -> dict[int, int]:
     """The process of each rank, of those that the torchrun `launcher` started."""
@@ -149,6 +164,10 @@ def ranks(launcher: int) -> dict[int, int]:
 
 def losses(folder: Path) -> dict[int, list[float]]:
     """The losses that all starts of a run logged for each step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from torchtitan_ext.records import LOSS
+
     found = defaultdict(list)
     for file in folder.glob("tb/*/*tfevents*"):
         for event in EventAccumulator(str(file), {"scalars": 0}).Reload().Scalars(LOSS):
@@ -213,6 +232,11 @@ def write(file: Path, rows: list[dict[str, object]]) -> None:
 
 
 def plot(file: Path, soak: Soak, rows: list[dict[str, object]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, (loss, memory, files) = plt.subplots(
         3, figsize=(9, 9), sharex=True, layout="constrained"
     )
@@ -245,4 +269,4 @@ def plot(file: Path, soak: Soak, rows: list[dict[str, object]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main)

@@ -1,6 +1,6 @@
 """Write docs/settings.md, the reference of every setting that this project adds to torchtitan's.
 
-python scripts/write_settings.py            # writes docs/settings.md
+    python scripts/write_settings.py            # writes docs/settings.md
 
 Meanings, types and defaults are the config classes' own, rules what the checks of a launch answer.
 Exit code: 0 if written, 2 where a field has no docstring.
@@ -14,6 +14,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import _start
 import torch
 from docstring_parser import DocstringParam, parse_from_object
 from torchtitan.config import ConfigManager, JobConfig
@@ -163,6 +164,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--out",
+        metavar="FILE",
         type=Path,
         default=ROOT / "docs" / "settings.md",
         help="the file to write (default: docs/settings.md)",
@@ -170,12 +172,9 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out.resolve()
     os.chdir(ROOT)
-    try:
-        out.write_text(reference())
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"write_settings: {error}\n")
+    out.write_text(reference())
     print(out)
 
 
 if __name__ == "__main__":
-    main()
+    _start.run(main, refused=2)

@@ -55,15 +55,18 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path):
     "arguments, words",
     [
         (["--steps", "6"], ["--steps 6", "multiple of --window 4", "at least 8"]),
-        (["--window", "0"], ["--window", "0: must be a positive number"]),
-        (["--nproc", "-1"], ["--nproc", "must be a positive number"]),
+        (["--window", "0"], ["--window", "'0': give a whole number, 1 or more"]),
+        (["--nproc", "-1"], ["--nproc", "'-1': give a whole number, 1 or more"]),
         (["--run", "one"], ["--run one", "give a name and the path of a job file"]),
         (["--run", "a/b", CONFIG], ["--run a/b", "letters, digits"]),
         (["--run", "a", CONFIG, "--run", "a", CONFIG], ["--run a", "a name of its own"]),
         (["--run", "a", "README.md"], ["--run a README.md"]),
         (["--run", "a", CONFIG, "training.seq_len=100"], ["seq_len = 100", "nearest"]),
         (["--profile"], ["--profile", "no CUDA device"]),
-        (["--append", "--output", "README.md"], ["--append", "README.md is no record"]),
+        (
+            ["--run", "a", CONFIG, "--append", "--output", "README.md"],
+            ["--append", "README.md is no record"],
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_time_is_spent(arguments, words, tmp_path):
@@ -125,11 +128,11 @@ def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(
 
     jobs = []
 
-    def train(nproc, config, settings, args, folder):
-        arguments = ["--job.config_file", config, *bench_train.job_arguments(settings, args)]
-        _, problems = outlook.job_outlook(arguments, nproc, gpu_memory=139, tok_s=None)
+    def train(nproc, config, settings, args, folder, on_step):
+        overrides = bench_train.job_arguments(settings, args)
+        _, problems = outlook.job_outlook(config, overrides, nproc, gpu_memory=139, tok_s=None)
         assert problems == []
-        jobs.append(bench_train.parse_job(config, settings, args))
+        jobs.append(bench_train.checked_job(config, settings, args))
         write_events(folder, bench_train, [(n, 10 / nproc) for n in (1, 2, 4, 6, 8)])
         (folder / "log.txt").touch()
 

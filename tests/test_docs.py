@@ -35,6 +35,7 @@ SCRIPT = ROOT / "scripts" / "write_settings.py"
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     return runpy.run_path(str(SCRIPT))
 
 

@@ -8,8 +8,10 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "draw_method.py"
 
 
 def test_the_pictures_example_has_no_hole_and_sees_no_future(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path)])
-    names = runpy.run_path(str(SCRIPT), run_name="__main__")
+    names = runpy.run_path(str(SCRIPT))
+    names["main"]()
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 3
 

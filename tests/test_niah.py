@@ -419,7 +419,7 @@ def no_config(path):
         ),
         lambda path: (
             [path, "--contexts", 100, "--batch-size", 0],
-            "--batch-size = 0: give 1 or more",
+            "--batch-size: '0': give a whole number, 1 or more",
         ),
     ],
 )

@@ -159,7 +159,10 @@ def test_the_command_names_every_problem_at_once(tmp_path):
     ("arguments", "words"),
     [
         ([], "--job.config_file"),
-        (["--job.config_file=x", "--ngpu=0"], "--ngpu 0: must be 1 or more"),
+        (
+            ["--job.config_file=x", "--ngpu=0"],
+            "argument --ngpu: '0': give a whole number, 1 or more",
+        ),
         (["--job.config_file=x", "--gpu-memory=-1"], "-1: must be a positive number"),
         (["--job.config_file=x", "--tok-s=fast"], "fast: must be a positive number"),
     ],

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import rich.console
 import tomli
 from rich.console import Console
 from torchtitan.config import ConfigManager
 
-from torchtitan_ext import records, runner, split_points
+from torchtitan_ext import command_line, records, runner, split_points
 from torchtitan_ext.model.checks import job_problems
 
 ROOT = Path(__file__).parents[1]
@@ -228,9 +229,12 @@ def test_progress_tells_which_run_step_loss_speed_and_time_left(
 ):
     shown = io.StringIO()
     monkeypatch.setattr(
-        runner, "Console", lambda: Console(file=shown, force_terminal=terminal, width=120)
+        rich.console,
+        "Console",
+        lambda stderr: Console(file=shown, force_terminal=terminal, width=120),
     )
-    monkeypatch.setattr(runner, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(command_line, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setenv("RANKS", "2")
     monkeypatch.setenv("STEP_SECONDS", "0.005")  # long enough for the live line to be drawn
     runner.run_all(plan(output, splits=[100]))
@@ -250,14 +254,15 @@ def test_an_interruption_ends_every_worker(configs, output, tmp_path, sent):
     driver.write_text(f"""
 import sys
 from pathlib import Path
-from torchtitan_ext import runner
+from torchtitan_ext import command_line, runner
 real = runner.train_command
 def stand_in(run, nproc):
     command = real(run, nproc)
     at = command.index("torchtitan.train")
     return [*command[: at - 1], {str(tmp_path / "trainer.py")!r}, *command[at + 1 :]]
 runner.train_command = stand_in
-runner.run_script(2, Path({str(configs)!r}), Path({str(output)!r}))
+runs = runner.plan(Path({str(configs)!r}), Path({str(output)!r}))
+command_line.run(lambda: runner.run_all(runs, 2))
 """)
     env = {**os.environ, "STEP_SECONDS": "0.1"}
     process = subprocess.Popen([sys.executable, str(driver)], env=env, stderr=subprocess.PIPE)
@@ -269,7 +274,9 @@ runner.run_script(2, Path({str(configs)!r}), Path({str(output)!r}))
     process.send_signal(sent)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
-    assert errors.decode().strip() == "interrupted; the same command continues"
+    *progress, last = errors.decode().splitlines()
+    assert last == "driver: interrupted; the same command continues"
+    assert all(line.startswith("[1/5] dense") for line in progress)
     sizes = [beat.stat().st_size for beat in beats]
     time.sleep(0.5)
     assert [beat.stat().st_size for beat in beats] == sizes

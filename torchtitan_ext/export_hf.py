@@ -6,7 +6,10 @@ The job config that a run leaves in its dump folder says which model its checkpo
 import json
 import shutil
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,9 +18,10 @@ from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from .command_line import make_folder
 from .model import LighthouseModelArgs, get_train_spec
 from .model.checks import complete_metadata, complete_steps
-from .records import CONFIG_FILE
+from .records import CONFIG_FILE, read_config
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 JOB_FIELDS = (
@@ -42,15 +46,27 @@ class Checkpoint:
     tokenizer_path: Path
     lighthouse: bool
 
-    def load_state(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """The model's state dict, on the CPU; of the rest of the checkpoint nothing is read."""
+    def n_bytes(self, dtype: torch.dtype) -> int:
+        """Of all weights in `dtype`."""
+        return sum(t.numel() for t in _meta_state(self.model_args).values()) * dtype.itemsize
+
+    def load_state(
+        self,
+        dtype: torch.dtype = torch.float32,
+        advance: Callable[[int], None] = lambda n_bytes: None,
+    ) -> dict[str, torch.Tensor]:
+        """The model's state dict, on the CPU; of the rest of the checkpoint nothing is read. `advance` hears of each
+        part's bytes."""
         state = {
             key: torch.empty_like(tensor, dtype=dtype, device="cpu")
             for key, tensor in _meta_state(self.model_args).items()
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what we want
-            dcp.load(state, checkpoint_id=self.path, no_dist=True)
+            for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
+                part = {key: state[key] for key in keys}
+                dcp.load(part, checkpoint_id=self.path, no_dist=True)
+                advance(sum(tensor.nbytes for tensor in part.values()))
         return state
 
 
@@ -108,21 +124,42 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(step_folder, model_args, tokenizer_path, job["lighthouse"]["enable"])
 
 
-def export(checkpoint: Checkpoint, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+def export(
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    advance: Callable[[int], None] = lambda n_bytes: None,
+) -> None:
     """Write config.json, model.safetensors (weights in `dtype`) and the tokenizer's files to `folder`.
+
+    advance: hears of the bytes read and written, `n_bytes` of the checkpoint each.
 
     Raises ValueError where `folder` exists and isn't an empty folder.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    total, free = checkpoint.n_bytes(dtype), shutil.disk_usage(folder).free
+    if total > free:
+        raise ValueError(
+            f"{folder}: {free / 1e9:.2f} GB are free there, and the model has {total / 1e9:.2f} in {dtype}: make room, "
+            "or name another folder"
+        )
 
     tokenizer = HuggingFaceTokenizer(str(checkpoint.tokenizer_path))
     _save_tokenizer(tokenizer, checkpoint.tokenizer_path, folder)
     adapter = get_train_spec().state_dict_adapter(checkpoint.model_args, None)
-    state = adapter.to_hf(checkpoint.load_state(dtype))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    state = adapter.to_hf(checkpoint.load_state(dtype, advance))
+    file, written = folder / "model.safetensors", 0
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(save_file, state, file, metadata={"format": "pt"})
+        while wait([writing], timeout=1).not_done:
+            size = min(file.stat().st_size, total) if file.exists() else 0
+            advance(size - written)
+            written = size
+        writing.result()
+    advance(total - written)
 
     # Last, so that a folder that lacks something doesn't load.
     config = llama_config(checkpoint.model_args) | {
@@ -171,19 +208,12 @@ def llama_config(args: LighthouseModelArgs) -> dict:
 def _read_job(dump_folder: Path) -> dict:
     file = dump_folder / CONFIG_FILE
     try:
-        job = json.loads(file.read_text())
-        _ = [job[section][field] for section, field in JOB_FIELDS]
+        return read_config(file, JOB_FIELDS)
     except FileNotFoundError as error:
         raise ValueError(
             f"{file} is missing, which says what model the checkpoint holds: keep the checkpoint in its "
             f"run's folder, or copy the run's {CONFIG_FILE} there"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not the job config of a run ({error!r}): restore the one that a training with "
-            "model.name = 'llama3_lighthouse' left there"
-        ) from error
-    return job
 
 
 def _meta_state(args: LighthouseModelArgs) -> dict[str, torch.Tensor]:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tomli
 import torch
-from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager, JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import build_text_validation_dataloader
 from torchtitan.tools.utils import get_peak_flops
@@ -26,6 +25,7 @@ from .model.checks import (
     step_of,
 )
 from .model.memory import GIB, peak_memory, unknown
+from .runner import parse_job
 
 MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
@@ -80,18 +80,22 @@ class Plan:
 
 
 def job_outlook(
-    arguments: list[str], n_gpus: int, gpu_memory: float | None, tok_s: float | None
+    config_file: str,
+    overrides: list[str],
+    n_gpus: int,
+    gpu_memory: float | None,
+    tok_s: float | None,
 ) -> tuple[dict[str, str], list[str]]:
     """What is known of a run, by name, and every problem that it would have.
 
     Args:
-        arguments: torchtitan's, the job file among them.
+        config_file, overrides: the job file and torchtitan's arguments.
         n_gpus: processes of the run, one a GPU.
         gpu_memory: GiB of one of them; None for this machine's, or an H200's.
         tok_s: tokens a second a GPU; None to derive it from an MFU.
     """
     try:
-        job = _parse(arguments)
+        job = parse_job(config_file, overrides)
     except ValueError as error:
         return {}, [str(error)]
     problems = [*_import_problems(job), *job_problems(job, n_gpus)]
@@ -109,19 +113,6 @@ def job_outlook(
         if not problems:
             raise
         return {}, problems
-
-
-def _parse(arguments: list[str]) -> JobConfig:
-    path = Path(arguments[arguments.index("--job.config_file") + 1])
-    try:
-        tomli.loads(path.read_text())
-        return ConfigManager().parse_args(arguments)
-    except (AssertionError, OSError, ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    except SystemExit as error:  # it has said why
-        raise ValueError(
-            f"{path} {' '.join(arguments[2:])}: not the settings of a job, as said above"
-        ) from error
 
 
 def _import_problems(job: JobConfig) -> Iterator[str]:

@@ -20,6 +20,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from .command_line import run
+
 VERSION = "0.2.2"
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
 WORK_DIR = ".torchtitan-patching"  # made beside the package: renaming stays on its file system
@@ -157,6 +159,8 @@ def _patch_copy(package: Path, work: Path, patched: bool, lock: int) -> None:
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": os.devnull,
     }
+    if shutil.which("git") is None:
+        raise PatchingError("git, which applies the patches, is not on the PATH: install it.")
     git = subprocess.run(
         [
             "git",
@@ -225,11 +229,17 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code that --help documents."""
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_ext.patching",
-        description=f"Patch torchtitan {VERSION}: all of the patches or none.",
+        description=f"Patch torchtitan {VERSION}: all of the patches or none.\n\n"
+        "    python -m torchtitan_ext.patching apply",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit code: 0, done, or so already (check: patched); 1, check found torchtitan as "
         "released; 2, wrong arguments; 3, refused or failed, with nothing changed",
     )
-    parser.add_argument("action", choices=["apply", "check", "revert"])
+    parser.add_argument(
+        "action",
+        choices=["apply", "check", "revert"],
+        help="patch, say whether it is patched, or make it as released again",
+    )
     parser.add_argument(
         "--root",
         type=Path,
@@ -255,4 +265,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, refused=3)

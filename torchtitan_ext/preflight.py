@@ -15,12 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from .command_line import at_least, run
 from .patching import PatchingError, installed_root, is_patched
 
 DISTRIBUTION = "torchtitan-lighthouse"
@@ -28,6 +23,9 @@ DISTRIBUTION = "torchtitan-lighthouse"
 
 def environment_problems() -> Iterator[str]:
     """What is installed against what pyproject.toml supports, and the patches."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
     own = importlib.metadata.distribution(DISTRIBUTION)
     python = SpecifierSet(own.metadata["Requires-Python"])
     if platform.python_version() not in python:
@@ -76,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--ngpu",
-        type=int,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="GPUs of the run, on all nodes (default: 1)",
@@ -94,8 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
         help="tokens a second a GPU, `tps` in the log of a trial (default: from the MFU measured on an H200)",
     )
     options, overrides = parser.parse_known_args(arguments)
-    if options.ngpu < 1:
-        parser.error(f"--ngpu {options.ngpu}: must be 1 or more")
 
     problems = list(environment_problems())
     facts: dict[str, str] = {}
@@ -105,14 +101,19 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         problems.append(f"the job can't be looked at before this environment is mended: {error}")
     else:
-        job_arguments = ["--job.config_file", options.config_file, *overrides]
-        facts, found = job_outlook(job_arguments, options.ngpu, options.gpu_memory, options.tok_s)
+        facts, found = job_outlook(
+            options.config_file, overrides, options.ngpu, options.gpu_memory, options.tok_s
+        )
         problems += found
     show(facts, problems)
     return 1 if problems else 0
 
 
 def show(facts: dict[str, str], problems: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
@@ -130,4 +131,4 @@ if __name__ == "__main__":
     # What libraries warn of on the way is no problem of the run.
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
-    sys.exit(main())
+    run(main)

@@ -5,6 +5,7 @@ several; `read_run` makes one curve of them.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,11 @@ N_DEVICES = "n_devices"
 VALIDATION_LOSS = "validation_metrics/loss"
 VALIDATION_STEP = "validation_step"
 VALIDATION = (VALIDATION_STEP, VALIDATION_LOSS)
+# what is read of the job config
+CONFIG_FIELDS = (
+    *(("training", "steps"), ("training", "seq_len"), ("metrics", "log_freq")),
+    *(("model", "flavor"), ("debug", "seed")),
+)
 TAGS = (LOSS, TOKENS_PER_SECOND, SECONDS, N_DEVICES)
 
 
@@ -87,7 +93,7 @@ def read_run(folder: str | Path) -> Run | None:
             f"{config_file} is missing: train with model.name = 'llama3_lighthouse', which saves "
             "it; the table reads training.steps and metrics.log_freq there"
         )
-    config = json.loads(config_file.read_text())
+    config = read_config(config_file, CONFIG_FIELDS)
 
     starts.sort(key=lambda points: points["wall_time"][0])
     merged = starts[0]
@@ -110,6 +116,20 @@ def read_run(folder: str | Path) -> Run | None:
         validation_step=merged[VALIDATION_STEP],
         validation_loss=merged[VALIDATION_LOSS],
     )
+
+
+def read_config(file: Path, fields: Iterable[tuple[str, str]]) -> dict:
+    """The job config that a run has left in `file`. Raises ValueError where that lacks one of the `fields`, each a
+    section and a name in it; FileNotFoundError where there is no file."""
+    try:
+        config = json.loads(file.read_text())
+        _ = [config[section][field] for section, field in fields]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the job config of a run ({error!r}): restore the one that a training with "
+            "model.name = 'llama3_lighthouse' left there"
+        ) from error
+    return config
 
 
 def _read_events(file: Path) -> dict[str, np.ndarray] | None:

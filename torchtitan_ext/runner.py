@@ -12,29 +12,28 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+import tomli
 from torchtitan.config import ConfigManager, JobConfig
 
+from .command_line import CommandFailed, Display, duration, make_folder
 from .model.checks import check_job, complete_steps
-from .records import CONFIG_FILE
+from .records import CONFIG_FILE, read_config
 
 STAGES = ("dense", "stage1", "stage2")
-SECONDS_BETWEEN_LINES = 10
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 STEP_LINE = re.compile(r"- step:\s*(\d+)\s+loss:\s*(\S+).*\btps:\s*([\d,]+)")
 
 
-class RunFailed(Exception):
+class RunFailed(CommandFailed):
     pass
 
 
@@ -114,15 +113,51 @@ def plan(
     return runs
 
 
+def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job of a TOML file and torchtitan arguments, parsed but not checked. Raises ValueError, naming the file.
+
+    torchtitan itself answers what is wrong with a traceback, or much later.
+    """
+    where = " ".join([str(config_file), *overrides])
+    try:
+        sections = tomli.loads(Path(config_file).read_text())
+        if no_table := [name for name, value in sections.items() if not isinstance(value, dict)]:
+            raise ValueError(f"{no_table[0]} = {sections[no_table[0]]!r} stands in no [section]")
+        with warnings.catch_warnings():
+            # a value of another type than the field's
+            warnings.filterwarnings("error", category=UserWarning, message="The field")
+            return ConfigManager().parse_args(["--job.config_file", str(config_file), *overrides])
+    except OSError as error:
+        raise ValueError(f"{config_file}: {error.strerror}; give the path of a job file") from error
+    except ImportError as error:
+        raise ValueError(
+            f"{where}: {error}; set job.custom_config_module to 'torchtitan_ext.model.config'"
+        ) from error
+    except tomli.TOMLDecodeError as error:
+        raise ValueError(f"{config_file}: no TOML ({error}); correct that") from error
+    except (AssertionError, TypeError, ValueError, UserWarning) as error:
+        # what follows torchtitan's first line is of its own launcher
+        said = str(error).splitlines()[0].partition(" We'll try")[0]
+        raise ValueError(
+            f"{where}: {said.rstrip('.')}; correct that in the file or argument"
+        ) from error
+    except SystemExit as error:
+        raise ValueError(
+            f"{where}: these are no settings of a job, as said above; correct them"
+        ) from error
+
+
 def _load(file: Path, overrides: Sequence[str]) -> JobConfig:
     """The job config, checked as the job itself will check it, its checkpoints left out."""
+    config = parse_job(file, overrides)
+    checked = deepcopy(config)
+    checked.checkpoint.enable, checked.checkpoint.initial_load_path = False, None
     try:
-        config = ConfigManager().parse_args(["--job.config_file", str(file), *overrides])
-        checked = deepcopy(config)
-        checked.checkpoint.enable, checked.checkpoint.initial_load_path = False, None
         check_job(checked)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    if (interval := config.checkpoint.interval) < 1:
+        raise ValueError(f"{file}: checkpoint.interval = {interval}: must be 1 or more")
     return config
 
 
@@ -180,10 +215,11 @@ def _changed(run: PlannedRun) -> Iterator[str]:
     saved_file = run.folder / CONFIG_FILE
     if run.newest == run.start or not saved_file.is_file():
         return
-    saved, now = json.loads(saved_file.read_text()), json.loads(json.dumps(run.config.to_dict()))
+    saved = read_config(saved_file, [("training", "steps")])
+    now = json.loads(json.dumps(run.config.to_dict()))
     for section in ("model", "lighthouse", "training", "optimizer", "lr_scheduler", "debug"):
         for field, value in now[section].items():
-            before = saved[section].get(field, value)
+            before = saved.get(section, {}).get(field, value)
             if value != before and (section, field) != ("training", "steps"):
                 yield (
                     f"{run.folder} was run with {section}.{field} = {before!r}, which is "
@@ -214,37 +250,18 @@ def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
 
     Raises RunFailed for the first run that fails. On Ctrl-C, SIGTERM or a closed terminal, ends the
     training processes and raises KeyboardInterrupt."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    # nohup ignores SIGHUP, which holds here too
-    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    before = {s: signal.signal(s, interrupt) for s in ends}
+    # a table of an experiment that stopped halfway names the runs that these folders await
+    for run in runs:
+        make_folder(run.folder)
     try:
-        # a table of an experiment that stopped halfway names the runs that these folders await
-        for run in runs:
-            run.folder.mkdir(parents=True, exist_ok=True)
-        display = _Display(runs)
-        with display.live if display.console.is_terminal else nullcontext():
+        with Display() as display:
+            progress = _Progress(display, runs)
             for run in runs:
-                display.start(run)
+                progress.start(run)
                 if not run.done:
-                    _execute(run, train_command(run, nproc), display.show)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def run_script(nproc: int, *args, **kwargs) -> None:
-    """`plan` with these arguments and `run_all`, for a script: exits with a message on errors."""
-    try:
-        run_all(plan(*args, **kwargs), nproc)
-    except (ValueError, RunFailed) as error:
-        sys.exit(str(error))
+                    _execute(run, train_command(run, nproc), progress.show)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        raise KeyboardInterrupt("the same command continues") from None
 
 
 def child_environment() -> dict[str, str]:
@@ -259,6 +276,56 @@ def child_environment() -> dict[str, str]:
     return {**ours, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
+@contextmanager
+def training(
+    command: list[str], log_file: Path, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
+    """A training that has been started, and the lines of its output, each of which goes to the end of `log_file`.
+
+    However the body ends, no process of the training is left; SIGTERM and a closed terminal end it like Ctrl-C.
+    """
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    # nohup ignores SIGHUP, which holds here too
+    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, interrupt) for s in ends}
+    try:
+        with (
+            log_file.open("a") as log,
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=child_environment() | environment,
+                # Ctrl-C reaches this process alone, which then ends the child in order
+                start_new_session=True,
+            ) as child,
+        ):
+            try:
+                yield child, _logged(child, log)
+                child.wait()
+            finally:
+                if child.poll() is None:
+                    child.terminate()  # torchrun ends its workers, after 30 s by force
+                    log.write(child.communicate()[0])
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _logged(child: subprocess.Popen[str], log: IO[str]) -> Iterator[str]:
+    assert child.stdout is not None  # it is a pipe
+    for line in child.stdout:
+        line = ANSI_COLOR.sub("", line)
+        log.write(line)
+        log.flush()
+        yield line
+
+
 def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]) -> None:
     if run.newest == run.start:
         # what a kill left half-saved: torchtitan would take its folder for the run's own
@@ -270,68 +337,37 @@ def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]
             folder.rmdir()
     log_file = run.folder / "log.txt"
     last: deque[str] = deque(maxlen=60)
-    with log_file.open("a") as log:
-        child = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=child_environment(),
-            # Ctrl-C reaches this process alone, which then ends the child in order
-            start_new_session=True,
-        )
-        assert child.stdout is not None  # it is a pipe
-        try:
-            for line in child.stdout:
-                line = ANSI_COLOR.sub("", line)
-                log.write(line)
-                log.flush()
-                last.append(line)
-                on_line(line)
-            child.wait()
-        finally:
-            if child.poll() is None:
-                child.terminate()  # torchrun ends its workers, after 30 s by force
-                log.write(child.communicate()[0])
+    with training(command, log_file) as (child, lines):
+        for line in lines:
+            last.append(line)
+            on_line(line)
     if child.returncode or not run.done:
         ending = f"exit code {child.returncode}"
         if child.returncode == 0:
             ending = f"ended without its checkpoint of step {run.steps}"
         raise RunFailed(
-            f"{''.join(last)}\n{run.name} failed ({ending}); all of its log: {log_file}"
+            f"{''.join(last)}\n{run.name} failed ({ending}), as said above and in {log_file}: mend that, and the "
+            "same command continues"
         )
 
 
-class _Display:
-    """A live line on a terminal, elsewhere a plain one now and then."""
+class _Progress:
+    """Shows each run's steps, with the time left of it and of all."""
 
-    def __init__(self, runs: list[PlannedRun]) -> None:
-        self.runs = runs
-        self.console = Console()
-        self.live = Progress(
-            # a narrow terminal cuts the bar first
-            TextColumn("{task.description}  {task.fields[status]}"),
-            BarColumn(20),
-            console=self.console,
-        )
+    def __init__(self, display: Display, runs: list[PlannedRun]) -> None:
+        self.display, self.runs = display, runs
         self.seconds_per_step: dict[str, float] = {}
 
     def start(self, run: PlannedRun) -> None:
-        self.run, self.step, self.last_line = run, 0, time.monotonic()
+        self.run, self.step = run, 0
         self.first: tuple[int, float] | None = None
-        self.title = f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
+        title = f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
         if run.done:
-            self.say(f"{self.title}: done already, at step {run.steps}")
+            self.display.say(f"{title}: done already, at step {run.steps}")
             return
         since = f", from step {run.newest}" if run.newest else ""
-        self.say(f"{self.title}: to step {run.steps}{since}; log in {run.folder / 'log.txt'}")
-        self.task = self.live.add_task(
-            escape(self.title), total=run.steps, completed=run.newest, status=""
-        )
-
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.display.say(f"{title}: to step {run.steps}{since}; log in {run.folder / 'log.txt'}")
+        self.display.start(title, run.steps, run.newest)
 
     def show(self, line: str) -> None:
         """Take a line of the run's log."""
@@ -345,14 +381,10 @@ class _Display:
         if steps_seen := step - self.first[0]:
             self.seconds_per_step[_kind(self.run)] = (now - self.first[1]) / steps_seen
         left = self.time_left(step) if step < self.run.steps else ""
-        status = (
-            f"{step}/{self.run.steps}  loss {float(match[2]):.3f}  {match[3]} tok/s/device{left}"
+        self.display.show(
+            step,
+            f"{step}/{self.run.steps}  loss {float(match[2]):.3f}  {match[3]} tok/s/device{left}",
         )
-        self.live.update(self.task, completed=step, status=status)
-        waited = now - self.last_line >= SECONDS_BETWEEN_LINES
-        if not self.console.is_terminal and (waited or step == self.run.steps):
-            self.last_line = now
-            self.say(f"{self.title}  {status}")
 
     def time_left(self, step: int) -> str:
         if (rate := self.seconds_per_step.get(_kind(self.run))) is None:
@@ -363,13 +395,9 @@ class _Display:
             for run in self.runs[self.runs.index(self.run) + 1 :]
             if not run.done
         )
-        return f"  left {_duration(this)}, all {_duration(this + later)}"
+        return f"  left {duration(this)}, all {duration(this + later)}"
 
 
 def _kind(run: PlannedRun) -> str:
     """Runs of one kind take the same time a step."""
     return "lighthouse" if run.config.lighthouse.enable else "dense"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")

@@ -33,6 +33,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from .command_line import make_folder
 from .records import Run, read_run
 
 matplotlib.use("Agg")
@@ -232,8 +233,7 @@ def write(
     seeds, or parts of it; table.md compares their final losses. ablations: folders of experiments with other
     settings of Lighthouse; table.md sets them beside this one. Returns the Markdown and the paths written."""
     experiment = read_experiment(folder)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(Path(out))
     paths = [out / name for name in ("table.md", "table.csv", "curves.csv", "loss.png")]
 
     text = markdown(experiment, published)
