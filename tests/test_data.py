@@ -196,6 +196,19 @@ def test_a_state_saved_before_the_first_batch_is_the_start(dataset, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("dataset", LOCAL)
+@pytest.mark.parametrize("drawn", [3, 10, 40])  # the last in the second epoch
+def test_a_resume_that_draws_nothing_moves_nothing(dataset, workers, drawn, tmp_path):
+    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    whole, part, idle, resumed = (loader(dataset, path, 8, workers=workers) for _ in range(4))
+    expected = [tokens(batch) for batch in islice(whole, drawn + 3)]
+    got = [tokens(batch) for batch in islice(part, drawn)]
+    idle.load_state_dict(part.state_dict())
+    resumed.load_state_dict(idle.state_dict())
+    assert got + [tokens(batch) for batch in islice(resumed, 3)] == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", LOCAL)
 def test_resumes_in_the_second_epoch(dataset, workers, tmp_path):
     path = WRITE[dataset](tmp_path / "data", SHARDS)
     args = {"dataset": dataset, "path": path, "seq_len": 15, "workers": workers}
