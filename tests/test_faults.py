@@ -19,6 +19,7 @@ from torchtitan_ext import runner
 from torchtitan_ext.model.checks import complete_steps
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(900)  # of the launches that the first test waits for
 STEPS = 10  # and a checkpoint every two
 SETTINGS = (
     *COMMON,

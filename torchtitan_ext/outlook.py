@@ -29,6 +29,7 @@ from .runner import parse_job
 
 MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
+SMALL = 100_000_000  # parameters: of fewer, the MFU is another
 H200 = ("NVIDIA H200", 139.0)  # GiB
 
 
@@ -256,13 +257,19 @@ def _facts(plan: Plan, gpu_memory: float, gpu: str, tok_s: float | None) -> dict
             f"Lighthouse in {n_lighthouse} layers, {gathered:,} gathered rows of {seq_len:,}; "
             f"dense in {args.n_layers - n_lighthouse}"
         )
-    if tok_s:
-        assumed = "as given"
-    else:
+    assumed = "as given"
+    if not tok_s and plan.n_params > SMALL and job.compile.enable:
         mfu = MFU.get(job.activation_checkpoint.mode, MFU["full"])
         tok_s = mfu / 100 * get_peak_flops(gpu) / plan.flops
         assumed = f"at an assumed MFU of {mfu} % on {gpu}; --tok-s gives another speed"
-    gpu_hours = plan.tokens / tok_s / 3600
+    if tok_s:
+        gpu_hours = plan.tokens / tok_s / 3600
+        hours = (
+            f"{_duration(gpu_hours / n_gpus)}, {gpu_hours:,.1f} GPU-hours, at {tok_s:,.0f} tokens a second "
+            f"a GPU ({assumed})"
+        )
+    else:
+        hours = "no estimate: the speed of small models, or without compile.enable, was not measured; --tok-s gives it"
     disk, count = _disk(plan), _checkpoints_to_come(plan)
     reason = unknown(job, dims)
     parts = {} if reason else peak_memory(job, args, dims)
@@ -274,8 +281,7 @@ def _facts(plan: Plan, gpu_memory: float, gpu: str, tok_s: float | None) -> dict
         "batch": f"{plan.batch} x {seq_len:,} tokens a step, in {plan.batch // plan.at_once} accumulation steps",
         "steps": f"{plan.first_step:,} to {job.training.steps:,}, {plan.tokens:,} tokens, "
         + (f"from {start}" if start else "from scratch"),
-        "time": f"{_duration(gpu_hours / n_gpus)}, {gpu_hours:,.1f} GPU-hours, at {tok_s:,.0f} tokens a second "
-        f"a GPU ({assumed})",
+        "time": hours,
         "memory": f"no estimate: {reason}"
         if reason
         else f"about {sum(parts.values()):.1f} of {gpu_memory:.1f} GiB a GPU, to 15 %: "
