@@ -26,8 +26,10 @@ $(VENV)/.patched: $(VENV)/.installed $(wildcard patches/*)
 	$(BIN)/python -m torchtitan_ext.patching apply
 	@touch $@
 
-demo: setup  ## the whole path on this machine, in minutes: dense, Lighthouse, three splits, table and plot
-	$(MAKE) --no-print-directory table PRESET=demo
+demo: setup  ## the whole path on this machine, in minutes: dense, Lighthouse, three splits, table, plot, retrieval
+	$(MAKE) --no-print-directory table PRESET=passkey
+	for run in stage1 stage2-900; do $(BIN)/python scripts/niah.py outputs/passkey/$$run \
+		--contexts 64 128 256 512 --output outputs/passkey/niah/$$run || exit; done
 
 PRESET ?= demo
 NPROC ?= 1

@@ -64,7 +64,7 @@ def configs(tmp_path_factory):
     for name, steps in STEPS.items():
         text = (CONFIGS / f"{name}.toml").read_text()
         for field, value in {"steps": steps, "interval": 10, "keep_latest_k": 4}.items():
-            text, n = re.subn(rf"(?m)^{field} = .*", f"{field} = {value}", text)
+            text, n = re.subn(rf"(?m)^{field} = .*", f"{field} = {value}", text, count=1)
             assert n == 1
         (folder / f"{name}.toml").write_text(text)
     return folder
@@ -252,9 +252,10 @@ def test_an_interruption_ends_every_worker(configs, output, tmp_path, sent):
     """Through the real torchrun, with two workers."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
-import sys
+import signal, sys
 from pathlib import Path
 from torchtitan_ext import command_line, runner
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started without
 real = runner.train_command
 def stand_in(run, nproc):
     command = real(run, nproc)
