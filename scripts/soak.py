@@ -101,7 +101,7 @@ class Soak:
 
     def start(self, name: str, kill: tuple[int, int, float] | None = None) -> None:
         """Train the run `name` to its end, or to `kill`: step, rank and seconds after the step's log line."""
-        from torchtitan_ext.model.checks import complete_steps
+        from torchtitan_ext.model.checkpoints import complete_steps
         from torchtitan_ext.runner import STEP_LINE, torchrun, training
 
         args, folder = self.args, make_folder(self.args.runs / name)

@@ -20,7 +20,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_ext.model import LighthouseTransformer, check_job, flavors
-from torchtitan_ext.model.checks import checkpoint_to_load, complete_metadata, step_of
+from torchtitan_ext.model.checkpoints import checkpoint_to_load, complete_metadata, step_of
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -16,7 +16,7 @@ import pytest
 from test_resume import COMMON, losses
 
 from torchtitan_ext import runner
-from torchtitan_ext.model.checks import complete_steps
+from torchtitan_ext.model.checkpoints import complete_steps
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(900)  # of the launches that the first test waits for

@@ -12,7 +12,7 @@ import pytest
 from torch.distributed.run import parse_args
 
 from torchtitan_ext import records
-from torchtitan_ext.model.checks import complete_steps
+from torchtitan_ext.model.checkpoints import complete_steps
 from torchtitan_ext.runner import ANSI_COLOR
 
 ROOT = Path(__file__).parents[1]

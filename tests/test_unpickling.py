@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_ext import unpickling
 from torchtitan_ext.model import check_job
-from torchtitan_ext.model.checks import complete_metadata
+from torchtitan_ext.model.checkpoints import complete_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -20,7 +20,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from .command_line import make_folder
 from .model import LighthouseModelArgs, get_train_spec
-from .model.checks import complete_metadata, complete_steps
+from .model.checkpoints import complete_metadata, complete_steps
 from .records import CONFIG_FILE, read_config
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -15,15 +15,8 @@ from torchtitan.tools.utils import get_peak_flops
 
 from .data import build_dataloader, check_dataset
 from .model import LighthouseModelArgs, LighthouseTransformer, flavors
-from .model.checks import (
-    build_tokenizer,
-    checkpoint_to_load,
-    complete_steps,
-    data_position,
-    job_problems,
-    parallel_dims,
-    step_of,
-)
+from .model.checkpoints import checkpoint_to_load, complete_steps, data_position, step_of
+from .model.checks import build_tokenizer, job_problems, parallel_dims
 from .model.memory import GIB, peak_memory, unknown
 from .runner import parse_job
 

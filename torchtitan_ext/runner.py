@@ -25,7 +25,8 @@ import tomli
 from torchtitan.config import ConfigManager, JobConfig
 
 from .command_line import CommandFailed, Display, duration, make_folder
-from .model.checks import check_job, complete_steps
+from .model.checkpoints import complete_steps
+from .model.checks import check_job
 from .records import CONFIG_FILE, read_config
 
 STAGES = ("dense", "stage1", "stage2")
