@@ -15,7 +15,7 @@ import _start
 
 from torchtitan_ext.command_line import Display, at_least, make_folder
 
-RESULTS = Path("results/niah")
+RESULTS = Path("outputs/niah")
 
 
 def main() -> None:

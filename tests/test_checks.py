@@ -75,6 +75,11 @@ def only_problem(config, *words):
     return problem
 
 
+def test_an_unpatched_torchtitan_is_refused(job, monkeypatch):
+    monkeypatch.setattr("torchtitan_ext.model.checks.is_patched", lambda root: False)
+    only_problem(job(), "is not patched: python -m torchtitan_ext.patching apply")
+
+
 def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
     for stage in ("stage1", "dense"):
         check_job(job(stage=stage))

@@ -312,7 +312,7 @@ def test_the_script_writes_table_records_and_heat_map(checkpoint, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     options = ["--contexts", 60, 120, "--depths", 0, 50, "--trials", 20, "--seed", 7]
     assert run_script(monkeypatch, checkpoint, "--device", "cpu", *options) == 0
-    folder = tmp_path / "results/niah/run-step-3"
+    folder = tmp_path / "outputs/niah/run-step-3"
     out, err = capsys.readouterr()
     assert (folder / "table.md").read_text().strip() in out and "first stage" in err
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")

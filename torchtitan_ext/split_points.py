@@ -15,8 +15,8 @@ logged step. Means are over the logged steps of a window.
 - final loss: mean loss over the steps in (T - W, T]. Difference: final loss minus dense's.
 - validation loss: the last one of a finished run, on documents held out; difference as above. Only
   where the runs validate (validation.enable).
-- dense at equal hours: dense's validation loss (where it has none, its mean loss over W) at the moment when
-  it had spent the split's device-hours; linear between two points.
+- dense at equal hours: dense's validation loss at the moment when it had spent the split's device-hours; linear
+  between two points. Training losses are of other batches at other times, so they don't compare.
 - device-hours: seconds x devices / 3600 over a run's logged steps; for a split, stage 1's up to
   the split and stage 2's (records.Run.device_hours).
 - tok/s a device: median over the logged steps, the first one of each process start left out. For
@@ -165,14 +165,11 @@ def hours_at(run: Run, step: int) -> float:
 
 
 def _loss_at_hours(dense: Run | None, hours: float) -> float | None:
-    """None where dense has not (yet) spent so many device-hours."""
-    if dense is None or hours > dense.device_hours[-1]:
+    """None where dense has not (yet) spent so many device-hours, or isn't validated."""
+    if dense is None or hours > dense.device_hours[-1] or not dense.validation_step.size:
         return None
-    step, loss = dense.validation_step, dense.validation_loss
-    if not step.size:
-        w = window(dense.total_steps, dense.log_freq)
-        step, loss = dense.step, [mean_loss(dense.step, dense.loss, end, w) for end in dense.step]
-    return float(np.interp(hours, [hours_at(dense, end) for end in step], loss))
+    spent = [hours_at(dense, end) for end in dense.validation_step]
+    return float(np.interp(hours, spent, dense.validation_loss))
 
 
 def _ktok_s(run: Run, upto: int) -> float | None:

@@ -318,6 +318,10 @@ def step_of(path: str | Path) -> int:
 
 def complete_metadata(path: Path) -> Metadata:
     """The metadata of the checkpoint in the step-N folder `path`; ValueError where it isn't complete."""
+    if not path.exists():
+        raise ValueError(
+            f"{path} is not a complete checkpoint: it does not exist; give the step-N folder of one"
+        )
     try:
         metadata = FileSystemReader(path).read_metadata()
         sizes: dict[str, int] = {}

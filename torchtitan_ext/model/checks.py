@@ -16,6 +16,7 @@ from torchtitan.distributed import ParallelDims
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
+from torchtitan_ext.patching import PatchingError, installed_root, is_patched
 
 from .args import flavors
 from .checkpoints import checkpoint_problems, note_start
@@ -28,11 +29,19 @@ def check_job(job_config: JobConfig) -> None:
     checkpoint a new run starts from, so that a later launch can tell whether it continues that run.
     """
     n_ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-    problems = job_problems(job_config, n_ranks)
+    problems = [*_patch_problems(), *job_problems(job_config, n_ranks)]
     if problems:
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
     if job_config.checkpoint.enable and int(os.environ.get("RANK", 0)) == 0:
         note_start(job_config)
+
+
+def _patch_problems() -> Iterator[str]:
+    try:
+        if not is_patched(root := installed_root()):
+            yield f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext.patching apply"
+    except PatchingError:
+        pass  # its owner has changed it further, or the patches stayed elsewhere; the preflight tells
 
 
 def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
