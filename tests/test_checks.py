@@ -76,7 +76,7 @@ def only_problem(config, *words):
 
 
 def test_an_unpatched_torchtitan_is_refused(job, monkeypatch):
-    monkeypatch.setattr("torchtitan_ext.model.checks.is_patched", lambda root: False)
+    monkeypatch.setattr("torchtitan_ext.patching.is_patched", lambda root: False)
     only_problem(job(), "is not patched: python -m torchtitan_ext.patching apply")
 
 

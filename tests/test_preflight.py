@@ -20,14 +20,13 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
-from torchtitan_ext import outlook, preflight
+from torchtitan_ext import outlook, patching, preflight
 from torchtitan_ext.data.dataloader import TextDataloader, TextDataset
 from torchtitan_ext.lighthouse import attention, kernels
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.checks import parallel_dims
 from torchtitan_ext.model.config import Lighthouse
 from torchtitan_ext.model.memory import GIB, peak_memory, unknown
-from torchtitan_ext.patching import PatchingError
 from torchtitan_ext.runner import child_environment
 
 ROOT = Path(__file__).parents[1]
@@ -216,13 +215,13 @@ def test_versions_are_held_against_the_supported_ones(check, only_problem, monke
 
 
 def test_patches_must_be_there(only_problem, monkeypatch):
-    monkeypatch.setattr(preflight, "is_patched", lambda root: False)
+    monkeypatch.setattr(patching, "is_patched", lambda root: False)
     only_problem(words=["is not patched", "torchtitan_ext.patching apply"])
 
     def changed(root):
-        raise PatchingError("patched in part")
+        raise patching.PatchingError("patched in part")
 
-    monkeypatch.setattr(preflight, "is_patched", changed)
+    monkeypatch.setattr(patching, "is_patched", changed)
     only_problem(words=["patched in part"])
 
 

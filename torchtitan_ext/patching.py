@@ -37,6 +37,10 @@ class PatchingError(Exception):
     """Nothing was changed. The message says why, names the files, and what to do."""
 
 
+class NotPatched(PatchingError):
+    """torchtitan is as released."""
+
+
 def series() -> list[Path]:
     """The patches, in the order in which they apply."""
     try:
@@ -117,6 +121,15 @@ def is_patched(root: Path) -> bool:
         f"{package} is {state}: {files}\n"
         f"Restore it: {f'git checkout -- {files}' if in_checkout else REINSTALL}"
     )
+
+
+def check_patched() -> None:
+    """Raises NotPatched for a torchtitan as released, PatchingError as `is_patched` does."""
+    root = installed_root()
+    if not is_patched(root):
+        raise NotPatched(
+            f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext.patching apply"
+        )
 
 
 def change(root: Path, patched: bool) -> bool:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 
 from .command_line import at_least, run
-from .patching import PatchingError, installed_root, is_patched
+from .patching import PatchingError, check_patched
 
 DISTRIBUTION = "torchtitan-lighthouse"
 
@@ -43,9 +43,7 @@ def environment_problems() -> Iterator[str]:
         if not requirement.specifier.contains(version, prereleases=True):
             yield f"{requirement.name} is {version}, {DISTRIBUTION} needs {needed}"
     try:
-        root = installed_root()
-        if not is_patched(root):
-            yield f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext.patching apply"
+        check_patched()
     except (PatchingError, OSError) as error:
         yield str(error)
 

@@ -16,7 +16,7 @@ from torchtitan.distributed import ParallelDims
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
-from torchtitan_ext.patching import PatchingError, installed_root, is_patched
+from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
 
 from .args import flavors
 from .checkpoints import checkpoint_problems, note_start
@@ -38,8 +38,9 @@ def check_job(job_config: JobConfig) -> None:
 
 def _patch_problems() -> Iterator[str]:
     try:
-        if not is_patched(root := installed_root()):
-            yield f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext.patching apply"
+        check_patched()
+    except NotPatched as error:
+        yield str(error)
     except PatchingError:
         pass  # its owner has changed it further, or the patches stayed elsewhere; the preflight tells
 
