@@ -60,18 +60,6 @@ def job_arguments(settings: list[str], args: argparse.Namespace) -> list[str]:
     return found
 
 
-def checked_job(config: str, settings: list[str], args: argparse.Namespace) -> "JobConfig":
-    """The job, checked as it would check itself. Raises ValueError."""
-    from torchtitan_ext.model import check_job
-    from torchtitan_ext.runner import parse_job
-
-    job = parse_job(config, job_arguments(settings, args))
-    # A start from a checkpoint is checked by the run, which has a folder of its own.
-    job.checkpoint.enable, job.checkpoint.initial_load_path = False, None
-    check_job(job)
-    return job
-
-
 def train(
     nproc: int,
     config: str,
@@ -275,6 +263,8 @@ def main() -> int:
 
     import torch
 
+    from torchtitan_ext.runner import load_job
+
     on_gpu = torch.cuda.is_available()
     args.output = args.output or Path("results" if on_gpu else "outputs", "bench_train.json")
     least = (3 if args.profile else 2) * args.window
@@ -302,7 +292,8 @@ def main() -> int:
             )
         run.extend(args.settings)
         try:
-            jobs[name] = checked_job(run[1], run[2:], args)
+            # A start from a checkpoint is checked by the run, which has a folder of its own.
+            jobs[name] = load_job(Path(run[1]), job_arguments(run[2:], args))
         except ValueError as error:
             parser.error(f"--run {' '.join(run)}: {error}")
 

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from torchtitan_ext import outlook, records
-from torchtitan_ext.runner import child_environment
+from torchtitan_ext.runner import child_environment, load_job
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/demo/stage1.toml"
@@ -132,7 +132,7 @@ def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(
         overrides = bench_train.job_arguments(settings, args)
         _, problems = outlook.job_outlook(config, overrides, nproc, gpu_memory=139, tok_s=None)
         assert problems == []
-        jobs.append(bench_train.checked_job(config, settings, args))
+        jobs.append(load_job(Path(config), bench_train.job_arguments(settings, args)))
         write_events(folder, bench_train, [(n, 10 / nproc) for n in (1, 2, 4, 6, 8)])
         (folder / "log.txt").touch()
 

@@ -87,7 +87,7 @@ def plan(
     for file in files.values():
         if not file.is_file():
             raise ValueError(f"{file} is missing: an experiment needs {', '.join(STAGES)}.toml")
-    loaded = {stage: _load(file, overrides) for stage, file in files.items()}
+    loaded = {stage: load_job(file, overrides) for stage, file in files.items()}
     total = loaded["stage2"].training.steps
     splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
 
@@ -148,8 +148,8 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         ) from error
 
 
-def _load(file: Path, overrides: Sequence[str]) -> JobConfig:
-    """The job config, checked as the job itself will check it, its checkpoints left out."""
+def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
+    """The job config, checked as the job itself will check it, its checkpoints left out. Raises ValueError."""
     config = parse_job(file, overrides)
     checked = deepcopy(config)
     checked.checkpoint.enable, checked.checkpoint.initial_load_path = False, None
