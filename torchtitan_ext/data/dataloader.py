@@ -33,9 +33,8 @@ class TextDataset(HuggingFaceTextDataset):
         super().__init__(*args, **kwargs)
         self._skip_damaged = skip_damaged
         self._n_skipped = 0  # since the run started, of all processes
-        self._named: set[str] = (
-            set()
-        )  # files whose damage the log names; many have it in every line
+        # Files whose damage the log has named; many have it in every line.
+        self._named: set[str] = set()
         # A streamed data set that hasn't been read yet says that it stands at its start, wherever it resumes.
         self._resumed_at: dict[str, Any] | None = None
 
