@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What a GPU keeps of its speed beside seven others: scripts/bench_eight.sh fsdp|cp [arguments of bench_train.py]
+# What a GPU keeps of its speed beside seven others: scripts/bench_eight.sh fsdp|cp|one [arguments of bench_train.py]
 #
-#   fsdp   98,304 tokens a GPU: stage 1 and dense, with FSDP over all GPUs and on one
-#   cp     one sequence on all GPUs: 1,048,576 tokens (1m, 1m-selective) and 262,144 with dense layers (256k);
-#          beside 1m the same job on one GPU, beside 1m-selective a GPU's share of it
+#   fsdp   NGPU=8 GPUs, 98,304 tokens each: stage 1 and dense
+#   cp     one sequence on all of them: 1,048,576 tokens (1m, 1m-selective) and 262,144 with dense layers (256k)
+#   one    what these stand beside, on one GPU: stage 1, dense, 1m, and for 1m-selective a GPU's share of its tokens
 #
-# A few minutes each, on NGPU=8 GPUs. The rows of both go to OUTPUT=results/bench_eight.json.
+# Two to five minutes each. The rows of all go to OUTPUT=results/bench_eight.json.
 set -uo pipefail
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
@@ -17,6 +17,7 @@ part=${1:-}
 shift
 shared=parallelism.context_parallel_degree=$n
 selective=activation_checkpoint.mode=selective
+recipe=(--run stage1 configs/530m/stage1.toml --run dense configs/530m/dense.toml)
 
 bench() {
     # All ranks of a sequence read the whole of it, in a quarter of a second a million tokens: beside the trainer.
@@ -26,24 +27,24 @@ bench() {
 
 case $part in
 fsdp)
-    bench --nproc "$n" 1 \
-        --run stage1 configs/530m/stage1.toml \
-        --run dense configs/530m/dense.toml "$@"
+    bench --nproc "$n" "${recipe[@]}" "$@"
     ;;
 cp)
     bench --nproc "$n" \
         --run 1m configs/530m-1m/stage1.toml "$shared" \
         --run 1m-selective configs/530m-1m/stage1.toml "$shared" "$selective" \
         --run 256k configs/530m-256k/stage1.toml "$shared" activation_checkpoint.mode=none "$@"
+    ;;
+one)
     # An eighth of the tokens can't hold top_k = 4096 (their coarsest level has 2,048 entries). With 1,760 a token
     # attends to as many rows as one of the whole sequence: gathered_len squared over seq_len is the same.
-    bench \
+    bench "${recipe[@]}" \
         --run 1m configs/530m-1m/stage1.toml \
         --run 1m-selective configs/530m-1m/stage1.toml "$selective" training.seq_len=131072 \
         lighthouse.top_k=1760 lighthouse.tile_winners=110 "$@"
     ;;
 *)
-    echo "'$part': say what to measure, fsdp or cp (--help tells more)" >&2
+    echo "'$part': say what to measure, fsdp, cp or one (--help tells more)" >&2
     exit 2
     ;;
 esac

@@ -118,7 +118,7 @@ def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(
     stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n")
     stand_in.chmod(0o755)
     output = tmp_path / "eight.json"
-    for part in ("fsdp", "cp"):
+    for part in ("fsdp", "cp", "one"):
         subprocess.run(
             ["bash", str(ROOT / "scripts/bench_eight.sh"), part],
             env={"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "OUTPUT": str(output)},
