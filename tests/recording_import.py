@@ -11,7 +11,6 @@ import signal
 from itertools import count as count_from
 from pathlib import Path
 
-import ring_attention  # noqa: F401
 import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import CheckpointManager

@@ -1,14 +1,15 @@
 """Ranks that share a sequence compute what one process does, forward and backward.
 
-On a CPU in fp64 through an attention that gathers all ranks' rows, in fp32 through torch's ring attention,
-which merges in fp32; with -m gpu on two GPUs.
+On a CPU in fp64, and in fp32 where torch's ring attention, which merges in fp32, takes the place of ours; with -m gpu
+on two GPUs.
 """
 
 import os
 import re
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +23,6 @@ from hypothesis import strategies as st
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
 from test_model import args, build, parse
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import (
     apply_cp_to_attention_module,
@@ -36,12 +36,11 @@ from torchtitan_ext.lighthouse import (
     lighthouse_attention,
     operators,
 )
-from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.context_parallel import (
     check_context_parallel,
-    chunk_order,
     context_parallel_attention,
 )
+from torchtitan_ext.lighthouse.shared_attention import SharedAttention, chunk_order
 from torchtitan_ext.model import Lighthouse
 from torchtitan_ext.model.model import LighthouseSelfAttention
 from torchtitan_ext.model.train_spec import parallelize
@@ -67,20 +66,6 @@ def mesh(device="cpu"):
     return init_device_mesh(device, (dist.get_world_size(),))
 
 
-def gathering_attention(q, k, v, *, enable_gqa, load_balance):
-    """Causal attention of all ranks' rows, in the sequence's order; keeps this rank's rows."""
-    order = chunk_order(dist.get_world_size(), load_balance)
-
-    def whole(x):
-        ranks = DTensor.from_local(x, mesh(), [Shard(2)]).redistribute(placements=[Replicate()])
-        chunks = ranks.to_local(grad_placements=[Partial()]).chunk(len(order), 2)
-        return torch.cat([chunks[order.index(i)] for i in range(len(chunks))], 2)
-
-    chunks = causal_sdpa(whole(q), whole(k), whole(v), enable_gqa=enable_gqa).chunk(len(order), 2)
-    rows = torch.cat([chunks[i] for i in order], 2)
-    return rows.chunk(dist.get_world_size(), 2)[dist.get_rank()]
-
-
 def shards(x, load_balance):
     """Each rank's part of `x`, [B, N, ...]."""
     order = chunk_order(dist.get_world_size(), load_balance)
@@ -88,7 +73,7 @@ def shards(x, load_balance):
     return torch.cat([chunks[i] for i in order], 1).chunk(dist.get_world_size(), 1)
 
 
-def compare(config, group, load_balance):
+def compare(config, group, load_balance, keep=False):
     """Greatest differences between the ranks' outputs and gradients and those of one process."""
     dtype = torch.float64
     whole = qkv(SEQ_LEN, batch=2, n_kv_heads=2, group=group, dtype=dtype)
@@ -106,7 +91,7 @@ def compare(config, group, load_balance):
         config,
         mesh=mesh(),
         load_balance=load_balance,
-        attention=partial(gathering_attention, load_balance=load_balance),
+        attention=SharedAttention(mesh(), load_balance, keep),
         freqs_cis=table,
     )
     got = torch.autograd.grad((out * mine(weights)).sum(), own)
@@ -116,9 +101,9 @@ def compare(config, group, load_balance):
 
 def layers_agree():
     for name, (config, group) in CONFIGS.items():
-        for load_balance in (True, False):
-            worst = compare(config, group, load_balance)
-            assert max(worst) < 1e-12, (name, load_balance, worst)
+        for load_balance, keep in product((True, False), repeat=2):
+            worst = compare(config, group, load_balance, keep)
+            assert max(worst) < 1e-12, (name, load_balance, keep, worst)
 
 
 def spill_matters():
@@ -142,9 +127,9 @@ def positions_are_torchtitans():
 
 
 def modules_agree(device, dtype, backend, bound):
-    """The attention module, eager and compiled, through torch's ring attention as torchtitan wires it."""
+    """The attention module, eager and compiled, through our attention and through torch's ring."""
     lighthouse = Lighthouse(enable=True, top_k=128, tile_winners=8)
-    model_args = args(dim=256, n_heads=4, lighthouse=lighthouse)
+    model_args = args(dim=256, n_heads=4, n_kv_heads=2, lighthouse=lighthouse)
     rank, seq_len, dim = dist.get_rank(), 8192, model_args.dim
     g = torch.Generator().manual_seed(0)
     x, weights = (torch.randn(1, seq_len, dim, generator=g).to(device, dtype) for _ in range(2))
@@ -153,20 +138,24 @@ def modules_agree(device, dtype, backend, bound):
     one = LighthouseSelfAttention(model_args).to(device, dtype)
     # Exact products: in bf16 those of parts round otherwise, and near ties would be selected otherwise.
     for projection in (one.wq, one.wk, one.wv):
-        projection.weight.data.copy_(torch.eye(dim)[torch.randperm(dim)])
+        rows = torch.randperm(dim)[: projection.out_features]
+        projection.weight.data.copy_(torch.eye(dim)[rows])
     expected = one(x, table, None)
     gradients = torch.autograd.grad((expected * weights).sum(), one.parameters())
-    for balancer in ("headtail", None):
+    for balancer, ring in product(("headtail", None), (False, True)):
         torch._dynamo.reset()
-        shared = deepcopy(one)
-        shared.share_sequence(mesh(device), balancer is not None)
-        apply_cp_to_attention_module([shared.inner_attention], mesh(device), "sdpa")
+        shared, load_balance = deepcopy(one), balancer is not None
+        shared.share_sequence(mesh(device), load_balance)
+        if ring:
+            apply_cp_to_attention_module([shared.inner_attention], mesh(device), "sdpa")
+        else:
+            shared.inner_attention = SharedAttention(mesh(device), load_balance, keep=True)
         tokens = torch.zeros(1, seq_len, device=device, dtype=torch.long)
         extra = prepare_context_parallel_input(
             *(tokens, tokens, {}, mesh(device), torch.device(device), balancer)
         )[2]
         own, own_weights, own_expected = (
-            shards(t.detach(), balancer is not None)[rank] for t in (x, weights, expected)
+            shards(t.detach(), load_balance)[rank] for t in (x, weights, expected)
         )
         for run in (shared, torch.compile(shared, fullgraph=True, backend=backend)):
             out = run(own, table, None, extra["positions"])
@@ -174,7 +163,7 @@ def modules_agree(device, dtype, backend, bound):
             for gradient in got:
                 dist.all_reduce(gradient)
             for a, b in zip((out, *got), (own_expected, *gradients), strict=True):
-                assert (a - b).abs().max() < bound * b.abs().max(), (balancer, run)
+                assert (a - b).abs().max() < bound * b.abs().max(), (balancer, ring, run)
 
 
 def training_steps_agree():

@@ -14,16 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
 from .config import LighthouseConfig
-
-
-def chunk_order(degree: int, load_balance: bool) -> list[int]:
-    """Places in the sequence of the chunks that `degree` ranks hold, rank after rank.
-
-    One chunk a rank; with `load_balance` two, one from the sequence's head and its mirror from the tail.
-    """
-    if not load_balance:
-        return list(range(degree))
-    return [chunk for rank in range(degree) for chunk in (rank, 2 * degree - 1 - rank)]
+from .shared_attention import chunk_order
 
 
 def check_context_parallel(

@@ -13,6 +13,7 @@ from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
 from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
@@ -184,10 +185,19 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
         yield f"compile.backend = {compiled.backend!r}: choose one of {', '.join(backends)}"
     degree = job_config.parallelism.context_parallel_degree
     balancer = job_config.parallelism.context_parallel_load_balancer
+    rotate_method = job_config.parallelism.context_parallel_rotate_method
     if degree > 1 and balancer not in ("headtail", None):
         yield (
             f"parallelism.context_parallel_load_balancer = {balancer!r}: attention is 'sdpa', for which "
             "torchtitan has 'headtail' alone; use that or None"
+        )
+    precision = job_config.training.mixed_precision_param
+    by_cudnn = device_type == "cuda" and rotate_method == "allgather"
+    if degree > 1 and by_cudnn and precision != "bfloat16":
+        yield (
+            f"training.mixed_precision_param = {precision!r}: ranks that share a sequence attend by cuDNN's kernel, "
+            "which has no such precision; set it to 'bfloat16', or parallelism.context_parallel_rotate_method to "
+            "'alltoall'"
         )
     if not lighthouse.enable:
         return

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.experimental._attention import set_rotate_method
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
@@ -18,12 +19,14 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+from torchtitan.models.llama3.model.model import Attention
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import build_dataloader
 from torchtitan_ext.lighthouse.attention import kernels
+from torchtitan_ext.lighthouse.shared_attention import SharedAttention
 from torchtitan_ext.records import CONFIG_FILE
 
 from .args import flavors
@@ -31,9 +34,10 @@ from .checks import check_job
 from .loss import build_loss
 from .model import LighthouseSelfAttention, LighthouseTransformer
 
-# What attention's output was computed from: with it kept, selective activation checkpointing makes no
-# selection twice, nor the attention that scored it.
+# What attention's output was computed from, and that of several ranks: with them kept, selective activation
+# checkpointing makes no selection twice, nor the attention that scored it, nor an exchange.
 _op_sac_save_list.add(torch.ops.lighthouse.attention_scores.default)
+_op_sac_save_list.add(torch.ops.lighthouse.shared_attention.default)
 if kernels:
     _op_sac_save_list.add(torch.ops.lighthouse.select.default)
 
@@ -46,6 +50,14 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
             if isinstance(module, LighthouseSelfAttention):
                 module.share_sequence(mesh, load_balance)
     model = parallelize_llama(model, parallel_dims, job_config)
+    if parallel_dims.cp_enabled:
+        method = job_config.parallelism.context_parallel_rotate_method
+        set_rotate_method(method)
+        for module in model.modules():
+            if isinstance(module, Attention) and method == "allgather":
+                # In place of torch's ring. Few rows are gathered, so few are kept.
+                few = isinstance(module, LighthouseSelfAttention)
+                module.inner_attention = SharedAttention(mesh, load_balance, keep=few)
     if device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
