@@ -267,7 +267,7 @@ def test_chunks_select_what_the_whole_sequence_does(ops, kind):
     chunk_config = replace(config, top_k=config.top_k // n_chunks)
     levels, indices = [], []
     for chunk, scores in enumerate(base.chunk(n_chunks, -1)):
-        level, index = selected(scores, chunk_config, starts_sequence=chunk == 0)
+        level, index = selected(scores, chunk_config, starts=[chunk])
         levels.append(level)
         indices.append(index + chunk * (seq_len // n_chunks) // config.pooling_factor**level)
     expected = selected(base, config)

@@ -127,15 +127,12 @@ def test_tiles_too_large_for_one_program_are_selected_all_the_same(monkeypatch):
     assert torch.equal(kernels.select(scores, config), expected)
 
 
-@shapes
-@pytest.mark.parametrize(
-    ("dtype", "rope"),
-    [(torch.float32, "selected"), (torch.float16, "selected"), (torch.bfloat16, "base")],
-    ids=str,
-)
-def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, poisoned):
-    tensors, freqs_cis, config = inputs_of(shape, dtype, rope)
-    slots = operators.select(operators.score(*tensors, config), config)
+def assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts=(0,)):
+    """The Triton operators and the torch ones, forward and backward; returns the slots."""
+    dtype = tensors[0].dtype
+    scores = operators.score(*tensors, config)
+    slots = operators.select(scores, config, starts)
+    assert torch.equal(kernels.select(scores, config, starts), slots)
     exact = [x.detach().float().requires_grad_() for x in tensors]
 
     def check(ours, reference, inputs, exact_inputs):
@@ -145,8 +142,8 @@ def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, p
         (expected,) = torch.autograd.grad(reference, exact_inputs, grad.float())
         assert error(x, expected) < TOLERANCE[dtype]
 
-    gathered = kernels.gather(*tensors, freqs_cis, slots, config)
-    expected = operators.gather(*exact, freqs_cis, slots, config)
+    gathered = kernels.gather(*tensors, freqs_cis, slots, config, starts)
+    expected = operators.gather(*exact, freqs_cis, slots, config, starts)
     for quartet in zip(gathered, expected, tensors, exact, strict=True):
         check(*quartet)
     rows = gathered[0].detach().requires_grad_()
@@ -157,6 +154,42 @@ def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, p
         rows,
         exact_rows,
     )
+    return slots
+
+
+@shapes
+@pytest.mark.parametrize(
+    ("dtype", "rope"),
+    [(torch.float32, "selected"), (torch.float16, "selected"), (torch.bfloat16, "base")],
+    ids=str,
+)
+def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, poisoned):
+    assert_gather_and_scatter_equal(*inputs_of(shape, dtype, rope))
+
+
+@pytest.mark.parametrize("rope", ["selected", "base"])
+@pytest.mark.parametrize("places", [(0, 5), (2, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 4, 2, 2, 3, 4, 2, 2, 24), pytest.param((3, 4, 128, 6, 512, 2, 8, 1, 128), marks=pytest.mark.gpu)],
+    ids=str,
+)  # fmt: skip
+def test_chunks_of_a_sequence_are_gathered_one_after_another(shape, places, rope, poisoned):
+    tensors, _, config = inputs_of(shape, rope=rope)
+    items, seq_len, _, head_dim = tensors[0].shape
+    freqs_cis = rotary_table(6 * seq_len, head_dim, torch.complex64).to(DEVICE)
+    starts = [place * seq_len for place in places]
+    slots = assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts)
+
+    gathered = kernels.gather(*tensors, freqs_cis, slots, config, starts)
+    for place in (0, 1):  # the same as each chunk by itself
+        own = [x[place::2] for x in tensors]
+        alone = kernels.gather(
+            *own, freqs_cis[starts[place] :], slots[place::2].contiguous(), config
+        )
+        for rows, expected in zip(gathered, alone, strict=True):
+            assert len(rows) == items // 2
+            torch.testing.assert_close(rows.chunk(2, 2)[place], expected)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +227,12 @@ def test_operators_are_well_formed_torch_library_operators(shape):
     ops = torch.ops.lighthouse
     for op, args in [
         (ops.score.default, (q.detach(), k.detach(), levels, p)),
-        (ops.select.default, (scores, n, levels, p, config.top_k, config.tile_winners, True)),
-        (ops.reduce.default, (q, slots, freqs_cis, levels, p, config.gathered_len(n), 0, True, 1)),
-        (ops.spread.default, (rows.requires_grad_(), slots, None, n, levels, p, 1, False, 0)),
+        (ops.select.default, (scores, n, levels, p, config.top_k, config.tile_winners, [0])),
+        (
+            ops.reduce.default,
+            (q, slots, freqs_cis, levels, p, config.gathered_len(n), 0, True, 1, [0]),
+        ),
+        (ops.spread.default, (rows.requires_grad_(), slots, None, levels, p, n, 1, False, 0, [0])),
     ]:
         torch.library.opcheck(
             op, args, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]

@@ -1,6 +1,6 @@
 """Lighthouse Attention: select, gather, attend, scatter back (paper, section 3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -62,14 +62,16 @@ def _slots(
     v: torch.Tensor,
     config: LighthouseConfig,
     freqs_cis: torch.Tensor | None,
-    starts_sequence: bool = True,
+    starts: Sequence[int] = (0,),
 ) -> torch.Tensor:
-    """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw."""
+    """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw.
+
+    For chunks of a sequence, which only the scorer `norm` can score, `starts` is as in `operators`."""
     ops = _operators_for(q)
     if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":
         table = freqs_cis[: q.shape[1]].unsqueeze(1)  # norms don't change under rotation
         q, k = operators.rotate(q, table), operators.rotate(k, table)
-    return ops.select(ops.score(q, k, v, config), config, starts_sequence)
+    return ops.select(ops.score(q, k, v, config), config, starts)
 
 
 def _attend(

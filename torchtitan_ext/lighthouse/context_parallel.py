@@ -52,11 +52,17 @@ def _is_legal(config: LighthouseConfig, top_k: int, seq_len: int) -> bool:
 
 
 def _spill(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
-    """Rows of a chunk's last entry of each pooled level, 0 where it has no slot: [B, H, S, D] -> [B, H, L - 1, D]."""
+    """Rows of each chunk's last entry of each pooled level, 0 where it has no slot.
+
+    [B, H, chunks x S, D] and slots [B x chunks, H_kv, M] -> [chunks, B, H, L - 1, D].
+    """
+    batch, n_heads, _, head_dim = out.shape
     offsets = config.level_offsets(config.seq_len_of(slots.shape[-1]))
     last = torch.stack([slots[..., end - 1] for end in offsets[2:]], -1)
-    last = last.repeat_interleave(out.shape[1] // last.shape[1], 1).unsqueeze(-1)
-    rows = out.gather(2, last.clamp(min=0).long().expand(-1, -1, -1, out.shape[-1]))
+    last = last.unflatten(0, (batch, -1)).transpose(0, 1)  # [chunks, B, H_kv, L - 1]
+    last = last.repeat_interleave(n_heads // last.shape[2], 2).unsqueeze(-1)
+    chunks = out.unflatten(2, (len(last), -1)).movedim(2, 0)
+    rows = chunks.gather(3, last.clamp(min=0).long().expand(*last.shape[:-1], head_dim))
     return rows.masked_fill(last < 0, 0)
 
 
@@ -111,27 +117,20 @@ def context_parallel_attention(
     config = replace(config, top_k=config.top_k // len(order))
     ops = _operators_for(q)
 
-    slots, gathered = [], []
-    chunk_len = q.shape[1] // per_rank
-    parts = zip(*(x.chunk(per_rank, 1) for x in (q, k, v)), strict=True)
-    for chunk, (q, k, v) in zip(chunks, parts, strict=True):
-        table = None if freqs_cis is None else freqs_cis[chunk * chunk_len :]
-        _check_inputs(q, k, v, config, table)
-        slots.append(_slots(q, k, v, config, table, starts_sequence=chunk == 0))
-        gathered.append(ops.gather(q, k, v, table, slots[-1], config))
-    q, k, v = (torch.cat(rows, 2) for rows in zip(*gathered, strict=True))
-    outs = _attend(attention, q, k, v).chunk(per_rank, 2)
+    batch, chunk_len = q.shape[0], q.shape[1] // per_rank
+    starts = [chunk * chunk_len for chunk in chunks]
+    q, k, v = (x.unflatten(1, (per_rank, chunk_len)).flatten(0, 1) for x in (q, k, v))
+    _check_inputs(q, k, v, config, freqs_cis if freqs_cis is None else freqs_cis[max(starts) :])
+    slots = _slots(q, k, v, config, freqs_cis, starts)
+    q, k, v = ops.gather(q, k, v, freqs_cis, slots, config, starts)
+    out = _attend(attention, q, k, v)
 
-    spill = torch.stack([_spill(*pair, config) for pair in zip(outs, slots, strict=True)])
-    spill = DTensor.from_local(spill, mesh, [Shard(0)]).redistribute(placements=[Replicate()])
-    spill = spill.to_local(grad_placements=[Partial()])
+    spill = DTensor.from_local(_spill(out, slots, config), mesh, [Shard(0)])
+    spill = spill.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     # What nothing spills to takes a row of zeros: a rank that used no row would be missing in backward.
-    spill = torch.cat(
-        [spill, torch.zeros_like(spill[:1])]
-    )  # [chunks in `order` and 1, B, H, L - 1, D]
-    result = []
-    for chunk, out, slot in zip(chunks, outs, slots, strict=True):
-        out = ops.scatter(out, slot, config)
-        added = _spread(spill[order.index(chunk - 1) if chunk else -1], config)
-        result += [out[:, : added.shape[1]] + added, out[:, added.shape[1] :]]
-    return torch.cat(result, 1)
+    spill = torch.cat([spill, torch.zeros_like(spill[:1])])
+    before = [order.index(chunk - 1) if chunk else -1 for chunk in chunks]
+    added = torch.stack([_spread(spill[i], config) for i in before], 1)  # [B, chunks, n, H, D]
+    out = ops.scatter(out, slots, config).unflatten(0, (batch, per_rank))
+    n_reached = added.shape[2]
+    return torch.cat([out[:, :, :n_reached] + added, out[:, :, n_reached:]], 2).flatten(1, 2)

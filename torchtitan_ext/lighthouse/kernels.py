@@ -8,6 +8,8 @@ covers), the scatter (spread to the span that starts at its end) and both backwa
 another one does: there are no atomics, no output is filled beforehand, and runs repeat bitwise.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -92,9 +94,9 @@ def _top(key, eligible, COUNT: tl.constexpr):
 
 @triton.jit
 def _select_kernel(
-    scores, slots, scratch, N, M, key_scores,
+    scores, slots, scratch, N, M, key_scores, n_kv_heads,
     P: tl.constexpr, LEVELS: tl.constexpr, WINNERS: tl.constexpr, TILES: tl.constexpr, COARSEST: tl.constexpr,
-    STARTS_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
+    STARTS_SEQUENCE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The cascade of one tile. In `scratch`, for each level: the winners' indices, their ranks among the
     level's candidates, and how many of the first n candidates won."""
@@ -127,7 +129,8 @@ def _select_kernel(
         if STARTS_SEQUENCE:
             # The sequence's first entry always wins, else its first positions could have no contributor.
             dropped = tl.max(tl.where(weakest, r, -1))
-            missing = (tile == 0) & (tl.sum((won & (r == 0)).to(tl.int32)) == 0)
+            first_tile = (tile == 0) & (head // n_kv_heads % CHUNKS == 0)
+            missing = first_tile & (tl.sum((won & (r == 0)).to(tl.int32)) == 0)
             won = (won & ~(missing & (r == dropped))) | (missing & (r == 0))
         count = tl.cumsum(won.to(tl.int32))
         tl.store(winner + count - 1, index, mask=won)
@@ -367,9 +370,23 @@ def _spread_spans(
 
 
 @triton.jit
+def _first_row(b, head, n_heads, S, CHUNKS: tl.constexpr):
+    """Where the gathered rows of a chunk and head begin in [batch, n_heads, CHUNKS, S]."""
+    return ((b // CHUNKS * n_heads + head) * CHUNKS + b % CHUNKS) * S
+
+
+@triton.jit
+def _table_of_chunk(freqs, b, first_start, last_start, D, CHUNKS: tl.constexpr, ROPE: tl.constexpr):
+    """The rotary table from the position on at which a chunk starts."""
+    if ROPE > 0:
+        freqs += tl.where(b % CHUNKS == 0, first_start, last_start).to(tl.int64) * D
+    return freqs
+
+
+@triton.jit
 def _reduce_kernel(
-    x, slots, freqs, gathered, N, n_blocks, n_heads, D, M, S, stride_b, stride_n,
-    GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
+    x, slots, freqs, gathered, N, n_blocks, n_heads, D, M, S, stride_b, stride_n, first_start, last_start,
+    CHUNKS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     ROPE: tl.constexpr, AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums (or means) over the spans of ENTRIES entries of the coarsest level, of one head, and of all entries
@@ -381,16 +398,17 @@ def _reduce_kernel(
     b = (tl.program_id(0) // n_heads // n_blocks).to(tl.int64)
     index = block * ENTRIES - SHIFT + tl.arange(0, ENTRIES)
     _sum_spans(
-        x + b * stride_b + head * D, slots + (b * (n_heads // GROUP) + head // GROUP) * M, freqs,
-        gathered + (b * n_heads + head) * S * D, index, N, stride_n, D,
+        x + b * stride_b + head * D, slots + (b * (n_heads // GROUP) + head // GROUP) * M,
+        _table_of_chunk(freqs, b, first_start, last_start, D, CHUNKS, ROPE),
+        gathered + _first_row(b, head, n_heads, S, CHUNKS) * D, index, N, stride_n, D,
         LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def _spread_kernel(
-    gathered, slots, freqs, out, N, n_blocks, n_heads, D, M, S, stride_b, stride_n,
-    GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
+    gathered, slots, freqs, out, N, n_blocks, n_heads, D, M, S, stride_b, stride_n, first_start, last_start,
+    CHUNKS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     ROPE: tl.constexpr, AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of `_reduce_kernel`: every position of the spans of ENTRIES entries of the coarsest level, of
@@ -400,8 +418,9 @@ def _spread_kernel(
     b = (tl.program_id(0) // n_heads // n_blocks).to(tl.int64)
     index = block * ENTRIES - SHIFT + tl.arange(0, ENTRIES)
     _spread_spans(
-        tl.zeros((ENTRIES, BLOCK_D), tl.float32), gathered + (b * n_heads + head) * S * D,
-        slots + (b * (n_heads // GROUP) + head // GROUP) * M, freqs, out + b * stride_b + head * D,
+        tl.zeros((ENTRIES, BLOCK_D), tl.float32), gathered + _first_row(b, head, n_heads, S, CHUNKS) * D,
+        slots + (b * (n_heads // GROUP) + head // GROUP) * M,
+        _table_of_chunk(freqs, b, first_start, last_start, D, CHUNKS, ROPE), out + b * stride_b + head * D,
         index, N, stride_n, D, LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
     )  # fmt: skip
 
@@ -415,14 +434,24 @@ def _rows_of_heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
-def _pair_launch(x, slots, levels, p, shift):
+def _pair_launch(x, slots, gathered_len, levels, p, shift, starts):
     """Grid and common arguments of the reduce and the spread kernel for heads-last `x` [B, N, H, D]."""
     batch, seq_len, n_heads, head_dim = x.shape
     block_d = triton.next_power_of_2(head_dim)
     entries = max(32 * 8 // block_d, 1)  # one warp, 8 adjacent elements a thread
     n_blocks = triton.cdiv(seq_len // p ** (levels - 1) + shift, entries)
-    sizes = seq_len, n_blocks, n_heads, head_dim, slots.shape[-1]
+    sizes = (
+        seq_len,
+        n_blocks,
+        n_heads,
+        head_dim,
+        slots.shape[-1],
+        gathered_len,
+        x.stride(0),
+        x.stride(1),
+    )
     constants = {
+        "CHUNKS": len(starts),
         "GROUP": n_heads // slots.shape[1],
         "P": p,
         "LEVELS": levels,
@@ -431,7 +460,7 @@ def _pair_launch(x, slots, levels, p, shift):
         "BLOCK_D": block_d,
         "num_warps": 1,
     }
-    return (batch * n_blocks * n_heads,), sizes, constants
+    return (batch * n_blocks * n_heads,), (*sizes, starts[0], starts[-1]), constants
 
 
 @torch.library.custom_op("lighthouse::score", mutates_args=())
@@ -462,7 +491,7 @@ def _(q, k, levels, p):
 @torch.library.custom_op("lighthouse::select", mutates_args=())
 def _select_op(
     scores: torch.Tensor, seq_len: int, levels: int, p: int, top_k: int, tile_winners: int,
-    starts_sequence: bool,
+    starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     scores = scores.contiguous()
     _, batch, n_kv_heads, n_entries = scores.shape
@@ -473,81 +502,83 @@ def _select_op(
     slots = scores.new_empty(batch, n_kv_heads, n_entries, dtype=torch.int32)
     scratch = slots.new_empty(programs, levels, 2 * tile_winners + block + 1)
     _select_kernel[(programs,)](
-        scores, slots, scratch, seq_len, n_entries, scores.stride(0),
+        scores, slots, scratch, seq_len, n_entries, scores.stride(0), n_kv_heads,
         P=p, LEVELS=levels, WINNERS=tile_winners, TILES=tiles, COARSEST=coarsest,
-        STARTS_SEQUENCE=starts_sequence, BLOCK=block,
+        STARTS_SEQUENCE=starts[0] == 0, CHUNKS=len(starts), BLOCK=block,
         num_warps=min(max(block // 128, 4), 16),
     )  # fmt: skip
     return slots
 
 
 @_select_op.register_fake
-def _(scores, seq_len, levels, p, top_k, tile_winners, starts_sequence):
+def _(scores, seq_len, levels, p, top_k, tile_winners, starts):
     return scores.new_empty(scores.shape[1:], dtype=torch.int32)
+
+
+def _gathered_shape(x, gathered_len, starts):
+    """Of what is gathered from x [B, N, H, D]."""
+    n_chunks = len(starts)
+    return x.shape[0] // n_chunks, x.shape[2], n_chunks * gathered_len, x.shape[3]
 
 
 @torch.library.custom_op("lighthouse::reduce", mutates_args=())
 def _reduce_op(
     x: torch.Tensor, slots: torch.Tensor, freqs_cis: torch.Tensor | None,
-    levels: int, p: int, gathered_len: int, shift: int, mean: bool, rope: int,
+    levels: int, p: int, gathered_len: int, shift: int, mean: bool, rope: int, starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     x = _rows_of_heads(x)
     freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
-    gathered = x.new_empty(x.shape[0], x.shape[2], gathered_len, x.shape[3])
-    grid, sizes, constants = _pair_launch(x, slots, levels, p, shift)
+    gathered = x.new_empty(_gathered_shape(x, gathered_len, starts))
+    grid, sizes, constants = _pair_launch(x, slots, gathered_len, levels, p, shift, starts)
     _reduce_kernel[grid](
-        x, slots, freqs, gathered, *sizes, gathered_len, x.stride(0), x.stride(1),
+        x, slots, freqs, gathered, *sizes,
         MEAN=mean, ROPE=rope, AT_ONCE=_REDUCE_AT_ONCE, **constants,
     )  # fmt: skip
     return gathered
 
 
 @_reduce_op.register_fake
-def _(x, slots, freqs_cis, levels, p, gathered_len, shift, mean, rope):
-    return x.new_empty(x.shape[0], x.shape[2], gathered_len, x.shape[3])
+def _(x, slots, freqs_cis, levels, p, gathered_len, shift, mean, rope, starts):
+    return x.new_empty(_gathered_shape(x, gathered_len, starts))
 
 
 @torch.library.custom_op("lighthouse::spread", mutates_args=())
 def _spread_op(
     gathered: torch.Tensor, slots: torch.Tensor, freqs_cis: torch.Tensor | None,
-    seq_len: int, levels: int, p: int, shift: int, mean: bool, rope: int,
+    levels: int, p: int, seq_len: int, shift: int, mean: bool, rope: int, starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     gathered = gathered.contiguous()
-    batch, n_heads, gathered_len, head_dim = gathered.shape
     freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
-    out = gathered.new_empty(batch, seq_len, n_heads, head_dim)
-    grid, sizes, constants = _pair_launch(out, slots, levels, p, shift)
+    out = gathered.new_empty(len(slots), seq_len, *gathered.shape[1::2])
+    gathered_len = gathered.shape[2] // len(starts)
+    grid, sizes, constants = _pair_launch(out, slots, gathered_len, levels, p, shift, starts)
     _spread_kernel[grid](
-        gathered, slots, freqs, out, *sizes, gathered_len, out.stride(0), out.stride(1),
+        gathered, slots, freqs, out, *sizes,
         MEAN=mean, ROPE=rope, AT_ONCE=_SPREAD_AT_ONCE, **constants,
     )  # fmt: skip
     return out
 
 
 @_spread_op.register_fake
-def _(gathered, slots, freqs_cis, seq_len, levels, p, shift, mean, rope):
-    return gathered.new_empty(gathered.shape[0], seq_len, *gathered.shape[1::2])
+def _(gathered, slots, freqs_cis, levels, p, seq_len, shift, mean, rope, starts):
+    return gathered.new_empty(len(slots), seq_len, *gathered.shape[1::2])
 
 
 def _setup(ctx, inputs, output):
-    x, slots, freqs_cis, *ctx.settings = inputs
+    x, slots, freqs_cis, ctx.levels, ctx.p, _, *ctx.settings = inputs
     ctx.save_for_backward(slots, freqs_cis)
-    ctx.length = x.shape[1]  # of the sequence before a reduce
-    ctx.gathered_len = x.shape[2]  # of the gathered rows before a spread
+    ctx.seq_len = x.shape[1]  # before a reduce
+    ctx.gathered_len = x.shape[2] // len(ctx.settings[-1])  # before a spread
 
 
 def _reduce_backward(ctx, grad):
-    slots, freqs_cis = ctx.saved_tensors
-    levels, p, _, *rest = ctx.settings
-    grad_x = _spread_op(grad, slots, freqs_cis, ctx.length, levels, p, *rest)
-    return grad_x, *[None] * 8
+    geometry = ctx.levels, ctx.p, ctx.seq_len
+    return _spread_op(grad, *ctx.saved_tensors, *geometry, *ctx.settings), *[None] * 9
 
 
 def _spread_backward(ctx, grad):
-    slots, freqs_cis = ctx.saved_tensors
-    _, levels, p, *rest = ctx.settings
-    grad_x = _reduce_op(grad, slots, freqs_cis, levels, p, ctx.gathered_len, *rest)
-    return grad_x, *[None] * 8
+    geometry = ctx.levels, ctx.p, ctx.gathered_len
+    return _reduce_op(grad, *ctx.saved_tensors, *geometry, *ctx.settings), *[None] * 9
 
 
 _reduce_op.register_autograd(_reduce_backward, setup_context=_setup)
@@ -564,16 +595,21 @@ def score(
 
 
 def select(
-    scores: torch.Tensor, config: LighthouseConfig, starts_sequence: bool = True
+    scores: torch.Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,)
 ) -> torch.Tensor:
     """See `operators.select`."""
     seq_len = config.seq_len_of(scores.shape[-1])
     if seq_len // config.span(config.levels - 1) // config.n_tiles > _MOST_CANDIDATES:
-        return operators.select(scores, config, starts_sequence)
+        return operators.select(scores, config, starts)
     return _select_op(
-        scores, seq_len, config.levels, config.pooling_factor, config.top_k, config.tile_winners,
-        starts_sequence,
-    )  # fmt: skip
+        scores,
+        seq_len,
+        config.levels,
+        config.pooling_factor,
+        config.top_k,
+        config.tile_winners,
+        starts,
+    )
 
 
 def gather(
@@ -583,6 +619,7 @@ def gather(
     freqs_cis: torch.Tensor | None,
     slots: torch.Tensor,
     config: LighthouseConfig,
+    starts: Sequence[int] = (0,),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `operators.gather`."""
     geometry = config.levels, config.pooling_factor, config.gathered_len(q.shape[1])
@@ -590,15 +627,14 @@ def gather(
     if freqs_cis is not None:
         rope = _ROPE_SELECTED if config.rope == "selected" else _ROPE_BASE
     return (
-        _reduce_op(q, slots, freqs_cis, *geometry, 0, True, rope),
-        _reduce_op(k, slots, freqs_cis, *geometry, 0, True, rope),
-        _reduce_op(v, slots, None, *geometry, 0, True, _NO_ROPE),
+        _reduce_op(q, slots, freqs_cis, *geometry, 0, True, rope, starts),
+        _reduce_op(k, slots, freqs_cis, *geometry, 0, True, rope, starts),
+        _reduce_op(v, slots, None, *geometry, 0, True, _NO_ROPE, starts),
     )
 
 
 def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """See `operators.scatter`."""
-    seq_len = config.seq_len_of(slots.shape[-1])
-    return _spread_op(
-        out, slots, None, seq_len, config.levels, config.pooling_factor, 1, False, _NO_ROPE
-    )
+    geometry = config.levels, config.pooling_factor, config.seq_len_of(slots.shape[-1])
+    starts = (0,) * (len(slots) // len(out))
+    return _spread_op(out, slots, None, *geometry, 1, False, _NO_ROPE, starts)

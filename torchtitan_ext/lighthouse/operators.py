@@ -2,8 +2,13 @@
 
 They share two arrays over the pyramid, whose M entries stand level after level: scores [2, B, H_kv, M],
 query scores then key scores, and slots [B, H_kv, M], each entry's row in the gathered sequence or -1.
+
+A sequence of which only some chunks are here stands as that many items of the batch, one after another, N positions
+and S gathered rows each; `starts` are the positions of the whole sequence at which they begin. B then counts chunks,
+but for the gathered rows, [batch, H, chunks x S, D].
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +47,7 @@ def score(
 
 
 def _tile_winners(
-    q_score: torch.Tensor, k_score: torch.Tensor, m: int, starts_sequence: bool
+    q_score: torch.Tensor, k_score: torch.Tensor, m: int, starts: Sequence[int]
 ) -> torch.Tensor:
     """Positions of each tile's m winners, ascending: [B, H, T, C] scores -> [B, H, T, m].
 
@@ -53,9 +58,10 @@ def _tile_winners(
     by_key = k_score.sort(dim=-1, descending=True, stable=True).indices
     rest_first = won.gather(-1, by_key).sort(dim=-1, stable=True).indices[..., : m // 2]
     won.scatter_(-1, by_key.gather(-1, rest_first), True)
-    if starts_sequence:
+    if starts[0] == 0:
         # The sequence's first entry always wins, else its first positions could have no contributor.
-        first, weakest = won[:, :, 0], by_query[:, :, 0, -1:]
+        n_chunks = len(starts)
+        first, weakest = won[::n_chunks, :, 0], by_query[::n_chunks, :, 0, -1:]
         first.scatter_(-1, weakest, first.gather(-1, weakest) & first[..., :1])
         first[..., 0] = True
     return won.sort(dim=-1, descending=True, stable=True).indices[..., :m]
@@ -63,13 +69,12 @@ def _tile_winners(
 
 @torch.no_grad()
 def select(
-    scores: torch.Tensor, config: LighthouseConfig, starts_sequence: bool = True
+    scores: torch.Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,)
 ) -> torch.Tensor:
     """The coarse-to-fine cascade and its order: scores [2, B, H_kv, M] -> slots [B, H_kv, M], int32.
 
     Every candidate joins the gathered sequence; winners only decide whose children are candidates.
-    Sorting by end, finer first, puts children before their parent. `starts_sequence` is False for the
-    scores of a later chunk of a sequence.
+    Sorting by end, finer first, puts children before their parent.
     """
     _, batch, heads, n_entries = scores.shape
     p, levels = config.pooling_factor, config.levels
@@ -85,7 +90,7 @@ def select(
             break
         of_tile = rows[-1].flatten(2).expand(2, -1, -1, -1)
         q_score, k_score = scores.gather(-1, of_tile).view(2, *candidates.shape)
-        winners = _tile_winners(q_score, k_score, config.tile_winners, starts_sequence)
+        winners = _tile_winners(q_score, k_score, config.tile_winners, starts)
         winners = candidates.gather(-1, winners)
         candidates = (winners.unsqueeze(-1) * p + children).flatten(-2)
     in_order = torch.cat(order, -1).argsort(dim=-1)
@@ -136,12 +141,14 @@ def gather(
     freqs_cis: torch.Tensor | None,
     slots: torch.Tensor,
     config: LighthouseConfig,
+    starts: Sequence[int] = (0,),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The selected entries' means, rotated: q [B, N, H, D], k and v -> [B, H, S, D] and 2 x [B, H_kv, S, D]."""
     seq_len, n_kv_heads = k.shape[1:3]
     rows = gathered_rows(slots, config.gathered_len(seq_len))
+    start = torch.tensor(starts, device=q.device).repeat(len(q) // len(starts)).view(-1, 1, 1)
     if freqs_cis is not None and config.rope == "base":
-        table = freqs_cis[:seq_len].unsqueeze(1)
+        table = freqs_cis[start + torch.arange(seq_len, device=q.device).view(-1, 1)]
         q, k = rotate(q, table), rotate(k, table)
 
     def take(x: torch.Tensor) -> torch.Tensor:
@@ -153,10 +160,14 @@ def gather(
     q, k, v = take(q), take(k), take(v)
     if freqs_cis is not None and config.rope == "selected":
         level, index = entries(rows, config, seq_len)
-        table = freqs_cis[(index + 1) * config.pooling_factor**level - 1]
+        table = freqs_cis[start + (index + 1) * config.pooling_factor**level - 1]
         q = rotate(q, table.repeat_interleave(q.shape[1] // n_kv_heads, 1))
         k = rotate(k, table)
-    return q, k, v
+
+    def one_after_another(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (-1, len(starts))).transpose(1, 2).flatten(2, 3)
+
+    return one_after_another(q), one_after_another(k), one_after_another(v)
 
 
 def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
@@ -164,6 +175,7 @@ def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) ->
 
     Read as a gather: position t looks up, at each level, the one entry that can reach it.
     """
+    out = out.unflatten(2, (len(slots) // len(out), -1)).transpose(1, 2).flatten(0, 1)
     batch, heads, gathered_len, _ = out.shape
     seq_len = config.seq_len_of(slots.shape[-1])
     slots = slots.repeat_interleave(heads // slots.shape[1], 1)

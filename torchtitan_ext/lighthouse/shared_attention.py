@@ -126,7 +126,9 @@ def _fetch(
     group: dist.ProcessGroup, layout: _Layout, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, list[dist.Work]]:
     """Keys and values of the others, [n_received, 2, B, H_kv, D] once the works are done."""
-    own = torch.stack([k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)], 1)
+    own = k.new_empty(k.shape[2], 2, *k.shape[:2], k.shape[3])
+    for target, x in zip(own.permute(1, 2, 3, 0, 4), (k, v), strict=True):
+        target.copy_(x)
     others = own.new_empty(layout.n_received, *own.shape[1:])
     sends = [(own[layout.rows(t.place)], t.receiver) for t in layout.sent]
     gets = [(others[layout.rows(t.slot)], t.sender) for t in layout.received]
@@ -163,10 +165,10 @@ def _attention_op(
     k, v = others.permute(1, 2, 3, 0, 4)
     for rows, n in layout.parts:
         more, more_lse = _forward(q[:, :, rows], k[:, :, :n], v[:, :, :n], False)
-        merged = torch.logaddexp(lse[:, :, rows], more_lse)
-        weight = (more_lse - merged).exp().unsqueeze(-1)
-        out[:, :, rows] = out[:, :, rows].to(weight).lerp(more.to(weight), weight)
-        lse[:, :, rows] = merged
+        of_rows, lse_of_rows = out[:, :, rows], lse[:, :, rows]
+        weight = torch.sigmoid(more_lse - lse_of_rows).unsqueeze(-1)
+        torch.addcmul(of_rows * (1 - weight), more, weight, out=of_rows)  # in the weights' fp32
+        torch.logaddexp(lse_of_rows, more_lse, out=lse_of_rows)
     return _laid_out_as(out, q), lse, others if keep else others.new_empty(0)
 
 
