@@ -55,9 +55,9 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         set_rotate_method(method)
         for module in model.modules():
             if isinstance(module, Attention) and method == "allgather":
-                # In place of torch's ring. Few rows are gathered, so few are kept.
-                few = isinstance(module, LighthouseSelfAttention)
-                module.inner_attention = SharedAttention(mesh, load_balance, keep=few)
+                # In place of torch's ring. Beside Lighthouse few layers are dense, so few rows are kept.
+                keep = job_config.lighthouse.enable
+                module.inner_attention = SharedAttention(mesh, load_balance, keep)
     if device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
