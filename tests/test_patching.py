@@ -543,6 +543,7 @@ def test_what_one_rank_saw_all_ranks_answer(patched):
         patched,
         """
 import math, os
+from collections import deque
 from unittest.mock import MagicMock
 
 import torch
@@ -556,14 +557,17 @@ trainer = MagicMock(step=7, nonfinite_steps=0, job_config=JobConfig(), device="c
 trainer.checkpointer.describe_latest.return_value = "LATEST"
 allowed = trainer.job_config.training
 
-trainer.outcome, trainer.interrupted, trainer.sigterm_received = None, False, False
-assert Trainer.check_outcome(trainer)  # no step yet
+trainer.outcomes, trainer.interrupted, trainer.sigterm_received = deque(), False, False
+assert Trainer.check_outcomes(trainer)  # no step yet
 
-def finite(loss=2.0, norm=3.0):
+def share(loss=2.0, norm=3.0):
     Trainer.share_outcome(trainer, torch.tensor(loss), torch.tensor(norm))
+
+def finite(**case):
+    share(**case)
     trainer.step += 1  # asked in the next step
     try:
-        return Trainer.check_outcome(trainer)
+        return Trainer.check_outcomes(trainer)
     finally:
         trainer.step -= 1
 
@@ -587,9 +591,50 @@ for value in (math.nan, math.inf, -math.inf):
 assert not trainer.interrupted
 trainer.sigterm_received = here
 assert finite() and trainer.interrupted
+
+# read after the next step, or before a checkpoint: none is saved from a bad step on
+def train_step(_):
+    share(loss=math.nan if here and trainer.step == bad else 2.0)
+
+trainer.train_step = train_step
+trainer.check_outcomes = lambda **which: Trainer.check_outcomes(trainer, **which)
+trainer.checkpointer._should_save = lambda step: step % 3 == 0
+trainer.should_continue_training = lambda: trainer.step < 8
+trainer.sigterm_received = trainer.interrupted = False
+allowed.skip_nonfinite_steps = 0
+for bad in range(1, 9):
+    trainer.step, trainer.nonfinite_steps = 0, 0
+    trainer.outcomes.clear()
+    trainer.checkpointer.save.reset_mock()
+    try:
+        Trainer.train(trainer)
+    except RuntimeError as error:
+        assert str(error).startswith(f"Step {bad} is not finite: loss nan on rank 1, ")
+    else:
+        raise AssertionError(bad)
+    asked = {call.args[0] for call in trainer.checkpointer.save.call_args_list}
+    assert asked & {3, 6, 8} == {step for step in (3, 6, 8) if step < bad}
+    assert trainer.step == (bad if bad in (3, 6, 8) else bad + 1)
 os._exit(0)  # gloo's threads may still hold tensors
 """,
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    )
+
+
+def test_context_parallel_indices_are_torchs_and_made_once(patched):
+    python(
+        patched,
+        """
+from torchtitan.distributed.context_parallel import _head_tail_load_balancer, _HeadTailLoadBalancer
+
+for world_size in (1, 2, 3, 8):
+    for seq_len in (2 * world_size, 10 * world_size):
+        for restore in (False, True):
+            case = seq_len, world_size, "cpu"
+            indices = _head_tail_load_balancer(*case)._generate_indices(restore)
+            assert indices.equal(_HeadTailLoadBalancer(*case)._generate_indices(restore))
+            assert indices is _head_tail_load_balancer(*case)._generate_indices(restore)
+""",
     )
 
 
