@@ -5,6 +5,10 @@ repeat the comparison at full size (`make test-gpu`).
 """
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +241,13 @@ def test_operators_are_well_formed_torch_library_operators(shape):
         torch.library.opcheck(
             op, args, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]
         )
+
+
+def test_the_compiler_takes_what_the_interpreter_runs():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_compiles_without_a_graph_break_and_equals_eager(triton_everywhere):

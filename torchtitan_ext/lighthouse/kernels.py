@@ -376,14 +376,6 @@ def _first_row(b, head, n_heads, S, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _table_of_chunk(freqs, b, first_start, last_start, D, CHUNKS: tl.constexpr, ROPE: tl.constexpr):
-    """The rotary table from the position on at which a chunk starts."""
-    if ROPE > 0:
-        freqs += tl.where(b % CHUNKS == 0, first_start, last_start).to(tl.int64) * D
-    return freqs
-
-
-@triton.jit
 def _reduce_kernel(
     x, slots, freqs, gathered, N, n_blocks, n_heads, D, M, S, stride_b, stride_n, first_start, last_start,
     CHUNKS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
@@ -397,10 +389,11 @@ def _reduce_kernel(
     block = tl.program_id(0) // n_heads % n_blocks
     b = (tl.program_id(0) // n_heads // n_blocks).to(tl.int64)
     index = block * ENTRIES - SHIFT + tl.arange(0, ENTRIES)
+    if ROPE > 0:
+        freqs += tl.where(b % CHUNKS == 0, first_start, last_start).to(tl.int64) * D
     _sum_spans(
         x + b * stride_b + head * D, slots + (b * (n_heads // GROUP) + head // GROUP) * M,
-        _table_of_chunk(freqs, b, first_start, last_start, D, CHUNKS, ROPE),
-        gathered + _first_row(b, head, n_heads, S, CHUNKS) * D, index, N, stride_n, D,
+        freqs, gathered + _first_row(b, head, n_heads, S, CHUNKS) * D, index, N, stride_n, D,
         LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
     )  # fmt: skip
 
@@ -417,10 +410,12 @@ def _spread_kernel(
     block = tl.program_id(0) // n_heads % n_blocks
     b = (tl.program_id(0) // n_heads // n_blocks).to(tl.int64)
     index = block * ENTRIES - SHIFT + tl.arange(0, ENTRIES)
+    if ROPE > 0:
+        freqs += tl.where(b % CHUNKS == 0, first_start, last_start).to(tl.int64) * D
     _spread_spans(
         tl.zeros((ENTRIES, BLOCK_D), tl.float32), gathered + _first_row(b, head, n_heads, S, CHUNKS) * D,
         slots + (b * (n_heads // GROUP) + head // GROUP) * M,
-        _table_of_chunk(freqs, b, first_start, last_start, D, CHUNKS, ROPE), out + b * stride_b + head * D,
+        freqs, out + b * stride_b + head * D,
         index, N, stride_n, D, LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
     )  # fmt: skip
 
