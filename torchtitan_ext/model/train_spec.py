@@ -32,6 +32,7 @@ from torchtitan_ext.records import CONFIG_FILE
 from .args import flavors
 from .checks import check_job
 from .loss import build_loss
+from .memory import keeps_others
 from .model import LighthouseSelfAttention, LighthouseTransformer
 
 # What attention's output was computed from, and that of several ranks: with them kept, selective activation
@@ -55,9 +56,10 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         set_rotate_method(method)
         for module in model.modules():
             if isinstance(module, Attention) and method == "allgather":
-                # In place of torch's ring. Beside Lighthouse few layers are dense, so few rows are kept.
-                keep = job_config.lighthouse.enable
-                module.inner_attention = SharedAttention(mesh, load_balance, keep)
+                keep = keeps_others(job_config)
+                module.inner_attention = SharedAttention(
+                    mesh, load_balance, keep
+                )  # for torch's ring
     if device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
