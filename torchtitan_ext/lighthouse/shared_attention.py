@@ -70,6 +70,16 @@ class _Transfer(NamedTuple):
     slot: int
 
 
+def _transfers(held: list[list[int]]) -> Iterator[_Transfer]:
+    """What is sent, where each rank holds these chunks: a chunk to all ranks with a later one."""
+    for sender, sent in enumerate(held):
+        for receiver, own in enumerate(held):
+            for place, chunk in enumerate(sent):
+                if sender != receiver and chunk < own[-1]:
+                    slot = chunk - sum(other < chunk for other in own)
+                    yield _Transfer(sender, place, receiver, slot)
+
+
 class _Layout:
     """Who holds which chunks, and what this rank does with its own and the others'.
 
@@ -77,34 +87,25 @@ class _Layout:
     """
 
     def __init__(self, n_rows: int, load_balance: bool, rank: int, degree: int):
-        self.rank = rank
         order = chunk_order(degree, load_balance)
-        per_rank = len(order) // degree
-        self.held = [order[rank * per_rank :][:per_rank] for rank in range(degree)]
-        self.chunk_len = n_rows // per_rank
+        self.n_chunks = len(order) // degree  # of a rank
+        self.chunk_len = n_rows // self.n_chunks
+        held = [order[r * self.n_chunks :][: self.n_chunks] for r in range(degree)]
         # Own rows, and how many of those that came they attend to; chunks with nothing between them together.
         self.parts: list[tuple[slice, int]] = []
-        for place, chunk in enumerate(self.held[self.rank]):
+        for place, chunk in enumerate(held[rank]):
             rows, n_keys = self.rows(place), (chunk - place) * self.chunk_len
             if self.parts and self.parts[-1][1] == n_keys:
                 self.parts[-1] = (slice(self.parts[-1][0].start, rows.stop), n_keys)
             elif n_keys:
                 self.parts.append((rows, n_keys))
         self.n_received = self.parts[-1][1] if self.parts else 0
-        transfers = list(self._transfers())
+        transfers = list(_transfers(held))
         self.sent = [t for t in transfers if t.sender == rank]
         self.received = [t for t in transfers if t.receiver == rank]
 
     def rows(self, place: int) -> slice:
         return slice(place * self.chunk_len, (place + 1) * self.chunk_len)
-
-    def _transfers(self) -> Iterator[_Transfer]:
-        for sender, sent in enumerate(self.held):
-            for receiver, own in enumerate(self.held):
-                for place, chunk in enumerate(sent):
-                    if sender != receiver and chunk < own[-1]:
-                        slot = chunk - sum(other < chunk for other in own)
-                        yield _Transfer(sender, place, receiver, slot)
 
 
 _layout = cache(_Layout)
@@ -220,7 +221,7 @@ def _backward_op(
     for rows, part in parts:
         dq[:, :, rows] += part
     _wait(works)
-    for place in range(len(layout.held[layout.rank])):
+    for place in range(layout.n_chunks):
         pieces = [x for x, t in zip(came, layout.sent, strict=True) if t.place == place]
         if pieces:
             # added up in fp32, rounded once
