@@ -43,7 +43,7 @@ test: lint  ## lint, then the test suite (CPU, under 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-eight: setup  ## FSDP and context parallelism on eight CPU processes: exact resume, and what one process trains
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_resume.py -m eight
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_context_parallel.py tests/test_resume.py -m eight
 
 test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUDA device
 	$(BIN)/python -m pytest tests/test_kernels.py tests/test_scorers.py tests/test_loss.py -m "gpu or not gpu"

@@ -234,8 +234,8 @@ def run_rank(rank, n_ranks, store):
     os._exit(0)  # past the interpreter's end, gloo's threads may abort the process
 
 
-@pytest.mark.timeout(900)  # eight processes may share two cores with other tests
-@pytest.mark.parametrize("n_ranks", [2, 8])
+@pytest.mark.timeout(900)  # many processes may share two cores with other tests
+@pytest.mark.parametrize("n_ranks", [2, 4, pytest.param(8, marks=pytest.mark.eight)])
 def test_ranks_that_share_a_sequence(n_ranks, tmp_path):
     mp.spawn(run_rank, (n_ranks, tmp_path / "store"), n_ranks)
 
