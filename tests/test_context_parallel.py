@@ -169,7 +169,8 @@ def modules_agree(device, dtype, backend, bound):
 
 def training_steps_agree():
     world, seq_len = dist.get_world_size(), 512
-    for balancer in ("headtail", None):
+    ways = [("headtail", "allgather"), (None, "allgather"), ("headtail", "alltoall")]
+    for balancer, rotate_method in ways[: 3 if world == 2 else 2]:
         job_config = parse(
             "configs/demo/stage1.toml",
             *(
@@ -180,6 +181,7 @@ def training_steps_agree():
             *("--training.mixed_precision_param=float32", "--lighthouse.dense_layers", "0"),
             f"--parallelism.context_parallel_degree={world}",
             f"--parallelism.context_parallel_load_balancer={balancer}",
+            f"--parallelism.context_parallel_rotate_method={rotate_method}",
         )
         model_args = args(
             n_layers=3, n_kv_heads=2, max_seq_len=seq_len, lighthouse=job_config.lighthouse
@@ -187,6 +189,8 @@ def training_steps_agree():
         one, shared = build(model_args), build(model_args)
         dims = ParallelDims(1, 1, cp=world, tp=1, pp=1, ep=1, etp=1, world_size=world)
         parallelize(shared, dims, job_config)
+        ours = [module for module in shared.modules() if isinstance(module, SharedAttention)]
+        assert bool(ours) == (rotate_method == "allgather")
         optimizers = [torch.optim.SGD(model.parameters(), 0.1, 0.9) for model in (one, shared)]
         losses = []
         for step in range(3):

@@ -54,12 +54,11 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if parallel_dims.cp_enabled:
         method = job_config.parallelism.context_parallel_rotate_method
         set_rotate_method(method)
-        for module in model.modules():
-            if isinstance(module, Attention) and method == "allgather":
-                keep = keeps_others(job_config)
-                module.inner_attention = SharedAttention(
-                    mesh, load_balance, keep
-                )  # for torch's ring
+        if method == "allgather":  # no ring then, which torchtitan has put in
+            keep = keeps_others(job_config)
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.inner_attention = SharedAttention(mesh, load_balance, keep)
     if device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
