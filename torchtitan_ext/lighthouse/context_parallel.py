@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
 from .config import LighthouseConfig
-from .shared_attention import chunk_order
+from .shared_attention import chunk_order, chunks_of_ranks
 
 
 def check_context_parallel(
@@ -92,7 +92,7 @@ def context_parallel_attention(
     """`lighthouse_attention` of a sequence that the ranks of `mesh` share; each calls it with its part.
 
     Args:
-        q: [B, N, H, D] query projections of this rank's chunks (see `chunk_order`), one after another.
+        q: [B, N, H, D] query projections of this rank's chunks (see `chunks_of_ranks`), one after another.
         k: [B, N, H_kv, D] key projections.
         v: [B, N, H_kv, D] value projections.
         config: the settings for the whole sequence, of N x ranks tokens.
@@ -112,8 +112,8 @@ def context_parallel_attention(
     degree, rank = mesh.size(), mesh.get_local_rank()
     check_context_parallel(config, q.shape[1] * degree, degree, load_balance)
     order = chunk_order(degree, load_balance)
-    per_rank = len(order) // degree
-    chunks = order[rank * per_rank : (rank + 1) * per_rank]
+    chunks = chunks_of_ranks(degree, load_balance)[rank]
+    per_rank = len(chunks)
     config = replace(config, top_k=config.top_k // len(order))
     ops = _operators_for(q)
 

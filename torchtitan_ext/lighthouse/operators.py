@@ -146,10 +146,9 @@ def gather(
     """The selected entries' means, rotated: q [B, N, H, D], k and v -> [B, H, S, D] and 2 x [B, H_kv, S, D]."""
     seq_len, n_kv_heads = k.shape[1:3]
     rows = gathered_rows(slots, config.gathered_len(seq_len))
-    start = torch.tensor(starts, device=q.device).repeat(len(q) // len(starts)).view(-1, 1, 1)
     if freqs_cis is not None and config.rope == "base":
-        table = freqs_cis[start + torch.arange(seq_len, device=q.device).view(-1, 1)]
-        q, k = rotate(q, table), rotate(k, table)
+        table = torch.stack([freqs_cis[start : start + seq_len] for start in starts]).unsqueeze(2)
+        q, k = (rotate(x.unflatten(0, (-1, len(starts))), table).flatten(0, 1) for x in (q, k))
 
     def take(x: torch.Tensor) -> torch.Tensor:
         rows_of_head = rows.repeat_interleave(x.shape[2] // n_kv_heads, 1)
@@ -160,6 +159,7 @@ def gather(
     q, k, v = take(q), take(k), take(v)
     if freqs_cis is not None and config.rope == "selected":
         level, index = entries(rows, config, seq_len)
+        start = torch.tensor(starts, device=q.device).repeat(len(q) // len(starts)).view(-1, 1, 1)
         table = freqs_cis[start + (index + 1) * config.pooling_factor**level - 1]
         q = rotate(q, table.repeat_interleave(q.shape[1] // n_kv_heads, 1))
         k = rotate(k, table)

@@ -19,14 +19,19 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 aten = torch.ops.aten
 
 
-def chunk_order(degree: int, load_balance: bool) -> list[int]:
-    """Places in the sequence of the chunks that `degree` ranks hold, rank after rank.
+def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
+    """Places in the sequence of the chunks that each of `degree` ranks holds.
 
     One chunk a rank; with `load_balance` two, one from the sequence's head and its mirror from the tail.
     """
     if not load_balance:
-        return list(range(degree))
-    return [chunk for rank in range(degree) for chunk in (rank, 2 * degree - 1 - rank)]
+        return [[rank] for rank in range(degree)]
+    return [[rank, 2 * degree - 1 - rank] for rank in range(degree)]
+
+
+def chunk_order(degree: int, load_balance: bool) -> list[int]:
+    """The places of `chunks_of_ranks`, rank after rank."""
+    return [chunk for chunks in chunks_of_ranks(degree, load_balance) for chunk in chunks]
 
 
 def _forward(
@@ -87,10 +92,9 @@ class _Layout:
     """
 
     def __init__(self, n_rows: int, load_balance: bool, rank: int, degree: int):
-        order = chunk_order(degree, load_balance)
-        self.n_chunks = len(order) // degree  # of a rank
+        held = chunks_of_ranks(degree, load_balance)
+        self.n_chunks = len(held[rank])
         self.chunk_len = n_rows // self.n_chunks
-        held = [order[r * self.n_chunks :][: self.n_chunks] for r in range(degree)]
         # Own rows, and how many of those that came they attend to; chunks with nothing between them together.
         self.parts: list[tuple[slice, int]] = []
         for place, chunk in enumerate(held[rank]):
@@ -257,7 +261,7 @@ class SharedAttention(nn.Module):
 
     Args:
         mesh: the ranks, in one dimension.
-        load_balance: whether a rank holds two chunks, from head and tail, or one; see `chunk_order`.
+        load_balance: whether a rank holds two chunks, from head and tail, or one; see `chunks_of_ranks`.
         keep: keep what came from other ranks for the backward pass, up to S x ranks rows of k and v, in place of
             fetching it again.
     """
