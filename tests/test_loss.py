@@ -8,7 +8,7 @@ from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp
 
 from torchtitan_ext.model import LighthouseModelArgs, LighthouseTransformer, loss
-from torchtitan_ext.model.loss import linear_cross_entropy_loss
+from torchtitan_ext.model.loss import liger_chunk, linear_cross_entropy_loss
 
 TOKENS, VOCAB, DIM = 150, 500, 16
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -79,6 +79,13 @@ def test_the_logits_never_exist_whole():
     with Largest() as seen:
         linear_cross_entropy_loss((hidden, weight), labels).backward()
     assert 64 * VOCAB <= seen.numel < 2 * TOKENS * VOCAB / 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("seq_len", [98_304, 131_072])
+def test_ranks_that_share_a_sequence_take_chunks_as_large_as_one(seq_len, ranks, monkeypatch):
+    monkeypatch.setattr(loss, "_CHUNK", 4096)
+    assert liger_chunk(seq_len // ranks, 128_256, 1024)[0] == 4096
 
 
 def gradients(fuse_output, wrap=lambda model: None):

@@ -14,8 +14,7 @@ try:
 except ImportError:  # no Triton on this platform
     liger_fused_linear_cross_entropy = None
 
-_CHUNK = 4096  # tokens whose logits exist at once
-LIGER_CHUNK = 4  # the same of Liger-Kernel: logits of so many times the hidden states' elements
+_CHUNK = 4096  # tokens whose logits exist at once; with fewer the products take longer
 
 
 class ProjectionForLoss(nn.Linear):
@@ -73,6 +72,15 @@ class _ChunkedLoss(torch.autograd.Function):
         )
 
 
+def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
+    """Tokens of a chunk of Liger-Kernel's, and its setting for them: it takes a power of two, here `_CHUNK` where its
+    setting, the logits of a chunk in multiples of the hidden states, can say so, else the nearest above."""
+    multiple = max(1, vocab_size // (dim * max(1, n_tokens // _CHUNK)))
+    n_chunks = -(-vocab_size // (multiple * dim))
+    chunk = 1 << (-(-n_tokens // n_chunks) - 1).bit_length()
+    return min(chunk, n_tokens), multiple
+
+
 def linear_cross_entropy_loss(
     pred: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor
 ) -> torch.Tensor:
@@ -92,8 +100,8 @@ def linear_cross_entropy_loss(
     hidden, weight = pred
     hidden, labels = hidden.flatten(0, 1), labels.flatten()
     if hidden.is_cuda and liger_fused_linear_cross_entropy:
-        # By itself it would sum the weight's gradient over its chunks in the weight's dtype, and take smaller
-        # chunks, which cost more time than they save memory.
+        # By itself it would sum the weight's gradient over its chunks in the weight's dtype, and take chunks of
+        # which the size depends on the number of tokens.
         return liger_fused_linear_cross_entropy(
             hidden,
             weight,
@@ -101,7 +109,7 @@ def linear_cross_entropy_loss(
             ignore_index=IGNORE_INDEX,
             reduction="sum",
             accum_dtype=torch.float32,
-            chunk_mem_const=LIGER_CHUNK,
+            chunk_mem_const=liger_chunk(len(hidden), *weight.shape)[1],
         )
     return _ChunkedLoss.apply(hidden, weight, labels)
 

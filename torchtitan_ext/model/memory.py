@@ -27,7 +27,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 
 from .args import LighthouseModelArgs
-from .loss import LIGER_CHUNK
+from .loss import liger_chunk
 from .model import LighthouseTransformer
 
 FP32 = 4  # bytes
@@ -153,6 +153,5 @@ def _logits(job_config: JobConfig, args: LighthouseModelArgs, tokens: int, width
     """Bytes of logits, and of what the loss makes of them, that exist at once."""
     if not job_config.loss.fuse_output:
         return 2 * width * tokens * args.vocab_size  # with their gradient
-    chunks = -(-args.vocab_size // (LIGER_CHUNK * args.dim))
-    chunk = 1 << (-(-tokens // chunks) - 1).bit_length()  # the next power of two
-    return width * min(chunk, tokens) * args.vocab_size + FP32 * args.vocab_size * args.dim
+    chunk, _ = liger_chunk(tokens, args.vocab_size, args.dim)
+    return width * chunk * args.vocab_size + FP32 * args.vocab_size * args.dim
