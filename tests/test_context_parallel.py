@@ -108,9 +108,9 @@ def layers_agree():
 
 def spill_matters():
     config, group = CONFIGS["L3-selected-2"]
-    spread = context_parallel._spread
+    spill = context_parallel._spill
     for load_balance in (True, False):
-        with patch.object(context_parallel, "_spread", lambda *args: 0 * spread(*args)):
+        with patch.object(context_parallel, "_spill", lambda *args: 0 * spill(*args)):
             without = compare(config, group, load_balance)
         receives = load_balance or dist.get_rank() > 0  # the sequence's first chunk gets nothing
         assert (without[0] > 1e-3) == receives

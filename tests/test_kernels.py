@@ -142,22 +142,21 @@ def assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts=(0,)):
     def check(ours, reference, inputs, exact_inputs):
         assert error(ours, reference) < TOLERANCE[dtype]
         grad = torch.randn(ours.shape, device=DEVICE, dtype=dtype)
-        (x,) = torch.autograd.grad(ours, inputs, grad)
-        (expected,) = torch.autograd.grad(reference, exact_inputs, grad.float())
-        assert error(x, expected) < TOLERANCE[dtype]
+        grads = torch.autograd.grad(ours, inputs, grad)
+        expected = torch.autograd.grad(reference, exact_inputs, grad.float())
+        for x, y in zip(grads, expected, strict=True):
+            assert error(x, y) < TOLERANCE[dtype]
 
     gathered = kernels.gather(*tensors, freqs_cis, slots, config, starts)
     expected = operators.gather(*exact, freqs_cis, slots, config, starts)
     for quartet in zip(gathered, expected, tensors, exact, strict=True):
         check(*quartet)
     rows = gathered[0].detach().requires_grad_()
-    exact_rows = rows.detach().float().requires_grad_()
-    check(
-        kernels.scatter(rows, slots, config),
-        operators.scatter(exact_rows, slots, config),
-        rows,
-        exact_rows,
-    )
+    carry = torch.randn(len(slots), config.levels - 1, *rows.shape[1::2], device=DEVICE)
+    for given in ((rows,), (rows, carry.to(dtype).requires_grad_())):
+        exact_rows, *exact_carry = exact = [x.detach().float().requires_grad_() for x in given]
+        ours = kernels.scatter(rows, slots, config, *given[1:])
+        check(ours, operators.scatter(exact_rows, slots, config, *exact_carry), given, exact)
     return slots
 
 
@@ -220,23 +219,28 @@ def test_strided_inputs_need_no_layout(triton_everywhere):
         assert torch.equal(lighthouse_attention(*tensors, config, freqs_cis=freqs_cis), expected)
 
 
+@pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("shape", SMALL[:2], ids=str)
-def test_operators_are_well_formed_torch_library_operators(shape):
+def test_operators_are_well_formed_torch_library_operators(shape, carry):
     tensors, freqs_cis, config = inputs_of(shape)
     q, k, _ = tensors
     n, levels, p = q.shape[1], config.levels, config.pooling_factor
     scores = kernels.score(*tensors, config)
     slots = kernels.select(scores, config)
-    rows = torch.randn(*q.shape[::2][:1], q.shape[2], config.gathered_len(n), q.shape[3]).to(DEVICE)
+    n_rows = config.gathered_len(n) + carry * (levels - 1)
+    rows = torch.randn(q.shape[0], q.shape[2], n_rows, q.shape[3]).to(DEVICE)
     ops = torch.ops.lighthouse
     for op, args in [
         (ops.score.default, (q.detach(), k.detach(), levels, p)),
         (ops.select.default, (scores, n, levels, p, config.top_k, config.tile_winners, [0])),
         (
             ops.reduce.default,
-            (q, slots, freqs_cis, levels, p, config.gathered_len(n), 0, True, 1, [0]),
+            (q, slots, freqs_cis, levels, p, config.gathered_len(n), 0, True, 1, False, [0]),
         ),
-        (ops.spread.default, (rows.requires_grad_(), slots, None, levels, p, n, 1, False, 0, [0])),
+        (
+            ops.spread.default,
+            (rows.requires_grad_(), slots, None, levels, p, n, 1, False, 0, carry, [0]),
+        ),
     ]:
         torch.library.opcheck(
             op, args, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]

@@ -8,7 +8,6 @@ itself. One thing crosses a border: what the last entries of a chunk add to the 
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -54,7 +53,7 @@ def _is_legal(config: LighthouseConfig, top_k: int, seq_len: int) -> bool:
 def _spill(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """Rows of each chunk's last entry of each pooled level, 0 where it has no slot.
 
-    [B, H, chunks x S, D] and slots [B x chunks, H_kv, M] -> [chunks, B, H, L - 1, D].
+    [B, H, chunks x S, D] and slots [B x chunks, H_kv, M] -> [chunks, B, L - 1, H, D].
     """
     batch, n_heads, _, head_dim = out.shape
     offsets = config.level_offsets(config.seq_len_of(slots.shape[-1]))
@@ -63,19 +62,7 @@ def _spill(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> 
     last = last.repeat_interleave(n_heads // last.shape[2], 2).unsqueeze(-1)
     chunks = out.unflatten(2, (len(last), -1)).movedim(2, 0)
     rows = chunks.gather(3, last.clamp(min=0).long().expand(*last.shape[:-1], head_dim))
-    return rows.masked_fill(last < 0, 0)
-
-
-def _spread(spill: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
-    """What the chunk before adds to a chunk's first positions: [B, H, L - 1, D] -> [B, p**(L - 1) - 1, H, D]."""
-    # The span that starts at an entry's end has its first position in the entry's own chunk.
-    reached = [config.span(level) - 1 for level in range(1, config.levels)]
-    levels = zip(reached, spill.transpose(1, 2).unbind(1), strict=True)
-    padded = [
-        F.pad(row.unsqueeze(1).expand(-1, n, -1, -1), (0, 0, 0, 0, 0, reached[-1] - n))
-        for n, row in levels
-    ]
-    return torch.stack(padded).sum(0)
+    return rows.masked_fill(last < 0, 0).transpose(2, 3)
 
 
 def context_parallel_attention(
@@ -130,7 +117,5 @@ def context_parallel_attention(
     # What nothing spills to takes a row of zeros: a rank that used no row would be missing in backward.
     spill = torch.cat([spill, torch.zeros_like(spill[:1])])
     before = [order.index(chunk - 1) if chunk else -1 for chunk in chunks]
-    added = torch.stack([_spread(spill[i], config) for i in before], 1)  # [B, chunks, n, H, D]
-    out = ops.scatter(out, slots, config).unflatten(0, (batch, per_rank))
-    n_reached = added.shape[2]
-    return torch.cat([out[:, :, :n_reached] + added, out[:, :, n_reached:]], 2).flatten(1, 2)
+    carry = torch.stack([spill[i] for i in before], 1).flatten(0, 1)
+    return ops.scatter(out, slots, config, carry).unflatten(0, (batch, per_rank)).flatten(1, 2)

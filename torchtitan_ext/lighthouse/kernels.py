@@ -192,18 +192,22 @@ def _rotated(
 
 
 @triton.jit
-def _level_slots(slots, index, N, LEVEL: tl.constexpr, P: tl.constexpr):
-    """Slots of entries of a level, -1 outside the sequence."""
+def _level_slots(slots, index, N, carried, LEVEL: tl.constexpr, P: tl.constexpr):
+    """Slots of entries of a level, -1 outside the sequence but for the last entry before it, which has the slot of
+    its level among those that begin at `carried`."""
     length = N
     for _ in tl.static_range(LEVEL):
         slots += length
         length = length // P
-    return tl.load(slots + index, mask=(index >= 0) & (index < length), other=-1)
+    slot = tl.load(slots + index, mask=(index >= 0) & (index < length), other=-1)
+    if LEVEL > 0:
+        slot = tl.where(index == -1, carried + LEVEL - 1, slot)
+    return slot
 
 
 @triton.jit
 def _write_entries(
-    total, slot, index, gathered, freqs, D, SPAN: tl.constexpr, MEAN: tl.constexpr, ROPE: tl.constexpr,
+    total, slot, index, gathered, freqs, stride_s, D, SPAN: tl.constexpr, MEAN: tl.constexpr, ROPE: tl.constexpr,
     ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the sums over some entries' spans, or their means, to the slots of those that have one."""
@@ -214,15 +218,15 @@ def _write_entries(
             y = y * (1.0 / SPAN)
         if ROPE == 1:
             y = _rotated(y, freqs, (index + 1) * SPAN - 1, slot >= 0, 1, D, ENTRIES, BLOCK_D)
-        target = gathered + slot.to(tl.int64)[:, None] * D + d[None, :]
+        target = gathered + slot.to(tl.int64)[:, None] * stride_s + d[None, :]
         tl.store(target, y, mask=(slot >= 0)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def _entry_rows(slot, gathered, D, BLOCK_D: tl.constexpr):
+def _entry_rows(slot, gathered, stride_s, D, BLOCK_D: tl.constexpr):
     """Gathered rows of some entries, 0 for those without a slot."""
     d = tl.arange(0, BLOCK_D)
-    source = gathered + slot.to(tl.int64)[:, None] * D + d[None, :]
+    source = gathered + slot.to(tl.int64)[:, None] * stride_s + d[None, :]
     return tl.load(source, mask=(slot >= 0)[:, None] & (d < D)[None, :], other=0.0)
 
 
@@ -243,21 +247,23 @@ def _plus_entries(
 
 
 @triton.jit
-def _slots_below(slots, index, N, LEVEL: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr):
+def _slots_below(
+    slots, index, N, carried, LEVEL: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr
+):
     """Slots of the entries `index` of a level and of all below them: for each level, finest first, a tuple."""
     found = ()
     for level in tl.static_range(LEVEL + 1):
         of_level = ()
         for j in tl.static_range(P ** (LEVEL - level)):
             entry = (index + SHIFT) * P ** (LEVEL - level) - SHIFT + j
-            of_level = of_level + (_level_slots(slots, entry, N, level, P),)
+            of_level = of_level + (_level_slots(slots, entry, N, carried, level, P),)
         found = found + (of_level,)
     return found
 
 
 @triton.jit
 def _sum_spans(
-    x, slots, freqs, gathered, index, N, stride_n, D,
+    x, slots, freqs, gathered, index, N, carried, stride_n, stride_s, D,
     LEVEL: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr, ROPE: tl.constexpr,
     AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -267,15 +273,15 @@ def _sum_spans(
     AT_ONCE rows of a span are loaded before any is used, so that enough bytes are in flight.
     """
     if P**LEVEL > AT_ONCE:
-        slot = _level_slots(slots, index, N, LEVEL, P)
+        slot = _level_slots(slots, index, N, carried, LEVEL, P)
         total = tl.zeros((ENTRIES, BLOCK_D), tl.float32)
         for child in range(P):
             total += _sum_spans(
-                x, slots, freqs, gathered, (index + SHIFT) * P - SHIFT + child, N, stride_n, D,
+                x, slots, freqs, gathered, (index + SHIFT) * P - SHIFT + child, N, carried, stride_n, stride_s, D,
                 LEVEL - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
             )  # fmt: skip
         _write_entries(
-            total, slot, index, gathered, freqs, D, P**LEVEL, MEAN, ROPE, ENTRIES, BLOCK_D
+            total, slot, index, gathered, freqs, stride_s, D, P**LEVEL, MEAN, ROPE, ENTRIES, BLOCK_D
         )
     else:
         d = tl.arange(0, BLOCK_D)
@@ -288,7 +294,7 @@ def _sum_spans(
             if ROPE == 2:
                 y = _rotated(y.to(tl.float32), freqs, row, ok, 1, D, ENTRIES, BLOCK_D)
             sums = sums + (y,)
-        found = _slots_below(slots, index, N, LEVEL, P, SHIFT)
+        found = _slots_below(slots, index, N, carried, LEVEL, P, SHIFT)
         for level in tl.static_range(LEVEL + 1):
             if level > 0:
                 coarser = ()
@@ -301,7 +307,7 @@ def _sum_spans(
             for j in tl.static_range(P ** (LEVEL - level)):
                 _write_entries(
                     sums[j], found[level][j], (index + SHIFT) * P ** (LEVEL - level) - SHIFT + j,
-                    gathered, freqs, D, P**level, MEAN, ROPE, ENTRIES, BLOCK_D,
+                    gathered, freqs, stride_s, D, P**level, MEAN, ROPE, ENTRIES, BLOCK_D,
                 )  # fmt: skip
         total = sums[0]
     return total
@@ -309,30 +315,32 @@ def _sum_spans(
 
 @triton.jit
 def _spread_spans(
-    total, gathered, slots, freqs, out, index, N, stride_n, D,
+    total, gathered, slots, freqs, out, index, N, carried, stride_n, stride_s, D,
     LEVEL: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr, ROPE: tl.constexpr,
     AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of `_sum_spans`: write to each position of the spans of the entries `index` of a level the
     sum of `total`, what the coarser levels contribute, and of the rows that this level and the finer ones do."""
     if P**LEVEL > AT_ONCE:
-        slot = _level_slots(slots, index, N, LEVEL, P)
-        rows = _entry_rows(slot, gathered, D, BLOCK_D)
+        slot = _level_slots(slots, index, N, carried, LEVEL, P)
+        rows = _entry_rows(slot, gathered, stride_s, D, BLOCK_D)
         total = _plus_entries(
             total, rows, slot, index, freqs, D, P**LEVEL, MEAN, ROPE, ENTRIES, BLOCK_D
         )
         for child in range(P):
             _spread_spans(
-                total, gathered, slots, freqs, out, (index + SHIFT) * P - SHIFT + child, N, stride_n, D,
+                total, gathered, slots, freqs, out, (index + SHIFT) * P - SHIFT + child, N, carried, stride_n, stride_s, D,
                 LEVEL - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
             )  # fmt: skip
     else:
-        found = _slots_below(slots, index, N, LEVEL, P, SHIFT)
+        found = _slots_below(slots, index, N, carried, LEVEL, P, SHIFT)
         rows = ()
         for level in tl.static_range(LEVEL + 1):
             of_level = ()
             for j in tl.static_range(P ** (LEVEL - level)):
-                of_level = of_level + (_entry_rows(found[level][j], gathered, D, BLOCK_D),)
+                of_level = of_level + (
+                    _entry_rows(found[level][j], gathered, stride_s, D, BLOCK_D),
+                )
             rows = rows + (of_level,)
         sums = (total,)
         for level in tl.static_range(LEVEL, -1, -1):
@@ -370,14 +378,8 @@ def _spread_spans(
 
 
 @triton.jit
-def _first_row(b, head, n_heads, S, CHUNKS: tl.constexpr):
-    """Where the gathered rows of a chunk and head begin in [batch, n_heads, CHUNKS, S]."""
-    return ((b // CHUNKS * n_heads + head) * CHUNKS + b % CHUNKS) * S
-
-
-@triton.jit
 def _reduce_kernel(
-    x, slots, freqs, gathered, N, n_blocks, n_heads, D, M, S, stride_b, stride_n, first_start, last_start,
+    x, slots, freqs, gathered, N, n_blocks, n_heads, D, M, S, carried, stride_b, stride_n, first_start, last_start,
     CHUNKS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     ROPE: tl.constexpr, AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -393,14 +395,14 @@ def _reduce_kernel(
         freqs += tl.where(b % CHUNKS == 0, first_start, last_start).to(tl.int64) * D
     _sum_spans(
         x + b * stride_b + head * D, slots + (b * (n_heads // GROUP) + head // GROUP) * M,
-        freqs, gathered + _first_row(b, head, n_heads, S, CHUNKS) * D, index, N, stride_n, D,
+        freqs, gathered + (b * S * n_heads + head) * D, index, N, carried, stride_n, n_heads * D, D,
         LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def _spread_kernel(
-    gathered, slots, freqs, out, N, n_blocks, n_heads, D, M, S, stride_b, stride_n, first_start, last_start,
+    gathered, slots, freqs, out, N, n_blocks, n_heads, D, M, S, carried, stride_b, stride_n, first_start, last_start,
     CHUNKS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     ROPE: tl.constexpr, AT_ONCE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -413,10 +415,10 @@ def _spread_kernel(
     if ROPE > 0:
         freqs += tl.where(b % CHUNKS == 0, first_start, last_start).to(tl.int64) * D
     _spread_spans(
-        tl.zeros((ENTRIES, BLOCK_D), tl.float32), gathered + _first_row(b, head, n_heads, S, CHUNKS) * D,
+        tl.zeros((ENTRIES, BLOCK_D), tl.float32), gathered + (b * S * n_heads + head) * D,
         slots + (b * (n_heads // GROUP) + head // GROUP) * M,
         freqs, out + b * stride_b + head * D,
-        index, N, stride_n, D, LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
+        index, N, carried, stride_n, n_heads * D, D, LEVELS - 1, P, SHIFT, MEAN, ROPE, AT_ONCE, ENTRIES, BLOCK_D,
     )  # fmt: skip
 
 
@@ -429,7 +431,7 @@ def _rows_of_heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
-def _pair_launch(x, slots, gathered_len, levels, p, shift, starts):
+def _pair_launch(x, slots, gathered_len, levels, p, shift, carry, starts):
     """Grid and common arguments of the reduce and the spread kernel for heads-last `x` [B, N, H, D]."""
     batch, seq_len, n_heads, head_dim = x.shape
     block_d = triton.next_power_of_2(head_dim)
@@ -442,6 +444,7 @@ def _pair_launch(x, slots, gathered_len, levels, p, shift, starts):
         head_dim,
         slots.shape[-1],
         gathered_len,
+        gathered_len - (levels - 1) if carry else -levels,  # the latter: none
         x.stride(0),
         x.stride(1),
     )
@@ -511,42 +514,42 @@ def _(scores, seq_len, levels, p, top_k, tile_winners, starts):
 
 
 def _gathered_shape(x, gathered_len, starts):
-    """Of what is gathered from x [B, N, H, D]."""
+    """In memory, [batch, chunks x S, H, D], of what is gathered from x [B, N, H, D]."""
     n_chunks = len(starts)
-    return x.shape[0] // n_chunks, x.shape[2], n_chunks * gathered_len, x.shape[3]
+    return x.shape[0] // n_chunks, n_chunks * gathered_len, *x.shape[2:]
 
 
 @torch.library.custom_op("lighthouse::reduce", mutates_args=())
 def _reduce_op(
     x: torch.Tensor, slots: torch.Tensor, freqs_cis: torch.Tensor | None,
-    levels: int, p: int, gathered_len: int, shift: int, mean: bool, rope: int, starts: Sequence[int],
+    levels: int, p: int, gathered_len: int, shift: int, mean: bool, rope: int, carry: bool, starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     x = _rows_of_heads(x)
     freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
     gathered = x.new_empty(_gathered_shape(x, gathered_len, starts))
-    grid, sizes, constants = _pair_launch(x, slots, gathered_len, levels, p, shift, starts)
+    grid, sizes, constants = _pair_launch(x, slots, gathered_len, levels, p, shift, carry, starts)
     _reduce_kernel[grid](
         x, slots, freqs, gathered, *sizes,
         MEAN=mean, ROPE=rope, AT_ONCE=_REDUCE_AT_ONCE, **constants,
     )  # fmt: skip
-    return gathered
+    return gathered.transpose(1, 2)
 
 
 @_reduce_op.register_fake
-def _(x, slots, freqs_cis, levels, p, gathered_len, shift, mean, rope, starts):
-    return x.new_empty(_gathered_shape(x, gathered_len, starts))
+def _(x, slots, freqs_cis, levels, p, gathered_len, shift, mean, rope, carry, starts):
+    return x.new_empty(_gathered_shape(x, gathered_len, starts)).transpose(1, 2)
 
 
 @torch.library.custom_op("lighthouse::spread", mutates_args=())
 def _spread_op(
     gathered: torch.Tensor, slots: torch.Tensor, freqs_cis: torch.Tensor | None,
-    levels: int, p: int, seq_len: int, shift: int, mean: bool, rope: int, starts: Sequence[int],
+    levels: int, p: int, seq_len: int, shift: int, mean: bool, rope: int, carry: bool, starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
-    gathered = gathered.contiguous()
+    gathered = gathered.transpose(1, 2).contiguous()
     freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
-    out = gathered.new_empty(len(slots), seq_len, *gathered.shape[1::2])
-    gathered_len = gathered.shape[2] // len(starts)
-    grid, sizes, constants = _pair_launch(out, slots, gathered_len, levels, p, shift, starts)
+    out = gathered.new_empty(len(slots), seq_len, *gathered.shape[2:])
+    gathered_len = gathered.shape[1] // len(starts)
+    grid, sizes, constants = _pair_launch(out, slots, gathered_len, levels, p, shift, carry, starts)
     _spread_kernel[grid](
         gathered, slots, freqs, out, *sizes,
         MEAN=mean, ROPE=rope, AT_ONCE=_SPREAD_AT_ONCE, **constants,
@@ -555,7 +558,7 @@ def _spread_op(
 
 
 @_spread_op.register_fake
-def _(gathered, slots, freqs_cis, levels, p, seq_len, shift, mean, rope, starts):
+def _(gathered, slots, freqs_cis, levels, p, seq_len, shift, mean, rope, carry, starts):
     return gathered.new_empty(len(slots), seq_len, *gathered.shape[1::2])
 
 
@@ -568,12 +571,12 @@ def _setup(ctx, inputs, output):
 
 def _reduce_backward(ctx, grad):
     geometry = ctx.levels, ctx.p, ctx.seq_len
-    return _spread_op(grad, *ctx.saved_tensors, *geometry, *ctx.settings), *[None] * 9
+    return _spread_op(grad, *ctx.saved_tensors, *geometry, *ctx.settings), *[None] * 10
 
 
 def _spread_backward(ctx, grad):
     geometry = ctx.levels, ctx.p, ctx.gathered_len
-    return _reduce_op(grad, *ctx.saved_tensors, *geometry, *ctx.settings), *[None] * 9
+    return _reduce_op(grad, *ctx.saved_tensors, *geometry, *ctx.settings), *[None] * 10
 
 
 _reduce_op.register_autograd(_reduce_backward, setup_context=_setup)
@@ -622,14 +625,21 @@ def gather(
     if freqs_cis is not None:
         rope = _ROPE_SELECTED if config.rope == "selected" else _ROPE_BASE
     return (
-        _reduce_op(q, slots, freqs_cis, *geometry, 0, True, rope, starts),
-        _reduce_op(k, slots, freqs_cis, *geometry, 0, True, rope, starts),
-        _reduce_op(v, slots, None, *geometry, 0, True, _NO_ROPE, starts),
+        _reduce_op(q, slots, freqs_cis, *geometry, 0, True, rope, False, starts),
+        _reduce_op(k, slots, freqs_cis, *geometry, 0, True, rope, False, starts),
+        _reduce_op(v, slots, None, *geometry, 0, True, _NO_ROPE, False, starts),
     )
 
 
-def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def scatter(
+    out: torch.Tensor,
+    slots: torch.Tensor,
+    config: LighthouseConfig,
+    carry: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See `operators.scatter`."""
     geometry = config.levels, config.pooling_factor, config.seq_len_of(slots.shape[-1])
     starts = (0,) * (len(slots) // len(out))
-    return _spread_op(out, slots, None, *geometry, 1, False, _NO_ROPE, starts)
+    if carry is not None:
+        out = operators.with_carry(out, carry)
+    return _spread_op(out, slots, None, *geometry, 1, False, _NO_ROPE, carry is not None, starts)

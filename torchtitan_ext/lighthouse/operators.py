@@ -170,12 +170,29 @@ def gather(
     return one_after_another(q), one_after_another(k), one_after_another(v)
 
 
-def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def with_carry(out: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
+    """`carry` [B, L - 1, H, D] as the last gathered rows of each chunk of `out` [batch, H, chunks x S, D]."""
+    carry = carry.unflatten(0, (len(out), -1))
+    out = out.transpose(1, 2).unflatten(1, (carry.shape[1], -1))
+    return torch.cat([out, carry], 2).flatten(1, 2).transpose(1, 2)
+
+
+def scatter(
+    out: torch.Tensor,
+    slots: torch.Tensor,
+    config: LighthouseConfig,
+    carry: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Add each entry's output to the positions `end ... end + p**level - 1`: [B, H, S, D] -> [B, N, H, D].
 
-    Read as a gather: position t looks up, at each level, the one entry that can reach it.
+    Read as a gather: position t looks up, at each level, the one entry that can reach it. To the first positions of a
+    chunk those are the last entries of the chunk before it, whose outputs are `carry` [B, L - 1, H, D], level 1 first.
     """
-    out = out.unflatten(2, (len(slots) // len(out), -1)).transpose(1, 2).flatten(0, 1)
+    n_chunks = len(slots) // len(out)
+    first_carried = out.shape[2] // n_chunks
+    if carry is not None:
+        out = with_carry(out, carry)
+    out = out.unflatten(2, (n_chunks, -1)).transpose(1, 2).flatten(0, 1)
     batch, heads, gathered_len, _ = out.shape
     seq_len = config.seq_len_of(slots.shape[-1])
     slots = slots.repeat_interleave(heads // slots.shape[1], 1)
@@ -184,9 +201,10 @@ def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) ->
     total = torch.zeros((), dtype=accumulator(out), device=out.device)
     for level, offset in enumerate(config.level_offsets(seq_len)[:-1]):
         index = (positions + 1) // config.span(level) - 1
-        slot = slots[..., offset + index.clamp(min=0)]
+        before = -1 if carry is None or level == 0 else first_carried + level - 1
+        slot = slots[..., offset + index.clamp(min=0)].where(index >= 0, before)
         flat = _flat_rows(slot, gathered_len, heads_last=False)
-        flat = flat.masked_fill((slot < 0) | (index < 0), len(padded) - 1).transpose(1, 2)
+        flat = flat.masked_fill(slot < 0, len(padded) - 1).transpose(1, 2)
         total = total + padded.index_select(0, flat.flatten()).to(total.dtype)
     return total.to(out.dtype).view(batch, seq_len, heads, -1)
 
