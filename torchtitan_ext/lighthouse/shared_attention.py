@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from .attention import kernels
+
 aten = torch.ops.aten
 
 
@@ -37,11 +39,26 @@ def chunk_order(degree: int, load_balance: bool) -> list[int]:
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stock kernel: [B, H, S, D] and 2 x [B, H_kv, S', D] -> [B, H, S, D], log-sum-exp [B, H, S]."""
+    """The stock kernel: [B, S, H, D] and 2 x [B, S', H_kv, D] -> [B, S, H, D], log-sum-exp [B, H, S]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cuda:
-        results = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)
-        return results[0], results[1].squeeze(-1)
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)[:2]
+        lse = lse.squeeze(-1)
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def _merge(
+    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor
+) -> None:
+    """Take attention to more keys, `more` and `more_lse`, into `out` and `lse`; all as of `_forward`."""
+    if kernels and out.is_cuda:
+        kernels.merge(out, lse, more, more_lse)
+        return
+    weight = torch.sigmoid(more_lse - lse).transpose(1, 2).unsqueeze(-1)
+    torch.addcmul(out * (1 - weight), more, weight, out=out)  # in the weights' fp32
+    torch.logaddexp(lse, more_lse, out=lse)
 
 
 def _backward(
@@ -52,18 +69,44 @@ def _backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """What these keys and values add to the gradients, where `out` and `lse` are of all that q attends to."""
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
     if q.is_cuda:
         saved = (out, lse.unsqueeze(-1).contiguous())
         unused = [torch.empty((), dtype=torch.int64, device=q.device)] * 2  # dropout's random state
         lens = (None, None, None, q.shape[2], k.shape[2])
-        return aten._scaled_dot_product_cudnn_attention_backward(
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, *saved, *unused, *lens, 0.0, causal
         )
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal
-    )
+    else:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal
+        )
+    return tuple(x.transpose(1, 2).contiguous() for x in grads)
+
+
+def _backward_of_chunks(
+    n_chunks: int,
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """`_backward` where all of q's chunks attend to all keys.
+
+    The chunks are items of a batch to it: cuDNN shares its work out by item, head and keys, and of these keys there
+    are too few for a whole GPU.
+    """
+    if n_chunks == 1:
+        return _backward(grad, q, k, v, out, lse, False)
+    grad, q, out = (x.unflatten(1, (n_chunks, -1)).flatten(0, 1) for x in (grad, q, out))
+    lse = lse.unflatten(2, (n_chunks, -1)).movedim(2, 1).flatten(0, 1)
+    k, v = (x.repeat_interleave(n_chunks, 0) for x in (k, v))
+    dq, dk, dv = (x.unflatten(0, (-1, n_chunks)) for x in _backward(grad, q, k, v, out, lse, False))
+    return dq.flatten(1, 2), dk.sum(1), dv.sum(1)
 
 
 class _Transfer(NamedTuple):
@@ -78,8 +121,8 @@ class _Transfer(NamedTuple):
 def _transfers(held: list[list[int]]) -> Iterator[_Transfer]:
     """What is sent, where each rank holds these chunks: a chunk to all ranks with a later one."""
     for sender, sent in enumerate(held):
-        for receiver, own in enumerate(held):
-            for place, chunk in enumerate(sent):
+        for place, chunk in enumerate(sent):
+            for receiver, own in enumerate(held):
                 if sender != receiver and chunk < own[-1]:
                     slot = chunk - sum(other < chunk for other in own)
                     yield _Transfer(sender, place, receiver, slot)
@@ -93,8 +136,7 @@ class _Layout:
 
     def __init__(self, n_rows: int, load_balance: bool, rank: int, degree: int):
         held = chunks_of_ranks(degree, load_balance)
-        self.n_chunks = len(held[rank])
-        self.chunk_len = n_rows // self.n_chunks
+        self.chunk_len = n_rows // len(held[rank])
         # Own rows, and how many of those that came they attend to; chunks with nothing between them together.
         self.parts: list[tuple[slice, int]] = []
         for place, chunk in enumerate(held[rank]):
@@ -106,10 +148,15 @@ class _Layout:
         self.n_received = self.parts[-1][1] if self.parts else 0
         transfers = list(_transfers(held))
         self.sent = [t for t in transfers if t.sender == rank]
+        self.n_receivers = [sum(t.place == i for t in self.sent) for i in range(len(held[rank]))]
         self.received = [t for t in transfers if t.receiver == rank]
 
     def rows(self, place: int) -> slice:
         return slice(place * self.chunk_len, (place + 1) * self.chunk_len)
+
+    def shape_of_others(self, k: torch.Tensor) -> tuple[int, ...]:
+        """Of the keys and values that come, for a rank's keys [B, S, H_kv, D]."""
+        return 2, k.shape[0], self.n_received, *k.shape[2:]
 
 
 _layout = cache(_Layout)
@@ -120,23 +167,28 @@ def _exchange(
     sends: list[tuple[torch.Tensor, int]],
     gets: list[tuple[torch.Tensor, int]],
 ) -> list[dist.Work]:
-    """Start to send and to receive: tensors, each with the rank it goes to or comes from."""
+    """Start to send and to receive rows [B, S, H, D], each with the rank they go to or come from.
+
+    As they lie in memory: in one piece for each item of the batch.
+    """
     calls = [(dist.isend, *send) for send in sends] + [(dist.irecv, *get) for get in gets]
     return dist.batch_isend_irecv(
-        [dist.P2POp(call, x, group=group, group_peer=peer) for call, x, peer in calls]
+        [
+            dist.P2POp(call, item, group=group, group_peer=peer)
+            for call, rows, peer in calls
+            for item in rows
+        ]
     )
 
 
 def _fetch(
     group: dist.ProcessGroup, layout: _Layout, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, list[dist.Work]]:
-    """Keys and values of the others, [n_received, 2, B, H_kv, D] once the works are done."""
-    own = k.new_empty(k.shape[2], 2, *k.shape[:2], k.shape[3])
-    for target, x in zip(own.permute(1, 2, 3, 0, 4), (k, v), strict=True):
-        target.copy_(x)
-    others = own.new_empty(layout.n_received, *own.shape[1:])
-    sends = [(own[layout.rows(t.place)], t.receiver) for t in layout.sent]
-    gets = [(others[layout.rows(t.slot)], t.sender) for t in layout.received]
+    """Keys and values of the others, [2, B, n_received, H_kv, D] once the works are done."""
+    own = (k.contiguous(), v.contiguous())
+    others = k.new_empty(layout.shape_of_others(k))
+    sends = [(x[:, layout.rows(t.place)], t.receiver) for t in layout.sent for x in own]
+    gets = [(x[:, layout.rows(t.slot)], t.sender) for t in layout.received for x in others]
     return others, _exchange(group, sends, gets)
 
 
@@ -145,17 +197,11 @@ def _wait(works: list[dist.Work]) -> None:
         work.wait()
 
 
-def _laid_out_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """x with the strides of `torch.empty_like(like)`, which is what the compiler is told."""
-    target = torch.empty_like(like)
-    return x if x.stride() == target.stride() else target.copy_(x)
-
-
 def _ranks_and_layout(
     q: torch.Tensor, load_balance: bool, group: str
 ) -> tuple[dist.ProcessGroup, _Layout]:
     ranks = _resolve_process_group(group)  # type: ignore[arg-type]
-    return ranks, _layout(q.shape[2], load_balance, ranks.rank(), ranks.size())
+    return ranks, _layout(q.shape[1], load_balance, ranks.rank(), ranks.size())
 
 
 @torch.library.custom_op("lighthouse::shared_attention", mutates_args=())
@@ -165,24 +211,20 @@ def _attention_op(
     ranks, layout = _ranks_and_layout(q, load_balance, group)
     others, works = _fetch(ranks, layout, k, v)
     out, lse = _forward(q, k, v, True)
-    lse = lse.contiguous()
     _wait(works)
-    k, v = others.permute(1, 2, 3, 0, 4)
+    k, v = others
     for rows, n in layout.parts:
-        more, more_lse = _forward(q[:, :, rows], k[:, :, :n], v[:, :, :n], False)
-        of_rows, lse_of_rows = out[:, :, rows], lse[:, :, rows]
-        weight = torch.sigmoid(more_lse - lse_of_rows).unsqueeze(-1)
-        torch.addcmul(of_rows * (1 - weight), more, weight, out=of_rows)  # in the weights' fp32
-        torch.logaddexp(lse_of_rows, more_lse, out=lse_of_rows)
-    return _laid_out_as(out, q), lse, others if keep else others.new_empty(0)
+        _merge(out[:, rows], lse[:, :, rows], *_forward(q[:, rows], k[:, :n], v[:, :n], False))
+    return out, lse, others if keep else others.new_empty(0)
 
 
 @_attention_op.register_fake
 def _attention_fake(q, k, v, load_balance, keep, group):
+    layout = _ranks_and_layout(q, load_balance, group)[1]
+    batch, seq_len, n_heads, _ = q.shape
     accumulated = torch.promote_types(q.dtype, torch.float32)
-    n_received = _ranks_and_layout(q, load_balance, group)[1].n_received
-    others = k.new_empty((n_received, 2, *k.shape[:2], k.shape[3]) if keep else 0)
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulated), others
+    lse = q.new_empty(batch, n_heads, seq_len, dtype=accumulated)
+    return q.new_empty(q.shape), lse, k.new_empty(layout.shape_of_others(k) if keep else 0)
 
 
 @torch.library.custom_op("lighthouse::shared_attention_backward", mutates_args=())
@@ -202,42 +244,40 @@ def _backward_op(
     if not keep:
         others, works = _fetch(ranks, layout, k, v)
         _wait(works)
-    other_k, other_v = others.permute(1, 2, 3, 0, 4)
-    grads = torch.empty_like(others)
-    parts: list[tuple[slice, torch.Tensor]] = []
+    other_k, other_v = others
+    of_others: list[torch.Tensor] = []
+    of_queries: list[tuple[slice, torch.Tensor]] = []
     for rows, n in reversed(layout.parts):  # the last of them reaches all that came
-        dq, *of_keys = _backward(
-            *(grad[:, :, rows], q[:, :, rows], other_k[:, :, :n], other_v[:, :, :n]),
-            *(out[:, :, rows], lse[:, :, rows], False),
+        dq, *of_keys = _backward_of_chunks(
+            *((rows.stop - rows.start) // layout.chunk_len, grad[:, rows], q[:, rows]),
+            *(other_k[:, :n], other_v[:, :n], out[:, rows], lse[:, :, rows]),
         )
-        for target, part in zip(grads[:n].permute(1, 2, 3, 0, 4), of_keys, strict=True):
-            if parts:
-                target += part
-            else:
-                target.copy_(part)
-        parts.append((rows, dq))
+        of_queries.append((rows, dq))
+        of_others = of_others or of_keys
+        if of_others is not of_keys:
+            for total, part in zip(of_others, of_keys, strict=True):
+                total[:, :n] += part
 
-    came = others.new_empty(len(layout.sent), layout.chunk_len, *others.shape[1:])
-    sends = [(grads[layout.rows(t.slot)], t.sender) for t in layout.received]
-    gets = [(x, t.receiver) for x, t in zip(came, layout.sent, strict=True)]
+    came = k.new_empty(len(layout.sent), 2, len(k), layout.chunk_len, *k.shape[2:])
+    sends = [(x[:, layout.rows(t.slot)], t.sender) for t in layout.received for x in of_others]
+    gets = [(x, t.receiver) for pair, t in zip(came, layout.sent, strict=True) for x in pair]
     works = _exchange(ranks, sends, gets)
     dq, dk, dv = _backward(grad, q, k, v, out, lse, True)
-    for rows, part in parts:
-        dq[:, :, rows] += part
+    for rows, part in of_queries:
+        dq[:, rows] += part
     _wait(works)
-    for place in range(layout.n_chunks):
-        pieces = [x for x, t in zip(came, layout.sent, strict=True) if t.place == place]
-        if pieces:
+    for place, pieces in enumerate(came.split(layout.n_receivers)):
+        if len(pieces):
             # added up in fp32, rounded once
-            total = pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0)
-            for target, part in zip((dk, dv), total.permute(1, 2, 3, 0, 4), strict=True):
-                target[:, :, layout.rows(place)] += part
-    return _laid_out_as(dq, q), _laid_out_as(dk, k), _laid_out_as(dv, v)
+            total = pieces[0] if len(pieces) == 1 else pieces.sum(0)
+            for target, part in zip((dk, dv), total, strict=True):
+                target[:, layout.rows(place)] += part
+    return dq, dk, dv
 
 
 @_backward_op.register_fake
 def _backward_fake(grad, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output):
@@ -275,4 +315,6 @@ class SharedAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
         """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, one after another -> [B, H, S, D]."""
-        return _attention_op(q, k, v, self.load_balance, self.keep, self.group)[0]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = _attention_op(q, k, v, self.load_balance, self.keep, self.group)[0]
+        return out.transpose(1, 2)
