@@ -6,14 +6,16 @@ from triton.compiler import ASTSource
 
 from torchtitan_ext.lighthouse import kernels
 
-POINTERS = {"scores": "*fp32", "freqs": "*fp32", "slots": "*i32", "scratch": "*i32"}
+POINTERS = {
+    **dict.fromkeys(("q", "k", "x", "gathered", "out", "more"), "*bf16"),
+    **dict.fromkeys(("scores", "freqs", "lse", "more_lse"), "*fp32"),
+    **dict.fromkeys(("slots", "scratch"), "*i32"),
+}
 
 
 def compile_kernel(kernel, num_warps, **constants):
     signature = {
-        name: "constexpr"
-        if name in constants
-        else POINTERS.get(name, "*bf16" if name in ("q", "k", "x", "gathered", "out") else "i32")
+        name: "constexpr" if name in constants else POINTERS.get(name, "i32")
         for name in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -35,3 +37,4 @@ for chunks in (1, 2):
         for of_use in settings:
             no_table = {} if of_use["ROPE"] else {"freqs": None}
             compile_kernel(kernel, 1, CHUNKS=chunks, AT_ONCE=at_once, **no_table, **of_use, **spans)
+compile_kernel(kernels._merge_kernel, 4, ROWS=32, BLOCK_D=128)

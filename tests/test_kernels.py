@@ -15,7 +15,13 @@ import torch
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
 from torch.utils.checkpoint import checkpoint
 
-from torchtitan_ext.lighthouse import LighthouseConfig, kernels, lighthouse_attention, operators
+from torchtitan_ext.lighthouse import (
+    LighthouseConfig,
+    kernels,
+    lighthouse_attention,
+    operators,
+    shared_attention,
+)
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.oracle import oracle_attention
@@ -245,6 +251,28 @@ def test_operators_are_well_formed_torch_library_operators(shape, carry):
         torch.library.opcheck(
             op, args, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]
         )
+
+
+@pytest.mark.parametrize("merge", [shared_attention._merge, kernels.merge], ids=["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter truncates bf16
+def test_merged_attention_is_rounded_once_and_other_rows_are_kept(merge, dtype):
+    batch, seq_len, n_heads, head_dim = 2, 200, 3, 24
+    rows = slice(50, 150)
+    g = torch.Generator().manual_seed(0)
+    out, more = torch.randn(2, batch, seq_len, n_heads, head_dim, generator=g).to(DEVICE, dtype)
+    lse, more_lse = torch.randn(2, batch, n_heads, seq_len, generator=g).to(DEVICE) * 10
+    more, more_lse = more[:, rows].contiguous(), more_lse[..., rows].contiguous()
+    exact, exact_lse = out.double(), lse.double()
+    total = torch.logaddexp(exact_lse[..., rows], more_lse.double())
+    own, other = (
+        (x - total).exp().transpose(1, 2).unsqueeze(-1) for x in (exact_lse[..., rows], more_lse)
+    )
+    exact[:, rows] = exact[:, rows] * own + more * other
+    exact_lse[..., rows] = total
+    merge(out[:, rows], lse[..., rows], more, more_lse)
+    half_a_step = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(out.double(), exact, rtol=half_a_step, atol=1e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
 
 
 def test_the_compiler_takes_what_the_interpreter_runs():

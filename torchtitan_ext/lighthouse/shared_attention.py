@@ -1,13 +1,13 @@
 """Dense causal attention over a sequence whose chunks lie on several ranks.
 
-A rank sends each of its chunks' keys and values, once, to the ranks that attend to it. While those of the others
+A rank sends each of its chunks' keys and values, once and as they lie in memory, to the ranks that attend to it. While those of the others
 arrive it attends to its own, then to all that came in one call a chunk, and merges the two by their log-sum-exps. In
 backward the gradients of what came travel back while those of its own are computed. torch's ring attention computes
 the same in a call, a merge and an exchange a rank.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -69,44 +69,28 @@ def _backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     causal: bool,
+    n_chunks: int = 1,
 ) -> tuple[torch.Tensor, ...]:
-    """What these keys and values add to the gradients, where `out` and `lse` are of all that q attends to."""
-    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
-    if q.is_cuda:
-        saved = (out, lse.unsqueeze(-1).contiguous())
-        unused = [torch.empty((), dtype=torch.int64, device=q.device)] * 2  # dropout's random state
-        lens = (None, None, None, q.shape[2], k.shape[2])
-        grads = aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, *saved, *unused, *lens, 0.0, causal
-        )
-    else:
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal
-        )
-    return tuple(x.transpose(1, 2).contiguous() for x in grads)
+    """What these keys and values add to the gradients, where `out` and `lse` are of all that q attends to.
 
-
-def _backward_of_chunks(
-    n_chunks: int,
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """`_backward` where all of q's chunks attend to all keys.
-
-    The chunks are items of a batch to it: cuDNN shares its work out by item, head and keys, and of these keys there
+    Chunks of q become items of the batch: cuDNN divides the work by item, head and keys, and the keys of one chunk
     are too few for a whole GPU.
     """
-    if n_chunks == 1:
-        return _backward(grad, q, k, v, out, lse, False)
     grad, q, out = (x.unflatten(1, (n_chunks, -1)).flatten(0, 1) for x in (grad, q, out))
-    lse = lse.unflatten(2, (n_chunks, -1)).movedim(2, 1).flatten(0, 1)
-    k, v = (x.repeat_interleave(n_chunks, 0) for x in (k, v))
-    dq, dk, dv = (x.unflatten(0, (-1, n_chunks)) for x in _backward(grad, q, k, v, out, lse, False))
-    return dq.flatten(1, 2), dk.sum(1), dv.sum(1)
+    lse = lse.unflatten(2, (n_chunks, -1)).movedim(2, 1).flatten(0, 1).contiguous()
+    k, v = (x.unsqueeze(1).expand(-1, n_chunks, -1, -1, -1).flatten(0, 1) for x in (k, v))
+    # contiguous, because cuDNN may refuse an item that is repeated without a copy
+    inputs = [x.transpose(1, 2) for x in (grad, q, k.contiguous(), v.contiguous(), out)]
+    if q.is_cuda:
+        unused = [torch.empty((), dtype=torch.int64, device=q.device)] * 2  # dropout's random state
+        lens = (None, None, None, q.shape[1], k.shape[1])
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            *inputs, lse.unsqueeze(-1), *unused, *lens, 0.0, causal
+        )
+    else:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, lse, 0.0, causal)
+    dq, dk, dv = (x.transpose(1, 2).contiguous().unflatten(0, (-1, n_chunks)) for x in grads)
+    return dq.flatten(1, 2), *(reduce(torch.add, x.unbind(1)) for x in (dk, dv))
 
 
 class _Transfer(NamedTuple):
@@ -154,10 +138,6 @@ class _Layout:
     def rows(self, place: int) -> slice:
         return slice(place * self.chunk_len, (place + 1) * self.chunk_len)
 
-    def shape_of_others(self, k: torch.Tensor) -> tuple[int, ...]:
-        """Of the keys and values that come, for a rank's keys [B, S, H_kv, D]."""
-        return 2, k.shape[0], self.n_received, *k.shape[2:]
-
 
 _layout = cache(_Layout)
 
@@ -167,17 +147,12 @@ def _exchange(
     sends: list[tuple[torch.Tensor, int]],
     gets: list[tuple[torch.Tensor, int]],
 ) -> list[dist.Work]:
-    """Start to send and to receive rows [B, S, H, D], each with the rank they go to or come from.
-
-    As they lie in memory: in one piece for each item of the batch.
-    """
+    """Start to send and to receive rows [B, S, H, D], each with the rank they go to or come from."""
     calls = [(dist.isend, *send) for send in sends] + [(dist.irecv, *get) for get in gets]
+    # The rows of an item of the batch are one piece of memory.
+    pieces = [(call, item, peer) for call, rows, peer in calls for item in rows]
     return dist.batch_isend_irecv(
-        [
-            dist.P2POp(call, item, group=group, group_peer=peer)
-            for call, rows, peer in calls
-            for item in rows
-        ]
+        [dist.P2POp(call, x, group=group, group_peer=peer) for call, x, peer in pieces]
     )
 
 
@@ -186,7 +161,7 @@ def _fetch(
 ) -> tuple[torch.Tensor, list[dist.Work]]:
     """Keys and values of the others, [2, B, n_received, H_kv, D] once the works are done."""
     own = (k.contiguous(), v.contiguous())
-    others = k.new_empty(layout.shape_of_others(k))
+    others = k.new_empty(2, k.shape[0], layout.n_received, *k.shape[2:])
     sends = [(x[:, layout.rows(t.place)], t.receiver) for t in layout.sent for x in own]
     gets = [(x[:, layout.rows(t.slot)], t.sender) for t in layout.received for x in others]
     return others, _exchange(group, sends, gets)
@@ -220,11 +195,11 @@ def _attention_op(
 
 @_attention_op.register_fake
 def _attention_fake(q, k, v, load_balance, keep, group):
-    layout = _ranks_and_layout(q, load_balance, group)[1]
-    batch, seq_len, n_heads, _ = q.shape
     accumulated = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_empty(batch, n_heads, seq_len, dtype=accumulated)
-    return q.new_empty(q.shape), lse, k.new_empty(layout.shape_of_others(k) if keep else 0)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulated)
+    n_received = _ranks_and_layout(q, load_balance, group)[1].n_received
+    others = k.new_empty((2, k.shape[0], n_received, *k.shape[2:]) if keep else 0)
+    return q.new_empty(q.shape), lse, others
 
 
 @torch.library.custom_op("lighthouse::shared_attention_backward", mutates_args=())
@@ -248,15 +223,14 @@ def _backward_op(
     of_others: list[torch.Tensor] = []
     of_queries: list[tuple[slice, torch.Tensor]] = []
     for rows, n in reversed(layout.parts):  # the last of them reaches all that came
-        dq, *of_keys = _backward_of_chunks(
-            *((rows.stop - rows.start) // layout.chunk_len, grad[:, rows], q[:, rows]),
-            *(other_k[:, :n], other_v[:, :n], out[:, rows], lse[:, :, rows]),
+        dq, *of_keys = _backward(
+            *(grad[:, rows], q[:, rows], other_k[:, :n], other_v[:, :n]),
+            *(out[:, rows], lse[:, :, rows], False, (rows.stop - rows.start) // layout.chunk_len),
         )
         of_queries.append((rows, dq))
+        for total, part in zip(of_others, of_keys, strict=False):
+            total[:, :n] += part
         of_others = of_others or of_keys
-        if of_others is not of_keys:
-            for total, part in zip(of_others, of_keys, strict=True):
-                total[:, :n] += part
 
     came = k.new_empty(len(layout.sent), 2, len(k), layout.chunk_len, *k.shape[2:])
     sends = [(x[:, layout.rows(t.slot)], t.sender) for t in layout.received for x in of_others]
@@ -268,8 +242,7 @@ def _backward_op(
     _wait(works)
     for place, pieces in enumerate(came.split(layout.n_receivers)):
         if len(pieces):
-            # added up in fp32, rounded once
-            total = pieces[0] if len(pieces) == 1 else pieces.sum(0)
+            total = pieces[0] if len(pieces) == 1 else pieces.sum(0)  # in fp32, rounded once
             for target, part in zip((dk, dv), total, strict=True):
                 target[:, layout.rows(place)] += part
     return dq, dk, dv
