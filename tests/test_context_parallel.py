@@ -126,6 +126,23 @@ def positions_are_torchtitans():
         assert torch.equal(inputs, shards(tokens, balancer is not None)[dist.get_rank()])
 
 
+def fakes_are_true():
+    """Shapes and strides of what the operators return are those that the compiler is told."""
+    ops, group = torch.ops.lighthouse, mesh().get_group().group_name
+    tensors = [x.detach() for x in qkv(64, batch=2, n_kv_heads=2, group=2)]
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    for inputs, load_balance, keep in product((tensors, heads_first), *[(True, False)] * 2):
+        settings = load_balance, keep, group
+        saved = *inputs, *ops.shared_attention(*inputs, *settings)
+        for op, taken in (
+            (ops.shared_attention.default, inputs),
+            (ops.shared_attention_backward.default, (inputs[0], *saved)),
+        ):
+            torch.library.opcheck(
+                op, (*taken, *settings), test_utils=["test_schema", "test_faketensor"]
+            )
+
+
 def modules_agree(device, dtype, backend, bound):
     """The attention module, eager and compiled, through our attention and, for two ranks, torch's ring."""
     lighthouse = Lighthouse(enable=True, top_k=128, tile_winners=8)
@@ -232,6 +249,7 @@ def run_rank(rank, n_ranks, store):
     layers_agree()
     spill_matters()
     positions_are_torchtitans()
+    fakes_are_true()
     modules_agree("cpu", torch.float32, "aot_eager", 1e-5)
     training_steps_agree()
     dist.barrier()
