@@ -1,9 +1,9 @@
 """Dense causal attention over a sequence whose chunks lie on several ranks.
 
-A rank sends each of its chunks' keys and values, once and as they lie in memory, to the ranks that attend to it. While those of the others
-arrive it attends to its own, then to all that came in one call a chunk, and merges the two by their log-sum-exps. In
-backward the gradients of what came travel back while those of its own are computed. torch's ring attention computes
-the same in a call, a merge and an exchange a rank.
+A rank sends each of its chunks' keys and values, once and as they lie in memory, to the ranks that attend to it.
+While those of the others arrive it attends to its own, then to all that came in one call a chunk, and merges the two
+by their log-sum-exps. In backward the gradients of what came travel back while those of its own are computed. torch's
+ring attention computes the same in a call, a merge and an exchange a rank.
 """
 
 from collections.abc import Iterator
