@@ -47,7 +47,8 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     with Display() as display:
         n_bytes = checkpoint.n_bytes(dtype)
-        display.start(f"{n_bytes / 1e9:.2f} GB read and written", 2 * n_bytes)
+        size = f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+        display.start(f"{size} read and written", 2 * n_bytes)
         export(checkpoint, args.folder, dtype, display.advance)
     print(f"{checkpoint.path} exported to {args.folder}")
 
