@@ -1,11 +1,12 @@
 """The Triton twins of the layer's operators, as torch.library operators (paper, section 3).
 
-Four kernels. `_score_kernel` reads q and k once and writes every entry's scores; `_select_kernel` runs the
+Five kernels. `_score_kernel` reads q and k once and writes every entry's scores; `_select_kernel` runs the
 cascade of one tile and writes every entry's slot; `_reduce_kernel` sums each entry's span of a [B, N, H, D]
 array into its gathered row; `_spread_kernel` adds the gathered rows back to the positions of their spans.
 Reduce and spread are each other's adjoint, so that these two serve the gather (reduce the span that an entry
 covers), the scatter (spread to the span that starts at its end) and both backwards. No program writes what
-another one does: there are no atomics, no output is filled beforehand, and runs repeat bitwise.
+another one does: there are no atomics, no output is filled beforehand, and runs repeat bitwise. `_merge_kernel` joins
+attention to some keys with attention to others, for sequences that ranks share.
 """
 
 from collections.abc import Sequence
