@@ -15,13 +15,7 @@ import torch
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
 from torch.utils.checkpoint import checkpoint
 
-from torchtitan_ext.lighthouse import (
-    LighthouseConfig,
-    kernels,
-    lighthouse_attention,
-    operators,
-    shared_attention,
-)
+from torchtitan_ext.lighthouse import LighthouseConfig, kernels, lighthouse_attention, operators
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.oracle import oracle_attention
@@ -160,9 +154,12 @@ def assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts=(0,)):
     rows = gathered[0].detach().requires_grad_()
     carry = torch.randn(len(slots), config.levels - 1, *rows.shape[1::2], device=DEVICE)
     for given in ((rows,), (rows, carry.to(dtype).requires_grad_())):
-        exact_rows, *exact_carry = exact = [x.detach().float().requires_grad_() for x in given]
-        ours = kernels.scatter(rows, slots, config, *given[1:])
-        check(ours, operators.scatter(exact_rows, slots, config, *exact_carry), given, exact)
+        exact = [x.detach().float().requires_grad_() for x in given]
+        ours, reference = (
+            ops.scatter(operators.with_carry(*x) if x[1:] else x[0], slots, config)
+            for ops, x in ((kernels, given), (operators, exact))
+        )
+        check(ours, reference, given, exact)
     return slots
 
 
@@ -253,7 +250,7 @@ def test_operators_are_well_formed_torch_library_operators(shape, carry):
         )
 
 
-@pytest.mark.parametrize("merge", [shared_attention._merge, kernels.merge], ids=["torch", "triton"])
+@pytest.mark.parametrize("merge", [operators.merge, kernels.merge], ids=["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter truncates bf16
 def test_merged_attention_is_rounded_once_and_other_rows_are_kept(merge, dtype):
     batch, seq_len, n_heads, head_dim = 2, 200, 3, 24

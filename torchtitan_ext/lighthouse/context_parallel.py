@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
 from .config import LighthouseConfig
+from .operators import with_carry
 from .shared_attention import chunk_order, chunks_of_ranks
 
 
@@ -118,4 +119,5 @@ def context_parallel_attention(
     spill = torch.cat([spill, torch.zeros_like(spill[:1])])
     before = [order.index(chunk - 1) if chunk else -1 for chunk in chunks]
     carry = torch.stack([spill[i] for i in before], 1).flatten(0, 1)
-    return ops.scatter(out, slots, config, carry).unflatten(0, (batch, per_rank)).flatten(1, 2)
+    out = ops.scatter(with_carry(out, carry), slots, config)
+    return out.unflatten(0, (batch, per_rank)).flatten(1, 2)

@@ -632,18 +632,13 @@ def gather(
     )
 
 
-def scatter(
-    out: torch.Tensor,
-    slots: torch.Tensor,
-    config: LighthouseConfig,
-    carry: torch.Tensor | None = None,
-) -> torch.Tensor:
+def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """See `operators.scatter`."""
-    geometry = config.levels, config.pooling_factor, config.seq_len_of(slots.shape[-1])
+    seq_len = config.seq_len_of(slots.shape[-1])
+    geometry = config.levels, config.pooling_factor, seq_len
     starts = (0,) * (len(slots) // len(out))
-    if carry is not None:
-        out = operators.with_carry(out, carry)
-    return _spread_op(out, slots, None, *geometry, 1, False, _NO_ROPE, carry is not None, starts)
+    carry = out.shape[2] // len(starts) > config.gathered_len(seq_len)
+    return _spread_op(out, slots, None, *geometry, 1, False, _NO_ROPE, carry, starts)
 
 
 @triton.jit
@@ -676,14 +671,7 @@ def _merge_kernel(
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
-    """Take attention of the same queries to more keys into `out` and `lse`, in place, in fp32.
-
-    Args:
-        out: [B, S, H, D] attention, rows of a contiguous array.
-        lse: fp32 [B, H, S] its log-sum-exp, rows of a contiguous array.
-        more: [B, S, H, D] attention to the other keys, contiguous.
-        more_lse: fp32 [B, H, S] its log-sum-exp, contiguous.
-    """
+    """See `operators.merge`."""
     batch, seq_len, n_heads, head_dim = out.shape
     block_d = triton.next_power_of_2(head_dim)
     rows = max(4096 // block_d, 1)  # 4 warps, 32 elements a thread

@@ -1,6 +1,7 @@
-"""The layer's four operators in vectorised torch, for any device and float dtype (paper, section 3).
+"""The layer's four operators in vectorised torch, for any device and float dtype (paper, section 3), and the merge that
+attention needs where ranks share a sequence.
 
-They share two arrays over the pyramid, whose M entries stand level after level: scores [2, B, H_kv, M],
+The four share two arrays over the pyramid, whose M entries stand level after level: scores [2, B, H_kv, M],
 query scores then key scores, and slots [B, H_kv, M], each entry's row in the gathered sequence or -1.
 
 A sequence of which only some chunks are here stands as that many items of the batch, one after another, N positions
@@ -171,42 +172,49 @@ def gather(
 
 
 def with_carry(out: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
-    """`carry` [B, L - 1, H, D] as the last gathered rows of each chunk of `out` [batch, H, chunks x S, D]."""
+    """`carry` [B, L - 1, H, D], behind the gathered rows of each chunk of `out` [batch, H, chunks x S, D]."""
     carry = carry.unflatten(0, (len(out), -1))
     out = out.transpose(1, 2).unflatten(1, (carry.shape[1], -1))
     return torch.cat([out, carry], 2).flatten(1, 2).transpose(1, 2)
 
 
-def scatter(
-    out: torch.Tensor,
-    slots: torch.Tensor,
-    config: LighthouseConfig,
-    carry: torch.Tensor | None = None,
-) -> torch.Tensor:
+def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """Add each entry's output to the positions `end ... end + p**level - 1`: [B, H, S, D] -> [B, N, H, D].
 
     Read as a gather: position t looks up, at each level, the one entry that can reach it. To the first positions of a
-    chunk those are the last entries of the chunk before it, whose outputs are `carry` [B, L - 1, H, D], level 1 first.
+    chunk those are the last entries of the chunk before it; their L - 1 rows, level 1 first, stand behind its own where
+    `with_carry` put them.
     """
-    n_chunks = len(slots) // len(out)
-    first_carried = out.shape[2] // n_chunks
-    if carry is not None:
-        out = with_carry(out, carry)
-    out = out.unflatten(2, (n_chunks, -1)).transpose(1, 2).flatten(0, 1)
-    batch, heads, gathered_len, _ = out.shape
+    out = out.unflatten(2, (len(slots) // len(out), -1)).transpose(1, 2).flatten(0, 1)
+    batch, heads, n_rows, _ = out.shape
     seq_len = config.seq_len_of(slots.shape[-1])
+    gathered_len = config.gathered_len(seq_len)
     slots = slots.repeat_interleave(heads // slots.shape[1], 1)
     padded = torch.cat([out.flatten(0, 2), out.new_zeros(1, out.shape[-1])])
     positions = torch.arange(seq_len, device=out.device)
     total = torch.zeros((), dtype=accumulator(out), device=out.device)
     for level, offset in enumerate(config.level_offsets(seq_len)[:-1]):
         index = (positions + 1) // config.span(level) - 1
-        before = -1 if carry is None or level == 0 else first_carried + level - 1
+        before = gathered_len + level - 1 if n_rows > gathered_len and level else -1
         slot = slots[..., offset + index.clamp(min=0)].where(index >= 0, before)
-        flat = _flat_rows(slot, gathered_len, heads_last=False)
+        flat = _flat_rows(slot, n_rows, heads_last=False)
         flat = flat.masked_fill(slot < 0, len(padded) - 1).transpose(1, 2)
         total = total + padded.index_select(0, flat.flatten()).to(total.dtype)
     return total.to(out.dtype).view(batch, seq_len, heads, -1)
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
+    """Take attention of the same queries to more keys into `out` and `lse`, in place, in fp32.
+
+    Args:
+        out: [B, S, H, D] attention, rows of a contiguous array.
+        lse: fp32 [B, H, S] its log-sum-exp, rows of a contiguous array.
+        more: [B, S, H, D] attention to the other keys, contiguous.
+        more_lse: fp32 [B, H, S] its log-sum-exp, contiguous.
+    """
+    weight = torch.sigmoid(more_lse - lse).transpose(1, 2).unsqueeze(-1)
+    torch.addcmul(out * (1 - weight), more, weight, out=out)
+    torch.logaddexp(lse, more_lse, out=lse)
 
 
 def entries(rows: torch.Tensor, config: LighthouseConfig, seq_len: int) -> Selection:

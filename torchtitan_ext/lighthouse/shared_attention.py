@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from .attention import kernels
+from .attention import _operators_for
 
 aten = torch.ops.aten
 
@@ -47,18 +47,6 @@ def _forward(
     else:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
-
-
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor
-) -> None:
-    """Take attention to more keys, `more` and `more_lse`, into `out` and `lse`; all as of `_forward`."""
-    if kernels and out.is_cuda:
-        kernels.merge(out, lse, more, more_lse)
-        return
-    weight = torch.sigmoid(more_lse - lse).transpose(1, 2).unsqueeze(-1)
-    torch.addcmul(out * (1 - weight), more, weight, out=out)  # in the weights' fp32
-    torch.logaddexp(lse, more_lse, out=lse)
 
 
 def _backward(
@@ -189,7 +177,8 @@ def _attention_op(
     _wait(works)
     k, v = others
     for rows, n in layout.parts:
-        _merge(out[:, rows], lse[:, :, rows], *_forward(q[:, rows], k[:, :n], v[:, :n], False))
+        more = _forward(q[:, rows], k[:, :n], v[:, :n], False)
+        _operators_for(out).merge(out[:, rows], lse[:, :, rows], *more)
     return out, lse, others if keep else others.new_empty(0)
 
 
