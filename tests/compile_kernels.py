@@ -7,8 +7,8 @@ from triton.compiler import ASTSource
 from torchtitan_ext.lighthouse import kernels
 
 POINTERS = {
-    **dict.fromkeys(("q", "k", "x", "gathered", "out", "more"), "*bf16"),
-    **dict.fromkeys(("scores", "freqs", "lse", "more_lse"), "*fp32"),
+    **dict.fromkeys(("q", "k", "x", "gathered", "out"), "*bf16"),
+    **dict.fromkeys(("scores", "freqs"), "*fp32"),
     **dict.fromkeys(("slots", "scratch"), "*i32"),
 }
 
@@ -37,4 +37,3 @@ for chunks in (1, 2):
         for of_use in settings:
             no_table = {} if of_use["ROPE"] else {"freqs": None}
             compile_kernel(kernel, 1, CHUNKS=chunks, AT_ONCE=at_once, **no_table, **of_use, **spans)
-compile_kernel(kernels._merge_kernel, 4, ROWS=32, BLOCK_D=128)

@@ -1,4 +1,5 @@
-"""What test_resume's jobs import in place of torchtitan_ext.model: it records what they see.
+"""What test_resume's jobs import in place of torchtitan_ext.model: it records what they see, and has a
+flavor for eight ranks that share a sequence.
 
 RECORDS: folder for each rank's batches, in the order drawn, and for the state after loading.
 KILL_AT_BATCH: every rank kills itself when it draws that batch.
@@ -8,6 +9,7 @@ from FIRST_REPLAYED on.
 
 import os
 import signal
+from dataclasses import replace
 from itertools import count as count_from
 from pathlib import Path
 
@@ -16,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.dataloader import ParallelAwareDataloader
 
-import torchtitan_ext.model  # noqa: F401
+from torchtitan_ext.model import flavors
 
 RECORDS = Path(os.environ["RECORDS"])
 KILL_AT_BATCH = int(os.environ.get("KILL_AT_BATCH", 0))
 REPLAYED = os.environ.get("REPLAYED")
+flavors["eight-heads"] = replace(flavors["debug"], n_heads=8)
 
 draw, load = ParallelAwareDataloader.__iter__, CheckpointManager.load
 

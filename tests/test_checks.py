@@ -115,13 +115,24 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         ("--validation.enable --validation.dataset books", ["validation.dataset = 'books'"]),
         ("--validation.enable --validation.seq_len 100", ["[validation]", "seq_len = 100"]),
         (
-            "--parallelism.context_parallel_degree 3 --lighthouse.top_k 64",
-            ["top_k = 64", "16 x 6 = 96", "degree of 3", "seq_len = 4096: none;", "degrees 1, 2"],
+            "--parallelism.context_parallel_degree 2 --lighthouse.top_k 64"
+            " --parallelism.context_parallel_load_balancer headtail --lighthouse.tile_winners 32",
+            [
+                "top_k = 64",
+                "32 x 4 = 128",
+                "degree of 2",
+                "seq_len = 4096: 128 or 256;",
+                "degrees 1",
+            ],
         ),
         (
-            "--parallelism.context_parallel_degree 4 --parallelism.context_parallel_load_balancer None"
+            "--parallelism.context_parallel_degree 4 --parallelism.context_parallel_rotate_method alltoall"
             " --lighthouse.top_k 96 --training.seq_len 6144",
             ["top_k = 96", "16 x 4 = 64", "seq_len = 6144: 64 or 128;", "degrees 1, 2, 3, 6"],
+        ),
+        (
+            "--parallelism.context_parallel_degree 4 --lighthouse.no_enable",
+            ["context_parallel_degree = 4", "2 heads and 2 KV heads", "1, 2", "'alltoall'"],
         ),
         (
             "--parallelism.context_parallel_degree 2 --lighthouse.scorer gla",

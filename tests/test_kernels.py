@@ -250,28 +250,6 @@ def test_operators_are_well_formed_torch_library_operators(shape, carry):
         )
 
 
-@pytest.mark.parametrize("merge", [operators.merge, kernels.merge], ids=["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter truncates bf16
-def test_merged_attention_is_rounded_once_and_other_rows_are_kept(merge, dtype):
-    batch, seq_len, n_heads, head_dim = 2, 200, 3, 24
-    rows = slice(50, 150)
-    g = torch.Generator().manual_seed(0)
-    out, more = torch.randn(2, batch, seq_len, n_heads, head_dim, generator=g).to(DEVICE, dtype)
-    lse, more_lse = torch.randn(2, batch, n_heads, seq_len, generator=g).to(DEVICE) * 10
-    more, more_lse = more[:, rows].contiguous(), more_lse[..., rows].contiguous()
-    exact, exact_lse = out.double(), lse.double()
-    total = torch.logaddexp(exact_lse[..., rows], more_lse.double())
-    own, other = (
-        (x - total).exp().transpose(1, 2).unsqueeze(-1) for x in (exact_lse[..., rows], more_lse)
-    )
-    exact[:, rows] = exact[:, rows] * own + more * other
-    exact_lse[..., rows] = total
-    merge(out[:, rows], lse[..., rows], more, more_lse)
-    half_a_step = torch.finfo(dtype).eps / 2
-    torch.testing.assert_close(out.double(), exact, rtol=half_a_step, atol=1e-6)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
-
-
 def test_the_compiler_takes_what_the_interpreter_runs():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")

@@ -40,10 +40,10 @@ DEMO = SimpleNamespace(
     repeats=True,
     rounding=1e-5,
 )
-# Sixteen tiles: one in each of the chunks of eight ranks that share a sequence.
+# Sixteen tiles and eight heads, for eight ranks that share a sequence.
 LONGER = SimpleNamespace(**vars(DEMO))
 LONGER.overrides += ("--training.seq_len=1024", "--validation.seq_len=1024")
-LONGER.overrides += ("--lighthouse.top_k=64",)
+LONGER.overrides += ("--lighthouse.top_k=64", "--model.flavor=eight-heads")
 RECIPE = SimpleNamespace(
     configs="configs/530m",
     steps=4,

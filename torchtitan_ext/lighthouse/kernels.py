@@ -1,12 +1,11 @@
 """The Triton twins of the layer's operators, as torch.library operators (paper, section 3).
 
-Five kernels. `_score_kernel` reads q and k once and writes every entry's scores; `_select_kernel` runs the
+Four kernels. `_score_kernel` reads q and k once and writes every entry's scores; `_select_kernel` runs the
 cascade of one tile and writes every entry's slot; `_reduce_kernel` sums each entry's span of a [B, N, H, D]
 array into its gathered row; `_spread_kernel` adds the gathered rows back to the positions of their spans.
 Reduce and spread are each other's adjoint, so that these two serve the gather (reduce the span that an entry
 covers), the scatter (spread to the span that starts at its end) and both backwards. No program writes what
-another one does: there are no atomics, no output is filled beforehand, and runs repeat bitwise. `_merge_kernel` joins
-attention to some keys with attention to others, for sequences that ranks share.
+another one does: there are no atomics, no output is filled beforehand, and runs repeat bitwise.
 """
 
 from collections.abc import Sequence
@@ -639,43 +638,3 @@ def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) ->
     starts = (0,) * (len(slots) // len(out))
     carry = out.shape[2] // len(starts) > config.gathered_len(seq_len)
     return _spread_op(out, slots, None, *geometry, 1, False, _NO_ROPE, carry, starts)
-
-
-@triton.jit
-def _merge_kernel(
-    out, lse, more, more_lse, S, n_heads, D, out_stride_b, lse_stride_b, lse_stride_h,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Merge ROWS rows of [S, H] into those of `out` and `lse`."""
-    b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = row // n_heads
-    head = row % n_heads
-    ok = row < S * n_heads
-    lse += b * lse_stride_b + head * lse_stride_h + t
-    own_lse = tl.load(lse, mask=ok, other=0.0)
-    other_lse = tl.load(more_lse + (b * n_heads + head) * S + t, mask=ok, other=0.0)
-    weight = tl.sigmoid(other_lse - own_lse)[:, None]
-
-    d = tl.arange(0, BLOCK_D)
-    ok_row = ok[:, None] & (d < D)[None, :]
-    at = row.to(tl.int64)[:, None] * D + d[None, :]
-    out += b * out_stride_b + at
-    own = tl.load(out, mask=ok_row, other=0.0).to(tl.float32)
-    other = tl.load(more + b * S * n_heads * D + at, mask=ok_row, other=0.0).to(tl.float32)
-    tl.store(out, own * (1 - weight) + other * weight, mask=ok_row)
-
-    both = tl.maximum(own_lse, other_lse) + tl.log(1 + tl.exp(-tl.abs(own_lse - other_lse)))
-    tl.debug_barrier()  # several threads load what one of them overwrites
-    tl.store(lse, both, mask=ok)
-
-
-def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
-    """See `operators.merge`."""
-    batch, seq_len, n_heads, head_dim = out.shape
-    block_d = triton.next_power_of_2(head_dim)
-    rows = max(4096 // block_d, 1)  # 4 warps, 32 elements a thread
-    _merge_kernel[(triton.cdiv(seq_len * n_heads, rows), batch)](
-        out, lse, more, more_lse, seq_len, n_heads, head_dim, out.stride(0), lse.stride(0), lse.stride(1),
-        ROWS=rows, BLOCK_D=block_d, num_warps=4,
-    )  # fmt: skip

@@ -1,7 +1,6 @@
-"""The layer's four operators in vectorised torch, for any device and float dtype (paper, section 3), and the merge that
-attention needs where ranks share a sequence.
+"""The layer's four operators in vectorised torch, for any device and float dtype (paper, section 3).
 
-The four share two arrays over the pyramid, whose M entries stand level after level: scores [2, B, H_kv, M],
+They share two arrays over the pyramid, whose M entries stand level after level: scores [2, B, H_kv, M],
 query scores then key scores, and slots [B, H_kv, M], each entry's row in the gathered sequence or -1.
 
 A sequence of which only some chunks are here stands as that many items of the batch, one after another, N positions
@@ -201,20 +200,6 @@ def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) ->
         flat = flat.masked_fill(slot < 0, len(padded) - 1).transpose(1, 2)
         total = total + padded.index_select(0, flat.flatten()).to(total.dtype)
     return total.to(out.dtype).view(batch, seq_len, heads, -1)
-
-
-def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
-    """Take attention of the same queries to more keys into `out` and `lse`, in place, in fp32.
-
-    Args:
-        out: [B, S, H, D] attention, rows of a contiguous array.
-        lse: fp32 [B, H, S] its log-sum-exp, rows of a contiguous array.
-        more: [B, S, H, D] attention to the other keys, contiguous.
-        more_lse: fp32 [B, H, S] its log-sum-exp, contiguous.
-    """
-    weight = torch.sigmoid(more_lse - lse).transpose(1, 2).unsqueeze(-1)
-    torch.addcmul(out * (1 - weight), more, weight, out=out)
-    torch.logaddexp(lse, more_lse, out=lse)
 
 
 def entries(rows: torch.Tensor, config: LighthouseConfig, seq_len: int) -> Selection:

@@ -13,10 +13,10 @@ from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
 from torchtitan.distributed import ParallelDims
-from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
+from torchtitan_ext.lighthouse.shared_attention import check_heads
 from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
 
 from .args import flavors
@@ -191,14 +191,15 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             f"parallelism.context_parallel_load_balancer = {balancer!r}: attention is 'sdpa', for which "
             "torchtitan has 'headtail' alone; use that or None"
         )
-    precision = job_config.training.mixed_precision_param
-    by_cudnn = device_type == "cuda" and rotate_method == "allgather"
-    if degree > 1 and by_cudnn and precision != "bfloat16":
-        yield (
-            f"training.mixed_precision_param = {precision!r}: ranks that share a sequence attend by cuDNN's kernel, "
-            "which has no such precision; set it to 'bfloat16', or parallelism.context_parallel_rotate_method to "
-            "'alltoall'"
-        )
+    if degree > 1 and rotate_method == "allgather" and flavor in flavors:
+        args, shards = flavors[flavor], job_config.parallelism.tensor_parallel_degree
+        try:
+            check_heads(args.n_heads // shards, (args.n_kv_heads or args.n_heads) // shards, degree)
+        except ValueError as error:
+            yield (
+                f"parallelism.context_parallel_degree = {degree}: {error}; or set "
+                "parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
+            )
     if not lighthouse.enable:
         return
     for name, section in _data_sections(job_config):

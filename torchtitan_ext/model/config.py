@@ -30,7 +30,17 @@ class Training:
 
 
 @dataclass
+class Parallelism:
+    context_parallel_load_balancer: str | None = None
+    """
+    'headtail' gives each rank that shares a sequence a chunk of its head and one of its tail: for torch's ring
+    attention, the rotate method 'alltoall'. Otherwise the ranks share out heads, which needs no balancer.
+    """
+
+
+@dataclass
 class JobConfig:
+    parallelism: Parallelism = field(default_factory=Parallelism)
     training: Training = field(default_factory=Training)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
     loss: Loss = field(default_factory=Loss)

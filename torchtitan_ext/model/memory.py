@@ -10,8 +10,7 @@ rows over the tokens in a Lighthouse layer, 1 in a dense one. What a compiled bl
     selective  input, wq's and wv's output, attention's output, w1's output; (2 + r) d + kv + f
     full       input; d
 
-With context parallelism none and selective also keep k and v of the other ranks that share the sequence, r (c - 1) 2 kv
-at a degree of c, where `keeps_others`.
+With context parallelism none also keeps the dense layers' attention output twice, as it was and as it was exchanged; d.
 
 The peak is reached in the loss, or in the backward pass of a block, which makes what the block didn't keep, and where
 it is widest the gradients of the block's output, of the product and of both projections: d + 3 f.
@@ -93,11 +92,9 @@ def peak_memory(
         until + row * (all_of_it - of_layer + d + 3 * f)
         for until, of_layer, all_of_it in zip(kept_until, kept, whole, strict=True)
     ]
-    # Of the other ranks' keys and values in a dense layer: their gradients, and themselves where they weren't kept.
-    others = 2 * _kv_width(args) * row * (dims.cp - 1) * (1 if keeps_others(job_config) else 2)
     # Before and after the last norm, and the gradient.
     in_loss = kept_until[-1] + row * 3 * d + _logits(job_config, args, tokens, width)
-    step = max(in_loss, max(in_block) + reduced + others)
+    step = max(in_loss, max(in_block) + reduced)
     table = FP32 * training.seq_len * d // args.n_heads  # cosines and sines
 
     found = {
@@ -107,12 +104,6 @@ def peak_memory(
         "at work": step - kept_until[-1] + table,
     }
     return {name: n_bytes / GIB for name, n_bytes in found.items()}
-
-
-def keeps_others(job_config: JobConfig) -> bool:
-    """Whether blocks keep for the backward pass what they attend to of other ranks: beside Lighthouse few are dense."""
-    by_ring = job_config.parallelism.context_parallel_rotate_method == "alltoall"
-    return job_config.lighthouse.enable and not by_ring
 
 
 def _kv_width(args: LighthouseModelArgs) -> int:
@@ -129,20 +120,21 @@ def _kept_by_layer(
         job_config.activation_checkpoint.selective_ac_option,
     )
     seq_len, lighthouse_layers = job_config.training.seq_len, args.lighthouse_layers
-    others = job_config.parallelism.context_parallel_degree - 1 if keeps_others(job_config) else 0
+    shared = job_config.parallelism.context_parallel_degree > 1
     kept, whole = [], []
     for layer in range(args.n_layers):
         r, scattered = 1.0, 0
         if layer in lighthouse_layers:
             r, scattered = args.lighthouse.gathered_len(seq_len) / seq_len, d
-        of_others = r * others * 2 * kv
-        whole.append(4 * d + r * (2 * d + 2 * kv) + of_others + scattered + 3 * f)
+        elif shared:
+            scattered = d  # attention's output again, as it was exchanged
+        whole.append(4 * d + r * (2 * d + 2 * kv) + scattered + 3 * f)
         if mode == "none":
             kept.append(whole[-1])
         elif mode == "full":
             kept.append(d)
         elif option == "op":
-            kept.append((2 + r) * d + kv + of_others + f)
+            kept.append((2 + r) * d + kv + f)
         else:  # of so many blocks, one is recomputed
             recomputed = not int(option) or (layer + 1) % int(option) == 0
             kept.append(d if recomputed else whole[-1])

@@ -16,6 +16,7 @@ from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
@@ -32,13 +33,11 @@ from torchtitan_ext.records import CONFIG_FILE
 from .args import flavors
 from .checks import check_job
 from .loss import build_loss
-from .memory import keeps_others
 from .model import LighthouseSelfAttention, LighthouseTransformer
 
-# What attention's output was computed from, and that of several ranks: with them kept, selective activation
-# checkpointing makes no selection twice, nor the attention that scored it, nor an exchange.
+# What attention's output was computed from: with it kept, selective activation checkpointing makes no selection
+# twice, nor the attention that scored it.
 _op_sac_save_list.add(torch.ops.lighthouse.attention_scores.default)
-_op_sac_save_list.add(torch.ops.lighthouse.shared_attention.default)
 if kernels:
     _op_sac_save_list.add(torch.ops.lighthouse.select.default)
 
@@ -55,10 +54,10 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         method = job_config.parallelism.context_parallel_rotate_method
         set_rotate_method(method)
         if method == "allgather":  # no ring then, which torchtitan has put in
-            keep = keeps_others(job_config)
             for module in model.modules():
                 if isinstance(module, Attention):
-                    module.inner_attention = SharedAttention(mesh, load_balance, keep)
+                    stock = ScaledDotProductAttentionWrapper()
+                    module.inner_attention = SharedAttention(stock, mesh, load_balance)
     if device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
