@@ -192,6 +192,14 @@ def test_what_can_not_run_is_told_before_anything_starts(plan, output, kwargs, p
     assert not output.exists()
 
 
+@pytest.mark.parametrize("only", [["dense"], ["stage1", "stage2"], ["stage2"]])
+@pytest.mark.parametrize("wrong", [["--training.dataset=none"], ["--training.stepz=1"]])
+def test_a_wrong_argument_is_told_of_a_run_that_was_asked_for(plan, configs, output, only, wrong):
+    with pytest.raises(ValueError) as error:
+        plan(output, only=only, overrides=wrong)
+    assert str(error.value).startswith(str(configs / f"{only[0]}.toml"))
+
+
 def test_the_three_tomls_must_be_there_and_end_alike(configs, output, tmp_path):
     for name in ("dense", "stage1", "stage2"):
         with pytest.raises(ValueError, match=f"{name}.toml is missing"):

@@ -87,7 +87,9 @@ def plan(
     for file in files.values():
         if not file.is_file():
             raise ValueError(f"{file} is missing: an experiment needs {', '.join(STAGES)}.toml")
-    loaded = {stage: load_job(file, overrides) for stage, file in files.items()}
+    # what is to run first: a message names its file, not one that is only compared with
+    order = sorted(STAGES, key=lambda stage: stage not in only)
+    loaded = {stage: load_job(files[stage], overrides) for stage in order}
     total = loaded["stage2"].training.steps
     splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
 
