@@ -13,7 +13,7 @@ from pathlib import Path
 
 import _start
 
-from torchtitan_ext.command_line import Display
+from torchtitan_ext.command_line import Display, size
 
 
 def main() -> None:
@@ -47,8 +47,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     with Display() as display:
         n_bytes = checkpoint.n_bytes(dtype)
-        size = f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
-        display.start(f"{size} read and written", 2 * n_bytes)
+        display.start(f"{size(n_bytes)} read and written", 2 * n_bytes)
         export(checkpoint, args.folder, dtype, display.advance)
     print(f"{checkpoint.path} exported to {args.folder}")
 

@@ -229,7 +229,7 @@ def test_a_plain_process_without_transformers_exports(trained, tmp_path):
     command = [sys.executable, "-c", code, str(trained / "stage2-2"), str(tmp_path / "hf")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert re.fullmatch(r"\d+\.\d*[1-9]\d* MB read and written  100%, left 0:00\n", done.stderr)
+    assert re.fullmatch(r"[1-9]\d*\.\d+ [kMG]B read and written  100%, left 0:00\n", done.stderr)
     LlamaForCausalLM.from_pretrained(tmp_path / "hf")
 
 
@@ -330,3 +330,15 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(tmp_path, monkeypatch,
     assert message.count("\n") == 1 and "Traceback" not in message
     assert reason in message and remedy in message
     assert sorted(tmp_path.rglob("*")) == before  # nothing was written
+
+
+def test_a_disk_that_is_too_full_is_told_in_units_that_say_how_full(tmp_path, monkeypatch, capsys):
+    path = save_run(tmp_path, build("debug", seq_len=64), flavor="debug")
+    needed = find_checkpoint(path).n_bytes(torch.float32)
+    for free in (needed - 1, needed // 1000, 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert run_script(monkeypatch, path, tmp_path / "hf") == 2
+        message = capsys.readouterr().err
+        assert "make room" in message and not any((tmp_path / "hf").iterdir())
+        said = re.findall(r"([\d.]+) (bytes?|kB|MB|GB)", message)
+        assert len(said) == 2 and all(float(number) >= 1 for number, _ in said)

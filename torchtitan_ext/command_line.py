@@ -158,3 +158,9 @@ class Display:
 
 def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
+
+
+def size(n_bytes: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(n_bytes, precision=2)

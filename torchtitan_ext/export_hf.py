@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from .command_line import make_folder
+from .command_line import make_folder, size
 from .model import LighthouseModelArgs, get_train_spec
 from .model.checkpoints import complete_metadata, complete_steps
 from .records import CONFIG_FILE, read_config
@@ -143,8 +143,8 @@ def export(
     total, free = checkpoint.n_bytes(dtype), shutil.disk_usage(folder).free
     if total > free:
         raise ValueError(
-            f"{folder}: {free / 1e9:.2f} GB are free there, and the model has {total / 1e9:.2f} in {dtype}: make room, "
-            "or name another folder"
+            f"{folder}: {size(free)} are free there, and the model has {size(total)} in {dtype}: make room, or name "
+            "another folder"
         )
 
     tokenizer = HuggingFaceTokenizer(str(checkpoint.tokenizer_path))
@@ -155,9 +155,9 @@ def export(
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(save_file, state, file, metadata={"format": "pt"})
         while wait([writing], timeout=1).not_done:
-            size = min(file.stat().st_size, total) if file.exists() else 0
-            advance(size - written)
-            written = size
+            now = min(file.stat().st_size, total) if file.exists() else 0
+            advance(now - written)
+            written = now
         writing.result()
     advance(total - written)
 

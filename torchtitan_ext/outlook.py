@@ -13,6 +13,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import build_text_validation_dataloader
 from torchtitan.tools.utils import get_peak_flops
 
+from .command_line import size
 from .data import build_dataloader, check_dataset
 from .model import LighthouseModelArgs, LighthouseTransformer, flavors
 from .model.checkpoints import checkpoint_to_load, complete_steps, data_position, step_of
@@ -192,8 +193,8 @@ def _disk_problems(plan: Plan) -> Iterator[str]:
     needed, free = count * plan.checkpoint_bytes, shutil.disk_usage(disk).free
     if needed > free:
         yield (
-            f"job.dump_folder = {folder!r}: {_gb(free)} free in {disk}, but {count} checkpoints of "
-            f"{_gb(plan.checkpoint_bytes)} are to come, {_gb(needed)}; choose another folder or "
+            f"job.dump_folder = {folder!r}: {size(free)} free in {disk}, but {count} checkpoints of "
+            f"{size(plan.checkpoint_bytes)} are to come, {size(needed)}; choose another folder or "
             f"make room (checkpoint.keep_latest_k = {plan.job.checkpoint.keep_latest_k})"
         )
 
@@ -279,8 +280,8 @@ def _facts(plan: Plan, gpu_memory: float, gpu: str, tok_s: float | None) -> dict
         if reason
         else f"about {sum(parts.values()):.1f} of {gpu_memory:.1f} GiB a GPU, to 15 %: "
         + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items()),
-        "disk": f"{count} checkpoints more at most, of {_gb(plan.checkpoint_bytes)}: "
-        f"{_gb(count * plan.checkpoint_bytes)} of {_gb(shutil.disk_usage(disk).free)} free in {disk}",
+        "disk": f"{count} checkpoints more at most, of {size(plan.checkpoint_bytes)}: "
+        f"{size(count * plan.checkpoint_bytes)} of {size(shutil.disk_usage(disk).free)} free in {disk}",
     }
 
 
@@ -295,7 +296,3 @@ def _degrees(dims: ParallelDims) -> str:
 
 def _duration(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
-
-
-def _gb(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:,.2f} GB"
