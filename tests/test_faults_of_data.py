@@ -92,10 +92,12 @@ def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
     args = ("c4_local", path, 16)
     whole = [tokens(batch) for batch in loader(*args, infinite=False, skip=True)]
     got, stopped = [], loader(*args, infinite=False, workers=workers)
-    with pytest.raises(ValueError, match=r"line 3: not JSON.*training\.skip_damaged_data"):
+    with pytest.raises(ValueError, match=r"line 3: not JSON.*training\.skip_damaged_data") as told:
         for batch in stopped:
             got.append(tokens(batch))
             state = stopped.state_dict()
+    [advised] = re.findall(r"scripts/check_c4\.py (\S+);", str(told.value))
+    assert c4_files(advised) == c4_files(str(path))
     resumed = loader(*args, infinite=False, skip=True, workers=workers)
     resumed.load_state_dict(state)
     assert got and got + [tokens(batch) for batch in resumed] == whole

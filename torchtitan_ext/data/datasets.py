@@ -219,9 +219,10 @@ def _c4_dataset(path: str) -> IterableDataset:
 
 def _text(sample: dict[str, str]) -> str:
     if "damage" in sample:
+        folder = os.path.dirname(sample["file"])
         raise ValueError(
-            f"{sample['damage']}; to find all that is damaged, run scripts/check_c4.py on "
-            "training.dataset_path; to train without it, set training.skip_damaged_data to true"
+            f"{sample['damage']}; to find all that is damaged, run scripts/check_c4.py {folder}; to train "
+            "without it, set training.skip_damaged_data to true (validation data is never skipped: mend that)"
         )
     return sample["text"]
 
