@@ -44,14 +44,7 @@ def main() -> int:
         ("--kills", "N", at_least(1), 20, "of the second run"),
         ("--nproc", "N", at_least(1), 2, "ranks of each run"),
         ("--seed", "N", int, 0, "of the kills' moments"),
-        (
-            "--runs",
-            "FOLDER",
-            Path,
-            Path("outputs/soak"),
-            "folder of the two runs, which must be new",
-        ),
-        ("--results", "FOLDER", Path, Path("results/soak"), "folder of the tables and the plot"),
+        ("--output", "FOLDER", Path, Path("outputs/soak"), "of runs, tables and plot; must be new"),
     ):
         parser.add_argument(
             name,
@@ -70,11 +63,10 @@ def main() -> int:
         parser.error("the ranks' memory is read from /proc, which is not here: call on Linux")
     if not Path(CONFIG).is_file():
         raise ValueError(f"{CONFIG} is not in {Path.cwd()}: call from the repository's root")
-    if args.runs.exists():
+    if args.output.exists():
         raise ValueError(
-            f"{args.runs} holds the runs of an earlier soak: delete it, or name another --runs"
+            f"{args.output} holds the runs of an earlier soak: delete it, or name another --output"
         )
-    make_folder(args.results)
 
     moments = random.Random(args.seed)
     steps = sorted(moments.sample(range(1, args.steps - args.interval), args.kills))
@@ -104,7 +96,7 @@ class Soak:
         from torchtitan_ext.model.checkpoints import complete_steps
         from torchtitan_ext.runner import STEP_LINE, torchrun, training
 
-        args, folder = self.args, make_folder(self.args.runs / name)
+        args, folder = self.args, make_folder(self.args.output / name)
         first = max([0, *complete_steps(folder / "checkpoint")]) + 1
         command = [*torchrun(args.nproc, CONFIG), *SETTINGS]
         command += [f"--job.dump_folder={folder}", f"--training.steps={args.steps}"]
@@ -135,7 +127,7 @@ class Soak:
         if (process.returncode != 0) != killed:
             raise CommandFailed(
                 f"{''.join(last)}\nthis start of {folder} ended with exit code {process.returncode}, as said above and "
-                f"in {log}: mend that, and call again with another --runs"
+                f"in {log}: mend that, and call again with another --output"
             )
 
     def sample(self, name: str, launcher: int, step: int) -> None:
@@ -177,7 +169,7 @@ def losses(folder: Path) -> dict[int, list[float]]:
 
 def report(args: argparse.Namespace, soak: Soak) -> bool:
     """Write what was seen; returns whether something is wrong."""
-    whole, killed = losses(args.runs / "undisturbed"), losses(args.runs / "killed")
+    whole, killed = losses(args.output / "undisturbed"), losses(args.output / "killed")
     unequal = [
         step
         for step in range(1, args.steps + 1)
@@ -192,10 +184,10 @@ def report(args: argparse.Namespace, soak: Soak) -> bool:
         }
         for step in sorted(whole.keys() & killed.keys())
     ]
-    write(args.results / "losses.csv", rows)
-    write(args.results / "starts.csv", soak.starts)
-    write(args.results / "processes.csv", soak.samples)
-    plot(args.results / "soak.png", soak, rows)
+    write(args.output / "losses.csv", rows)
+    write(args.output / "starts.csv", soak.starts)
+    write(args.output / "processes.csv", soak.samples)
+    plot(args.output / "soak.png", soak, rows)
 
     memory = max(growth(soak.samples, "resident_mib", args.steps).values())
     files = max(growth(soak.samples, "open_files", args.steps).values())
@@ -211,6 +203,7 @@ def report(args: argparse.Namespace, soak: Soak) -> bool:
         ("minutes in all", f"{(time.monotonic() - soak.began) / 60:.0f}"),
     ]
     print("".join(f"| {name} | {value} |\n" for name, value in [("", ""), ("---", "---:"), *table]))
+    print(f"losses, starts, processes and plot: {args.output}")
     return bool(unequal) or memory > NOISE or files > 0
 
 

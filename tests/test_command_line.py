@@ -75,7 +75,7 @@ def test_a_python_without_the_packages_is_told_which_one_has_them(name):
         "patching": ["check"],
         "preflight": ["--job.config_file", "x"],
         "ablate": ["--cells", "all"],
-        "soak": ["--runs", "gone"],
+        "soak": ["--output", "gone"],
     }.get(re.split(r"[./]", name.removesuffix(".py"))[-1], [])
     done = call([python, "-S"], *rest, *arguments, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode != 0 and "Traceback" not in done.stderr
@@ -168,8 +168,8 @@ WRONG = [
     ("write_settings", ["--out", "{}/empty"], 2, ["{}/empty: Is a directory; give a file"]),
     ("soak", ["--steps", 10], 2, ["--steps: '10': give a whole number, 60 or more"]),
     ("soak", ["--steps", 60], 2, ["--kills 20", "--interval 50", "more"]),
-    ("soak", ["--runs", "{}/empty"], 1, ["{}/empty holds the runs", "delete it, or name"]),
-    ("soak", ["--runs", "{}/new", "--results", "{}/file"], 1, ["{}/file: File exists; choose"]),
+    ("soak", ["--output", "{}/empty"], 1, ["{}/empty holds the runs", "delete it, or name"]),
+    ("soak", ["--output", "{}/file/x"], 1, ["{}/file/x/undisturbed: Not a", "choose"]),
 ]
 
 
