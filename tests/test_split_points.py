@@ -212,6 +212,22 @@ def test_files_written(made, tmp_path):
         assert f"{row['final_loss']:.4f}" not in ours
 
 
+def test_every_jump_lies_whole_in_both_panels(made, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(split_points.plt, "close", drawn.append)
+    experiment = split_points.read_experiment(made[0])
+    split_points.plot(experiment, tmp_path / "loss.png")
+    [figure] = drawn
+    assert len(figure.axes) == 2
+    for panel in figure.axes:
+        low, high = panel.get_ylim()
+        for split, tail in experiment.tails.items():
+            assert low < experiment.stage1.loss[experiment.stage1.step <= split][-1]
+            assert tail.loss[0] < high
+    monkeypatch.undo()
+    split_points.plt.close(figure)
+
+
 @pytest.mark.parametrize(
     "kept", [k for k in product([True, False], repeat=3) if any(k)], ids=lambda k: f"{k}"
 )

@@ -406,13 +406,13 @@ def _loss(x: float | None, sign: str = "") -> str:
 
 
 def plot(experiment: Experiment, path: str | Path) -> None:
-    """Loss against steps, and its lower end against device-hours: raw points pale, their trailing
-    mean over the window on top, crosses for validation, a ring where stage 1 hands over and a dotted line for the jump."""
+    """Loss against steps and against device-hours: raw points pale, their trailing mean over the window on top,
+    crosses for validation, a ring where stage 1 hands over and a dotted line for the jump."""
     dense, stage1 = experiment.dense, experiment.stage1
     tails = {split: tail for split, tail in experiment.tails.items() if tail}
     runs = [run for run in (dense, stage1, *tails.values()) if run]
     w = max(window(run.total_steps, run.log_freq) for run in runs)
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
 
     def draw(run: Run, label: str, color: str, hours_before: float = 0.0) -> None:
         smooth = [mean_loss(run.step, run.loss, end, w) for end in run.step]
@@ -437,16 +437,8 @@ def plot(experiment: Experiment, path: str | Path) -> None:
                 ring = panel.scatter(x0, before, c="white", edgecolors=STAGE1_COLOR, zorder=5)
             ring.set_label("switch" if split == min(tails) else None)
 
-    # the fall of the first steps would flatten all that follows; the right panel is closer still,
-    # for the differences at the end
+    # the fall of the first steps would flatten all that follows
     panels[0].set_ylim(_limits([run.loss[run.step > run.total_steps / 10] for run in runs]))
-    slow = [run for run in (dense, stage1) if run] or runs
-    panels[1].set_ylim(
-        _limits(
-            [run.loss[run.step > run.total_steps / 2] for run in slow]
-            + [tail.loss[-w:] for tail in tails.values()]
-        )
-    )
     panels[0].set(xlabel="step", ylabel="training loss (nats a token)")
     panels[0].xaxis.set_major_formatter("{x:,.0f}")
     panels[1].set(xlabel="device-hours")
