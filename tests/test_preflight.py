@@ -184,9 +184,8 @@ def test_what_is_no_job_is_named(check, tmp_path, content):
     assert code == 1 and len(problems) == 1 and str(file) in problems[0]
 
 
-def test_an_override_that_does_not_exist_is_named(check, capsys):
-    code, problems, _ = check("--lighthouse.topk=64")
-    assert code == 1 and len(problems) == 1 and "--lighthouse.topk=64" in problems[0]
+def test_an_override_that_does_not_exist_is_named_beside_the_nearest_that_does(only_problem):
+    only_problem("--lighthouse.level=3", words=["--lighthouse.level=3", "--lighthouse.levels INT"])
 
 
 def version_of(**changed):

@@ -15,9 +15,10 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import IO
 
@@ -126,7 +127,7 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         sections = tomli.loads(Path(config_file).read_text())
         if no_table := [name for name, value in sections.items() if not isinstance(value, dict)]:
             raise ValueError(f"{no_table[0]} = {sections[no_table[0]]!r} stands in no [section]")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()) as by_parser:
             # a value of another type than the field's
             warnings.filterwarnings("error", category=UserWarning, message="The field")
             return ConfigManager().parse_args(["--job.config_file", str(config_file), *overrides])
@@ -146,7 +147,7 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         ) from error
     except SystemExit as error:
         raise ValueError(
-            f"{where}: these are no settings of a job, as said above; correct them"
+            f"{where}: these are no settings of a job; correct them:\n{by_parser.getvalue().rstrip()}"
         ) from error
 
 
