@@ -47,7 +47,7 @@ class LighthouseConfig:
         require(p >= 2 and p & (p - 1) == 0, "pooling_factor", "must be a power of two, 2 or more")
         m = self.tile_winners
         require(m >= 2 and m % 2 == 0, "tile_winners", "must be even and at least 2")
-        nearest = max(m, round(self.top_k / m) * m) if m > 0 else m
+        nearest = max(m, round(self.top_k / m) * m)
         require(
             self.top_k >= m and self.top_k % m == 0,
             "top_k",
