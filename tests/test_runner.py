@@ -119,6 +119,20 @@ def test_default_splits_are_sixteenths_of_stage_2(plan, output):
     assert [16 * run.start / run.steps for run in runs if run.load] == [10, 11, 12]
 
 
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent.name for path in CONFIGS.parent.glob("*/stage2.toml"))
+)
+def test_launched_by_itself_a_job_file_goes_on_where_the_runner_does(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = {}
+    for run in runner.plan(Path("configs", folder), Path("outputs", folder)):
+        runs.setdefault(run.config_file, run)  # of the tails, the earliest split
+    assert len(runs) == 3
+    for run in runs.values():
+        assert run.config.job.dump_folder == str(run.folder)
+        assert run.config.checkpoint.initial_load_path == (str(run.load) if run.load else None)
+
+
 def test_torchtitan_reads_the_command_as_meant(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides = ["--training.steps=320", "--checkpoint.interval=20", "--checkpoint.keep_latest_k=0"]
