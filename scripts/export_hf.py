@@ -1,7 +1,7 @@
 """Export a checkpoint as a Hugging Face folder, which transformers loads as a plain Llama.
 
     python scripts/export_hf.py outputs/passkey/stage2-900 outputs/demo_hf
-    python scripts/export_hf.py outputs/530m/stage2/checkpoint/step-16000 530m_hf --dtype bfloat16
+    python scripts/export_hf.py outputs/530m/stage2-10000/checkpoint/step-16000 530m_hf --dtype bfloat16
 
 Needs no GPU. The model is the one that config.json in the run's dump folder describes.
 Exit code: 0 if exported, 2 with the reason where that can't be.

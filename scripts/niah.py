@@ -1,6 +1,6 @@
 """Retrieval of a hidden digit by a checkpoint, torchtitan's or a Hugging Face folder: table, JSON, heat map.
 
-    python scripts/niah.py outputs/small/stage2-1000
+    python scripts/niah.py outputs/530m/stage2-10000
     python scripts/niah.py outputs/demo_hf --contexts 64 512
 
 The model attends densely, whatever it was trained with. torchtitan_ext/niah.py describes the prompts.
