@@ -32,7 +32,7 @@ SMALL = [
     (3, 4, 2, 2, 3, 2, 2, 2, 24),
     (2, 8, 2, 3, 5, 1, 2, 1, 16),
     (5, 2, 2, 1, 6, 1, 1, 3, 16),
-    (5, 4, 2, 1, 2, 1, 1, 1, 8),  # spans longer than what a program loads at once
+    (4, 4, 2, 1, 2, 1, 1, 1, 8),  # spans longer than what a program loads at once
 ]
 FULL = [
     (3, 4, 128, 12, 512, 1, 8, 1, 128),
