@@ -202,7 +202,7 @@ def test_compiles_without_a_graph_break():
 def test_compiles_for_changing_head_counts():
     layer = LighthouseAttention(SMALL)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for n_heads in (2, 6):
+    for n_heads in (2, 4, 6):
         q, k, v = (torch.randn(1, 128, heads, 8) for heads in (n_heads, 2, 2))
         torch.testing.assert_close(compiled(q, k, v), layer(q, k, v))
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_command_line import run_script
 from torch.utils.tensorboard import SummaryWriter
 
-from torchtitan_ext import command_line, outlook, records
+from torchtitan_ext import outlook, records
 from torchtitan_ext.runner import child_environment, load_job
 
 ROOT = Path(__file__).parents[1]
@@ -25,14 +26,6 @@ def bench(*arguments):
         capture_output=True,
         text=True,
     )
-
-
-@pytest.fixture
-def bench_train(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import bench_train
-
-    return bench_train
 
 
 def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path):
@@ -78,17 +71,22 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path):
     ],
 )
 def test_what_cannot_run_is_refused_before_any_time_is_spent(
-    arguments, words, tmp_path, bench_train, monkeypatch, capsys
+    arguments, words, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.chdir(ROOT)
-    output = str(tmp_path / "bench.json")
-    monkeypatch.setattr("sys.argv", ["bench_train.py", "--output", output, *arguments])
-    with pytest.raises(SystemExit) as end:
-        command_line.run(bench_train.main)
+    output = tmp_path / "bench.json"
+    assert run_script(monkeypatch, "bench_train", "--output", output, *arguments) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert end.value.code == 2 and "Traceback" not in message
+    assert "Traceback" not in message
     assert all(word in message for word in words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def bench_train(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import bench_train
+
+    return bench_train
 
 
 def write_events(folder, bench_train, points):

@@ -57,8 +57,8 @@ RECIPE = SimpleNamespace(
 @pytest.fixture(
     scope="module",
     params=[
-        # job, data-parallel degree, context-parallel degree, and that of the run that moves, if one does
-        pytest.param((DEMO, 1, 1, None), id="one-process"),
+        # job, data-parallel degree, context-parallel degree, and the one of the run that moves
+        pytest.param((DEMO, 1, 1, 2), id="one-process"),
         pytest.param((DEMO, 2, 2, 1), id="four-ranks-two-a-sequence"),
         pytest.param((DEMO, 8, 1, None), id="eight-ranks", marks=pytest.mark.eight),
         pytest.param((DEMO, 4, 2, 1), id="eight-ranks-two-a-sequence", marks=pytest.mark.eight),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
-from .attention import Attention
+from .attention import Attention, _attend
 
 
 def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
@@ -41,6 +41,14 @@ def check_heads(n_heads: int, n_kv_heads: int, degree: int) -> None:
         )
 
 
+def _in_order(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """Rows [B, S, ...] with their chunks in this order, an empty one for that in which they are."""
+    if not order:
+        return rows
+    chunks = rows.unflatten(1, (len(order), -1))
+    return torch.cat([chunks[:, i] for i in order], 1)
+
+
 class SharedAttention(nn.Module):
     """Causal attention of a sequence that the ranks of `mesh` share, each of which calls it with its rows.
 
@@ -59,13 +67,13 @@ class SharedAttention(nn.Module):
         self.degree = mesh.size()
         order = chunk_order(self.degree, load_balance)
         self.order = order if order != sorted(order) else []
+        self.places = sorted(range(len(self.order)), key=self.order.__getitem__)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
         """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, one after another -> [B, H, S, D]."""
-        q, k, v = self._rows_for_heads(q, k, v)
-        return self._heads_for_rows(self.attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1]))
+        return self._heads_for_rows(_attend(self.attention, *self._rows_for_heads(q, k, v)))
 
     def _exchange(self, x: torch.Tensor) -> torch.Tensor:
         """The i-th part of dimension 0 goes to rank i; what comes, rank after rank."""
@@ -80,18 +88,12 @@ class SharedAttention(nn.Module):
             parts.append(x.transpose(1, 2).unflatten(2, (self.degree, -1)).movedim(2, 0))
         # [ranks, B, S, heads of all tensors / ranks, D] to be sent, [B, ranks x S, ...] as it came
         rows = self._exchange(torch.cat(parts, 3)).movedim(0, 1).flatten(1, 2)
-        if self.order:
-            chunks = rows.unflatten(1, (len(self.order), -1))
-            places = sorted(range(len(self.order)), key=self.order.__getitem__)
-            rows = torch.cat([chunks[:, i] for i in places], 1)
+        rows = _in_order(rows, self.places)
         return [x.transpose(1, 2) for x in rows.split([x.shape[3] for x in parts], 2)]
 
     def _heads_for_rows(self, out: torch.Tensor) -> torch.Tensor:
         """The way back: [B, H / ranks, S x ranks, D] -> [B, H, S, D]."""
-        rows = out.transpose(1, 2)
-        if self.order:
-            chunks = rows.unflatten(1, (len(self.order), -1))
-            rows = torch.cat([chunks[:, place] for place in self.order], 1)
+        rows = _in_order(out.transpose(1, 2), self.order)
         rows = rows.unflatten(1, (self.degree, -1)).movedim(1, 0)  # [ranks, B, S, H / ranks, D]
         heads = self._exchange(rows).movedim(0, 2)  # [B, S, ranks, H / ranks, D]
         return heads.flatten(2, 3).transpose(1, 2)
