@@ -135,6 +135,10 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
             ["context_parallel_degree = 4", "2 heads and 2 KV heads", "1, 2", "'alltoall'"],
         ),
         (
+            "--parallelism.context_parallel_degree 2 --parallelism.tensor_parallel_degree 4",
+            ["tensor_parallel_degree = 4", "2 heads and 2 KV heads", "1, 2"],
+        ),
+        (
             "--parallelism.context_parallel_degree 2 --lighthouse.scorer gla",
             ["scorer = 'gla'", "degree of 2", "'norm'"],
         ),
@@ -362,12 +366,13 @@ def test_the_data_parallel_degree_leaves_the_other_dimensions_out(job, tmp_path,
         (4, "--parallelism.data_parallel_shard_degree 3", ["dp_shard 3", "number of ranks, 4"]),
         (1, "--parallelism.context_parallel_degree 2", ["cp 2", "number of ranks, 1"]),
         (2, "--parallelism.data_parallel_replicate_degree 0", ["dp_replicate 0", "ranks, 2"]),
+        (2, "--parallelism.tensor_parallel_degree 0", ["tp 0", "ranks, 2"]),
         (3, "--training.global_batch_size 8", ["global_batch_size = 8", "1 x 3", "6 or 9"]),
         (2, "--training.global_batch_size 1", ["global_batch_size = 1", "1 x 2", "nearest: 2"]),
         (
-            4,
-            "--lighthouse.no_enable --parallelism.tensor_parallel_degree 4 --training.seq_len 4100",
-            ["training.seq_len = 4100", "multiple of 8", "tensor-parallel degree of 4"],
+            2,
+            "--lighthouse.no_enable --parallelism.tensor_parallel_degree 2 --training.seq_len 4098",
+            ["training.seq_len = 4098", "multiple of 4", "tensor-parallel degree of 2"],
         ),
     ],
 )

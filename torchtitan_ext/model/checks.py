@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from math import gcd
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +20,7 @@ from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.shared_attention import check_heads
 from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
 
-from .args import flavors
+from .args import LighthouseModelArgs, flavors
 from .checkpoints import checkpoint_problems, note_start
 
 
@@ -158,6 +159,7 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
     if flavor not in flavors:
         yield f"model.flavor = {flavor!r} is unknown: choose one of {', '.join(flavors)}"
     else:
+        yield from _head_problems(job_config, flavors[flavor])
         n_layers = flavors[flavor].n_layers
         bad = [i for i in lighthouse.dense_layers or () if not 0 <= i < n_layers]
         if bad:
@@ -185,21 +187,11 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
         yield f"compile.backend = {compiled.backend!r}: choose one of {', '.join(backends)}"
     degree = job_config.parallelism.context_parallel_degree
     balancer = job_config.parallelism.context_parallel_load_balancer
-    rotate_method = job_config.parallelism.context_parallel_rotate_method
     if degree > 1 and balancer not in ("headtail", None):
         yield (
             f"parallelism.context_parallel_load_balancer = {balancer!r}: attention is 'sdpa', for which "
             "torchtitan has 'headtail' alone; use that or None"
         )
-    if degree > 1 and rotate_method == "allgather" and flavor in flavors:
-        args, shards = flavors[flavor], job_config.parallelism.tensor_parallel_degree
-        try:
-            check_heads(args.n_heads // shards, (args.n_kv_heads or args.n_heads) // shards, degree)
-        except ValueError as error:
-            yield (
-                f"parallelism.context_parallel_degree = {degree}: {error}; or set "
-                "parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
-            )
     if not lighthouse.enable:
         return
     for name, section in _data_sections(job_config):
@@ -217,6 +209,29 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             "stage and jump back in the dense one; set it to 0.0, or lr_scheduler.total_steps to the steps "
             "of both stages"
         )
+
+
+def _head_problems(job_config: JobConfig, args: LighthouseModelArgs) -> Iterator[str]:
+    parallelism = job_config.parallelism
+    shards, degree = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    n_heads, n_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
+    if shards < 1:
+        return  # named with the other degrees
+    common = gcd(n_heads, n_kv_heads)
+    if common % shards:
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        yield (
+            f"parallelism.tensor_parallel_degree = {shards}: must divide {n_heads} heads and {n_kv_heads} KV heads; "
+            f"use one of {fitting}"
+        )
+    elif degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
+        try:
+            check_heads(n_heads // shards, n_kv_heads // shards, degree)
+        except ValueError as error:
+            yield (
+                f"parallelism.context_parallel_degree = {degree}: {error}; or set "
+                "parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
+            )
 
 
 def _data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
