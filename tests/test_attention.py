@@ -211,10 +211,14 @@ def test_inputs_that_do_not_fit_are_named():
     q, k, v = qkv(256, n_kv_heads=2)
     with pytest.raises(ValueError, match=r"must be \[B, N, H, D\]"):
         lighthouse_attention(q, k[:, :-1], v, SMALL)
+    with pytest.raises(ValueError, match=r"must be \[B, N, H, D\]"):
+        lighthouse_attention(q, k.flatten(2), v.flatten(2), SMALL)
     with pytest.raises(ValueError, match=r"3 query heads: must be a multiple of 2"):
         lighthouse_attention(torch.randn(1, 256, 3, 4), k, v, SMALL)
     with pytest.raises(ValueError, match=r"freqs_cis .*at least N = 256"):
         lighthouse_attention(q, k, v, SMALL, freqs_cis=rotary_table(128, 4))
+    with pytest.raises(ValueError, match=r"freqs_cis .*torch.float64: must be complex"):
+        lighthouse_attention(q, k, v, SMALL, freqs_cis=rotary_table(256, 4).real)
     with pytest.raises(ValueError, match=r"seq_len = 204"):
         lighthouse_attention(q[:, :204], k[:, :204], v[:, :204], SMALL)
 

@@ -8,9 +8,9 @@ import os
 import re
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import ring_attention  # noqa: F401
@@ -285,6 +285,25 @@ def test_chunks_select_what_the_whole_sequence_does(ops, kind):
     expected = selected(base, config)
     assert torch.equal(torch.cat(levels, -1), expected.level)
     assert torch.equal(torch.cat(indices, -1), expected.index)
+
+
+def test_inputs_that_do_not_fit_are_named_on_every_rank():
+    config = LighthouseConfig(top_k=32, tile_winners=2)
+    q, k, v = qkv(SEQ_LEN // 2, n_kv_heads=2)
+    for rank, load_balance in product((0, 1), (True, False)):
+        mesh = Mock(**{"size.return_value": 2, "get_local_rank.return_value": rank})
+        attend = partial(
+            context_parallel_attention,
+            config=config,
+            mesh=mesh,
+            load_balance=load_balance,
+            attention=causal_sdpa,
+        )
+        with pytest.raises(ValueError, match=r"must be \[B, N, H, D\]"):
+            attend(q, k[:, :-2], v[:, :-2])
+        # One rank's positions lie in the table, the other's don't.
+        with pytest.raises(ValueError, match=rf"freqs_cis .*at least N = {SEQ_LEN}"):
+            attend(q, k, v, freqs_cis=rotary_table(SEQ_LEN // 2, 4))
 
 
 @settings(deadline=None)

@@ -37,21 +37,26 @@ def _check_inputs(
     v: torch.Tensor,
     config: LighthouseConfig,
     freqs_cis: torch.Tensor | None,
+    degree: int = 1,
 ) -> None:
-    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+    """Raise ValueError unless the inputs of one of `degree` ranks fit each other and `config`."""
+    if q.ndim != 4 or k.shape != v.shape or k.shape != (*q.shape[:2], *k.shape[2:3], q.shape[3]):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}:"
             " must be [B, N, H, D] and twice [B, N, H_kv, D]"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads: must be a multiple of {k.shape[2]} KV heads")
-    config.check_seq_len(q.shape[1])
+    seq_len = q.shape[1] * degree
+    config.check_seq_len(seq_len)
     if freqs_cis is not None and (
-        freqs_cis.shape[0] < q.shape[1] or freqs_cis.shape[1:] != (q.shape[3] // 2,)
+        freqs_cis.shape[0] < seq_len
+        or freqs_cis.shape[1:] != (q.shape[3] // 2,)
+        or not freqs_cis.is_complex()
     ):
         raise ValueError(
-            f"freqs_cis {tuple(freqs_cis.shape)}: must be complex"
-            f" [at least N = {q.shape[1]}, D/2 = {q.shape[3] // 2}]"
+            f"freqs_cis {tuple(freqs_cis.shape)}, {freqs_cis.dtype}: must be complex"
+            f" [at least N = {seq_len}, D/2 = {q.shape[3] // 2}]"
         )
 
 

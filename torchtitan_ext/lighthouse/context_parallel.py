@@ -98,6 +98,7 @@ def context_parallel_attention(
             be right.
     """
     degree, rank = mesh.size(), mesh.get_local_rank()
+    _check_inputs(q, k, v, config, freqs_cis, degree)
     check_context_parallel(config, q.shape[1] * degree, degree, load_balance)
     order = chunk_order(degree, load_balance)
     chunks = chunks_of_ranks(degree, load_balance)[rank]
@@ -108,7 +109,6 @@ def context_parallel_attention(
     batch, chunk_len = q.shape[0], q.shape[1] // per_rank
     starts = [chunk * chunk_len for chunk in chunks]
     q, k, v = (x.unflatten(1, (per_rank, chunk_len)).flatten(0, 1) for x in (q, k, v))
-    _check_inputs(q, k, v, config, freqs_cis if freqs_cis is None else freqs_cis[max(starts) :])
     slots = _slots(q, k, v, config, freqs_cis, starts)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config, starts)
     out = _attend(attention, q, k, v)
