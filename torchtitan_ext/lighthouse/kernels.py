@@ -431,6 +431,13 @@ def _rows_of_heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
+def _cos_and_sin(freqs_cis: torch.Tensor | None) -> torch.Tensor | None:
+    """The rotary table as the kernels read it, whatever its layout and precision: fp32 [N, D/2, 2]."""
+    if freqs_cis is None:
+        return None
+    return torch.view_as_real(freqs_cis.to(torch.complex64).contiguous())
+
+
 def _pair_launch(x, slots, gathered_len, levels, p, shift, carry, starts):
     """Grid and common arguments of the reduce and the spread kernel for heads-last `x` [B, N, H, D]."""
     batch, seq_len, n_heads, head_dim = x.shape
@@ -525,11 +532,10 @@ def _reduce_op(
     levels: int, p: int, gathered_len: int, shift: int, mean: bool, rope: int, carry: bool, starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     x = _rows_of_heads(x)
-    freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
     gathered = x.new_empty(_gathered_shape(x, gathered_len, starts))
     grid, sizes, constants = _pair_launch(x, slots, gathered_len, levels, p, shift, carry, starts)
     _reduce_kernel[grid](
-        x, slots, freqs, gathered, *sizes,
+        x, slots, _cos_and_sin(freqs_cis), gathered, *sizes,
         MEAN=mean, ROPE=rope, AT_ONCE=_REDUCE_AT_ONCE, **constants,
     )  # fmt: skip
     return gathered.transpose(1, 2)
@@ -546,12 +552,11 @@ def _spread_op(
     levels: int, p: int, seq_len: int, shift: int, mean: bool, rope: int, carry: bool, starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     gathered = gathered.transpose(1, 2).contiguous()
-    freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
     out = gathered.new_empty(len(slots), seq_len, *gathered.shape[2:])
     gathered_len = gathered.shape[1] // len(starts)
     grid, sizes, constants = _pair_launch(out, slots, gathered_len, levels, p, shift, carry, starts)
     _spread_kernel[grid](
-        gathered, slots, freqs, out, *sizes,
+        gathered, slots, _cos_and_sin(freqs_cis), out, *sizes,
         MEAN=mean, ROPE=rope, AT_ONCE=_SPREAD_AT_ONCE, **constants,
     )  # fmt: skip
     return out
