@@ -41,7 +41,7 @@ from torchtitan_ext.lighthouse.context_parallel import (
     check_context_parallel,
     context_parallel_attention,
 )
-from torchtitan_ext.lighthouse.shared_attention import SharedAttention, chunk_order
+from torchtitan_ext.lighthouse.ulysses import UlyssesAttention, chunk_order
 from torchtitan_ext.model import Lighthouse
 from torchtitan_ext.model.model import LighthouseSelfAttention
 from torchtitan_ext.model.train_spec import parallelize
@@ -93,7 +93,7 @@ def compare(config, group, load_balance):
         config,
         mesh=mesh(),
         load_balance=load_balance,
-        attention=SharedAttention(causal_sdpa, mesh(), load_balance),
+        attention=UlyssesAttention(causal_sdpa, mesh(), load_balance),
         freqs_cis=table,
     )
     got = torch.autograd.grad((out * mine(weights)).sum(), own)
@@ -153,7 +153,7 @@ def modules_agree(device, dtype, backend, bound):
         if ring:
             apply_cp_to_attention_module([shared.inner_attention], mesh(device), "sdpa")
         else:
-            shared.inner_attention = SharedAttention(causal_sdpa, mesh(device), load_balance)
+            shared.inner_attention = UlyssesAttention(causal_sdpa, mesh(device), load_balance)
         tokens = torch.zeros(1, seq_len, device=device, dtype=torch.long)
         extra = prepare_context_parallel_input(
             *(tokens, tokens, {}, mesh(device), torch.device(device), balancer)
@@ -196,7 +196,7 @@ def training_steps_agree():
         one, shared = build(model_args), build(model_args)
         dims = ParallelDims(1, 1, cp=world, tp=1, pp=1, ep=1, etp=1, world_size=world)
         parallelize(shared, dims, job_config)
-        ours = [module for module in shared.modules() if isinstance(module, SharedAttention)]
+        ours = [module for module in shared.modules() if isinstance(module, UlyssesAttention)]
         assert bool(ours) == (rotate_method == "allgather")
         optimizers = [torch.optim.SGD(model.parameters(), 0.1, 0.9) for model in (one, shared)]
         losses = []

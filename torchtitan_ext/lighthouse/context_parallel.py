@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
 from .config import LighthouseConfig
 from .operators import with_carry
-from .shared_attention import chunk_order, chunks_of_ranks
+from .ulysses import chunk_order, chunks_of_ranks
 
 
 def check_context_parallel(

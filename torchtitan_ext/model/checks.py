@@ -17,7 +17,7 @@ from torchtitan.distributed import ParallelDims
 
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
-from torchtitan_ext.lighthouse.shared_attention import check_heads
+from torchtitan_ext.lighthouse.ulysses import check_heads
 from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
 
 from .args import LighthouseModelArgs, flavors

@@ -27,7 +27,7 @@ from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import build_dataloader
 from torchtitan_ext.lighthouse.attention import kernels
-from torchtitan_ext.lighthouse.shared_attention import SharedAttention
+from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 from torchtitan_ext.records import CONFIG_FILE
 
 from .args import flavors
@@ -52,12 +52,13 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     model = parallelize_llama(model, parallel_dims, job_config)
     if parallel_dims.cp_enabled:
         method = job_config.parallelism.context_parallel_rotate_method
-        set_rotate_method(method)
-        if method == "allgather":  # no ring then, which torchtitan has put in
+        if method != "allgather":
+            set_rotate_method(method)  # torchtitan would leave it to a validation
+        else:  # no ring then, which torchtitan has put in
             for module in model.modules():
                 if isinstance(module, Attention):
                     stock = ScaledDotProductAttentionWrapper()
-                    module.inner_attention = SharedAttention(stock, mesh, load_balance)
+                    module.inner_attention = UlyssesAttention(stock, mesh, load_balance)
     if device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""Dense causal attention over a sequence whose chunks lie on several ranks.
+"""Dense causal attention over a sequence whose chunks lie on several ranks, as in DeepSpeed-Ulysses.
 
 The ranks exchange rows for heads: each gets all rows of its share of the heads, attends to them as one device would,
 and sends every row of the output back to where its chunk lies (arXiv 2309.14509). Whatever the number of ranks, a row
@@ -49,7 +49,7 @@ def _in_order(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
     return torch.cat([chunks[:, i] for i in order], 1)
 
 
-class SharedAttention(nn.Module):
+class UlyssesAttention(nn.Module):
     """Causal attention of a sequence that the ranks of `mesh` share, each of which calls it with its rows.
 
     Args:
@@ -75,7 +75,7 @@ class SharedAttention(nn.Module):
         """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, one after another -> [B, H, S, D]."""
         return self._heads_for_rows(_attend(self.attention, *self._rows_for_heads(q, k, v)))
 
-    def _exchange(self, x: torch.Tensor) -> torch.Tensor:
+    def _all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """The i-th part of dimension 0 goes to rank i; what comes, rank after rank."""
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
@@ -87,7 +87,7 @@ class SharedAttention(nn.Module):
                 x = x.repeat_interleave(self.degree // x.shape[1], 1)
             parts.append(x.transpose(1, 2).unflatten(2, (self.degree, -1)).movedim(2, 0))
         # [ranks, B, S, heads of all tensors / ranks, D] to be sent, [B, ranks x S, ...] as it came
-        rows = self._exchange(torch.cat(parts, 3)).movedim(0, 1).flatten(1, 2)
+        rows = self._all_to_all(torch.cat(parts, 3)).movedim(0, 1).flatten(1, 2)
         rows = _in_order(rows, self.places)
         return [x.transpose(1, 2) for x in rows.split([x.shape[3] for x in parts], 2)]
 
@@ -95,5 +95,5 @@ class SharedAttention(nn.Module):
         """The way back: [B, H / ranks, S x ranks, D] -> [B, H, S, D]."""
         rows = _in_order(out.transpose(1, 2), self.order)
         rows = rows.unflatten(1, (self.degree, -1)).movedim(1, 0)  # [ranks, B, S, H / ranks, D]
-        heads = self._exchange(rows).movedim(0, 2)  # [B, S, ranks, H / ranks, D]
+        heads = self._all_to_all(rows).movedim(0, 2)  # [B, S, ranks, H / ranks, D]
         return heads.flatten(2, 3).transpose(1, 2)
