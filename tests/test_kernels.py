@@ -32,8 +32,10 @@ SMALL = [
     (3, 4, 2, 2, 3, 2, 2, 2, 24),
     (2, 8, 2, 3, 5, 1, 2, 1, 16),
     (5, 2, 2, 1, 6, 1, 1, 3, 16),
-    (5, 4, 2, 1, 2, 1, 1, 1, 8),  # spans longer than what a program loads at once
+    (7, 2, 2, 1, 2, 1, 1, 1, 8),  # spans longer than what a program loads at once
 ]
+LONG = (5, 4, 2, 1, 2, 1, 1, 1, 8)  # spans longer than what a program of the score kernel reads
+GROUPED = (3, 2, 2, 2, 3, 2, 2, 2, 24)  # all that strides and indices depend on, in short spans
 FULL = [
     (3, 4, 128, 12, 512, 1, 8, 1, 128),
     (3, 2, 128, 12, 2048, 1, 2, 4, 64),
@@ -43,9 +45,8 @@ FULL = [
     (2, 8, 128, 1, 8000, 1, 2, 1, 128),
     (3, 4, 2, 1, 32, 1, 1, 1, 64),
 ]
-shapes = pytest.mark.parametrize(
-    "shape", SMALL + [pytest.param(shape, marks=pytest.mark.gpu) for shape in FULL], ids=str
-)
+SHAPES = SMALL + [pytest.param(shape, marks=pytest.mark.gpu) for shape in FULL]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def setting(shape, rope="selected"):
@@ -89,7 +90,7 @@ def error(x, reference):
     ("rope", "scorer"),
     [("selected", "norm"), ("base", "norm"), ("selected", "gla"), ("base", "dilated")],
 )
-@pytest.mark.parametrize("shape", SMALL[1:3], ids=str)
+@pytest.mark.parametrize("shape", [GROUPED, SMALL[2]], ids=str)
 def test_layer_equals_the_oracle(shape, rope, scorer, triton_everywhere):
     tensors, freqs_cis, config = inputs_of(shape, rope=rope)
     config = dataclasses.replace(config, scorer=scorer)
@@ -103,7 +104,7 @@ def test_layer_equals_the_oracle(shape, rope, scorer, triton_everywhere):
         assert error(x.cpu(), reference) < TOLERANCE[torch.float32]
 
 
-@shapes
+@pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_scores_are_the_norms_and_their_maxima(shape, dtype):
     (q, k, v), _, config = inputs_of(shape, dtype)
@@ -134,9 +135,7 @@ def test_tiles_too_large_for_one_program_are_selected_all_the_same(monkeypatch):
 def assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts=(0,)):
     """The Triton operators and the torch ones, forward and backward; returns the slots."""
     dtype = tensors[0].dtype
-    scores = operators.score(*tensors, config)
-    slots = operators.select(scores, config, starts)
-    assert torch.equal(kernels.select(scores, config, starts), slots)
+    slots = operators.select(operators.score(*tensors, config), config, starts)
     exact = [x.detach().float().requires_grad_() for x in tensors]
 
     def check(ours, reference, inputs, exact_inputs):
@@ -166,26 +165,39 @@ def assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts=(0,)):
 @shapes
 @pytest.mark.parametrize(
     ("dtype", "rope"),
-    [(torch.float32, "selected"), (torch.float16, "selected"), (torch.bfloat16, "base")],
+    [
+        (torch.float32, "selected"),
+        (torch.bfloat16, "base"),
+        pytest.param(torch.float16, "selected", marks=pytest.mark.gpu),
+    ],
     ids=str,
 )
 def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, poisoned):
     assert_gather_and_scatter_equal(*inputs_of(shape, dtype, rope))
 
 
-@pytest.mark.parametrize("rope", ["selected", "base"])
-@pytest.mark.parametrize("places", [(0, 5), (2, 3)])
+@pytest.mark.parametrize(
+    ("places", "rope", "dtype"),
+    [
+        ((0, 5), "selected", torch.float32),
+        ((0, 5), "base", torch.float16),
+        ((2, 3), "selected", torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "shape",
-    [(3, 2, 2, 1, 3, 4, 2, 2, 8), pytest.param((3, 4, 128, 6, 512, 2, 8, 1, 128), marks=pytest.mark.gpu)],
+    [(3, 2, 2, 1, 3, 4, 2, 1, 8), pytest.param((3, 4, 128, 6, 512, 2, 8, 1, 128), marks=pytest.mark.gpu)],
     ids=str,
 )  # fmt: skip
-def test_chunks_of_a_sequence_are_gathered_one_after_another(shape, places, rope, poisoned):
-    tensors, _, config = inputs_of(shape, rope=rope)
+def test_chunks_of_a_sequence_are_gathered_one_after_another(shape, places, rope, dtype, poisoned):
+    tensors, _, config = inputs_of(shape, dtype, rope)
     items, seq_len, _, head_dim = tensors[0].shape
     freqs_cis = rotary_table(6 * seq_len, head_dim, torch.complex64).to(DEVICE)
     starts = [place * seq_len for place in places]
     slots = assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts)
+    scores = operators.score(*tensors, config)
+    assert torch.equal(kernels.select(scores, config, starts), slots)
 
     gathered = kernels.gather(*tensors, freqs_cis, slots, config, starts)
     for place in (0, 1):  # the same as each chunk by itself
@@ -199,7 +211,7 @@ def test_chunks_of_a_sequence_are_gathered_one_after_another(shape, places, rope
 
 
 @pytest.mark.parametrize(
-    "shape", [*SMALL[:2], pytest.param(FULL[0], marks=pytest.mark.gpu)], ids=str
+    "shape", [SMALL[0], GROUPED, pytest.param(FULL[0], marks=pytest.mark.gpu)], ids=str
 )
 def test_runs_repeat_bitwise_and_write_every_element(shape, triton_everywhere, poisoned):
     def run():
@@ -213,7 +225,7 @@ def test_runs_repeat_bitwise_and_write_every_element(shape, triton_everywhere, p
 
 
 def test_strided_inputs_need_no_layout(triton_everywhere):
-    (q, k, v), freqs_cis, config = inputs_of(SMALL[1])
+    (q, k, v), freqs_cis, config = inputs_of(GROUPED)
     fused = torch.cat([q, k, v], 2)  # heads of one projection side by side
     views = fused.split([q.shape[2], k.shape[2], v.shape[2]], 2)
     transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -226,7 +238,7 @@ def test_strided_inputs_need_no_layout(triton_everywhere):
 
 
 @pytest.mark.parametrize("carry", [False, True])
-@pytest.mark.parametrize("shape", SMALL[:2], ids=str)
+@pytest.mark.parametrize("shape", [SMALL[0], GROUPED], ids=str)
 def test_operators_are_well_formed_torch_library_operators(shape, carry):
     tensors, freqs_cis, config = inputs_of(shape)
     q, k, _ = tensors
@@ -275,7 +287,7 @@ def test_compiles_without_a_graph_break_and_equals_eager(triton_everywhere):
 
 
 def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(triton_everywhere):
-    tensors, freqs_cis, config = inputs_of(SMALL[1])
+    tensors, freqs_cis, config = inputs_of(GROUPED)
 
     def run(*tensors):
         return lighthouse_attention(*tensors, config, freqs_cis=freqs_cis).sin().sum()
