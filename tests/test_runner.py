@@ -310,6 +310,7 @@ def test_scripts_run_a_real_experiment_and_make_its_table(tmp_path):
     """Three tiny runs through torchrun and torchtitan."""
     overrides = "--training.steps=6 --checkpoint.interval=4"
     overrides += " --lr_scheduler.warmup_steps=2 --metrics.log_freq=2"
+    overrides += " --training.seq_len=256 --lighthouse.top_k=16 --lighthouse.tile_winners=4"
     run = [sys.executable, "scripts/run_splits.py", "--configs", str(CONFIGS)]
     run += ["--output", str(tmp_path), "--splits", "4", "--", *overrides.split()]
     make_table = [sys.executable, "scripts/make_table.py", str(tmp_path)]
