@@ -1,5 +1,6 @@
 """A job that can't run, or would lose state in silence, stops before anything is built."""
 
+import importlib
 import json
 import pickle
 import re
@@ -19,8 +20,10 @@ from torchtitan.config import ConfigManager
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec
 
+import torchtitan_ext.model
 from torchtitan_ext.model import LighthouseTransformer, check_job, flavors
 from torchtitan_ext.model.checkpoints import checkpoint_to_load, complete_metadata, step_of
+from torchtitan_ext.patching import NotPatched
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -77,7 +80,11 @@ def only_problem(config, *words):
 
 def test_an_unpatched_torchtitan_is_refused(job, monkeypatch):
     monkeypatch.setattr("torchtitan_ext.patching.is_patched", lambda root: False)
-    only_problem(job(), "is not patched: python -m torchtitan_ext.patching apply")
+    words = "is not patched: python -m torchtitan_ext.patching apply"
+    only_problem(job(), words)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(NotPatched, match=words):
+        importlib.reload(torchtitan_ext.model)
 
 
 def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):

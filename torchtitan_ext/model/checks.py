@@ -31,14 +31,15 @@ def check_job(job_config: JobConfig) -> None:
     checkpoint a new run starts from, so that a later launch can tell whether it continues that run.
     """
     n_ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-    problems = [*_patch_problems(), *job_problems(job_config, n_ranks)]
+    problems = [*patch_problems(), *job_problems(job_config, n_ranks)]
     if problems:
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
     if job_config.checkpoint.enable and int(os.environ.get("RANK", 0)) == 0:
         note_start(job_config)
 
 
-def _patch_problems() -> Iterator[str]:
+def patch_problems() -> Iterator[str]:
+    """That torchtitan is as released, which stops or spoils a training."""
     try:
         check_patched()
     except NotPatched as error:
