@@ -184,6 +184,29 @@ def test_what_is_no_job_is_named(check, tmp_path, content):
     assert code == 1 and len(problems) == 1 and str(file) in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[lighthouse]\ntopk = 64", ["lighthouse.topk", "lighthouse.top_k"]),
+        ("[training.dataloader]\nworkers = 1", ["training.dataloader.num_workers"]),
+        ("[lighthuose]\ntop_k = 64", ["lighthuose is", "nearest is lighthouse"]),
+        ("[loss]\nxyz = 1\n[training]\nstep = 3", ["are fuse_output", "training.steps"]),
+    ],
+)
+def test_a_field_that_does_not_exist_is_named_beside_those_that_do(
+    only_problem, tmp_path, content, words
+):
+    file = tmp_path / "job.toml"
+    file.write_text(f'[job]\ncustom_config_module = "torchtitan_ext.model.config"\n{content}')
+    only_problem(file=file, words=[file, *words])
+
+
+def test_sections_of_this_package_need_its_config_module(only_problem, tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text("[lighthouse]\ntop_k = 64")
+    only_problem(file=file, words=[file, "custom_config_module = 'torchtitan_ext.model.config'"])
+
+
 def test_an_override_that_does_not_exist_is_named_beside_the_nearest_that_does(only_problem):
     only_problem("--lighthouse.level=3", words=["--lighthouse.level=3", "--lighthouse.levels INT"])
 

@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import IO
@@ -28,6 +29,7 @@ from torchtitan.config import ConfigManager, JobConfig
 from .command_line import CommandFailed, Display, duration, make_folder
 from .model.checkpoints import complete_steps
 from .model.checks import check_job
+from .model.config import JobConfig as OwnSections
 from .records import CONFIG_FILE, read_config
 
 STAGES = ("dense", "stage1", "stage2")
@@ -142,13 +144,38 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
     except (AssertionError, TypeError, ValueError, UserWarning) as error:
         # what follows torchtitan's first line is of its own launcher
         said = str(error).splitlines()[0].partition(" We'll try")[0]
+        if said.startswith("Invalid field names"):
+            said = "; ".join(_unknown(sections, _settings())) or (
+                "[job] has no custom_config_module = 'torchtitan_ext.model.config', which adds settings"
+            )
         raise ValueError(
             f"{where}: {said.rstrip('.')}; correct that in the file or argument"
         ) from error
     except SystemExit as error:
         raise ValueError(
-            f"{where}: these are no settings of a job; correct them:\n{by_parser.getvalue().rstrip()}"
+            f"{where}: these arguments can't be read, correct them:\n{by_parser.getvalue()}All settings: "
+            f"python -m torchtitan.train --job.config_file {config_file} --help"
         ) from error
+
+
+def _settings() -> dict[str, dict]:
+    """Every section of a job with its fields and their defaults."""
+    settings = JobConfig().to_dict()
+    for section, added in asdict(OwnSections()).items():
+        settings[section] = settings.get(section, {}) | added
+    return settings
+
+
+def _unknown(given: dict, known: dict, section: str = "") -> Iterator[str]:
+    """The names in `given` that are not among the `known`, each with what is near."""
+    for name, value in given.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            yield f"{section}{name} is no setting; " + (
+                f"the nearest is {section}{near[0]}" if near else f"there are {', '.join(known)}"
+            )
+        elif isinstance(value, dict) and isinstance(known[name], dict):
+            yield from _unknown(value, known[name], f"{section}{name}.")
 
 
 def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
