@@ -61,7 +61,8 @@ def check(tmp_path, monkeypatch, capsys):
         report = capsys.readouterr().out
         head, *problems = report.split("\n- ")
         assert code == (1 if problems else 0)
-        assert not problems or head.endswith(f"{len(problems)} problem{'s' * (len(problems) > 1)}:")
+        count = len(problems)
+        assert head.endswith(f"{count} problem{'s' * (count > 1)}:" if count else "no problems\n")
         return code, problems, " ".join(report.split())
 
     return run

@@ -121,6 +121,8 @@ def show(facts: dict[str, str], problems: list[str]) -> None:
     if problems:
         noun = "problem" if len(problems) == 1 else "problems"
         console.print(f"{len(problems)} {noun}:", style="bold red")
+    else:
+        console.print("no problems")
     for problem in problems:
         console.print(f"- {problem}", markup=False, soft_wrap=True)
 
