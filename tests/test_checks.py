@@ -111,7 +111,10 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
         ("--lighthouse.dense_layers -1", ["lighthouse.dense_layers = [-1]", "0 to 1"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
-        ("--model.hf_assets_path nowhere", ["model.hf_assets_path = 'nowhere'", "tokenizer.json"]),
+        (
+            "--model.hf_assets_path nowhere",
+            ["model.hf_assets_path = 'nowhere'", "tokenizer.json", ROOT],
+        ),
         ("--model.hf_assets_path tests", ["model.hf_assets_path = 'tests'", "tokenizer.json"]),
         (
             "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option all",
@@ -465,8 +468,24 @@ def test_where_no_checkpoint_is_complete_there_is_none_to_fall_back_to(job, tmp_
 def test_a_broken_checkpoint_to_start_from_is_named_with_a_complete_one_beside_it(job, tmp_path):
     older, newer = (save(tmp_path / "old", step=step) for step in (10, 20))
     next(newer.glob("*.distcp")).unlink()
-    only_problem(job(*start_from(newer)), "is missing", f"complete one beside it is {older}")
+    only_problem(job(*start_from(newer)), "is missing", f"complete one near it is {older}")
     check_job(job(*start_from(older)))
+
+
+def test_a_run_to_start_from_is_answered_with_its_newest_complete_checkpoint(job, tmp_path):
+    older, newer = (save(tmp_path / "old", step=step) for step in (10, 20))
+    (newer / ".metadata").unlink()
+    for folder in (tmp_path / "old", older.parent):
+        only_problem(
+            job(*start_from(folder)),
+            "to start from that, set checkpoint.initial_load_path to it",
+            older,
+        )
+
+
+def test_a_checkpoint_that_is_not_there_yet_is_to_be_trained(job, tmp_path):
+    missing = tmp_path / "stage1/checkpoint/step-10"
+    only_problem(job(*start_from(missing)), missing, "does not exist; train it first")
 
 
 @pytest.mark.parametrize("name", ["step-30.broken", "old-step-30", "step-030", "step-30"])

@@ -247,12 +247,12 @@ def no_checkpoint(path):
 
 
 def not_there(path):
-    return path.with_name("step-4"), "not a complete checkpoint", "give the step-N folder"
+    return path.with_name("step-4"), "not a complete checkpoint", "or its run's folder"
 
 
 def no_metadata(path):
     (path / ".metadata").unlink()
-    return path, "not a complete checkpoint", "give the step-N folder"
+    return path, "not a complete checkpoint", "or its run's folder"
 
 
 def cut_short(path):

@@ -89,6 +89,11 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             )
         step_folder = folder / f"step-{max(steps)}"
         metadata = complete_metadata(step_folder)
+    elif not (step_folder / ".metadata").is_file():
+        raise ValueError(
+            f"{step_folder} is not a complete checkpoint or a run's folder: it has no .metadata and no {CONFIG_FILE}; "
+            "give the step-N folder of a checkpoint that was saved to its end, or its run's folder"
+        )
     else:
         metadata = complete_metadata(step_folder)
         dump_folder = step_folder.parents[1]

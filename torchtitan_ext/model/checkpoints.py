@@ -226,11 +226,18 @@ def _check_objects(path: Path, metadata: Metadata, excluded: list[str]) -> None:
 def _way_on(job_config: JobConfig, field: str, path: Path) -> str:
     """How to go on where the checkpoint at `path`, which `field` leads to, can't be loaded."""
     folder = path.parent
-    older = (folder / f"step-{step}" for step in sorted(complete_steps(folder), reverse=True))
-    newest = next((other for other in older if other != path and _is_complete(other)), None)
+    places = [folder]
+    if field != "job.dump_folder":  # which may name a run, or its folder of checkpoints
+        places += [path, path / job_config.checkpoint.folder]
+    others = (
+        place / f"step-{step}"
+        for place in places
+        for step in sorted(complete_steps(place), reverse=True)
+    )
+    newest = next((other for other in others if other != path and _is_complete(other)), None)
     if field != "job.dump_folder":
         if newest:
-            return f"; the newest complete one beside it is {newest}: to start from that, set {field} to it"
+            return f"; the newest complete one near it is {newest}: to start from that, set {field} to it"
         return ""
     if newest is None:
         return f"; no other in {folder} is complete: to start anew, choose another job.dump_folder"
@@ -320,7 +327,8 @@ def complete_metadata(path: Path) -> Metadata:
     """The metadata of the checkpoint in the step-N folder `path`; ValueError where it isn't complete."""
     if not path.exists():
         raise ValueError(
-            f"{path} is not a complete checkpoint: it does not exist; give the step-N folder of one"
+            f"{path} is not a complete checkpoint: it does not exist; train it first, or give "
+            "the step-N folder of another"
         )
     try:
         metadata = FileSystemReader(path).read_metadata()

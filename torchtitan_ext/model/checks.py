@@ -291,7 +291,7 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
     except ValueError as error:
         yield (
             f"model.hf_assets_path = {path!r}: no tokenizer there ({error}); "
-            "give the folder that holds tokenizer.json"
+            f"give the folder that holds tokenizer.json (a relative path counts from {os.getcwd()})"
         )
     for name, section in _data_sections(job_config):
         if (workers := section.dataloader.num_workers) not in (0, 1):
