@@ -224,6 +224,13 @@ def test_every_jump_lies_whole_in_both_panels(made, tmp_path, monkeypatch):
         for split, tail in experiment.tails.items():
             assert low < experiment.stage1.loss[experiment.stage1.step <= split][-1]
             assert tail.loss[0] < high
+    [legend] = figure.legends
+    named = " ".join(text.get_text() for text in legend.get_texts())
+    tails = (f"{split} + {TOTAL - split}" for split in SPLITS)
+    for words in ("dense from", "Lighthouse", *tails, "switch", "validation"):
+        assert words in named
+    x0, _, x1, _ = legend.get_window_extent().extents
+    assert 0 <= x0 < x1 <= figure.bbox.width
     monkeypatch.undo()
     split_points.plt.close(figure)
 

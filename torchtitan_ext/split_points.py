@@ -127,7 +127,7 @@ def table(experiment: Experiment) -> list[Row]:
             rows[0].validation_loss = _validation_loss(dense)
 
     for split, tail in experiment.tails.items():
-        row = Row(f"split at {_steps(split)}", status=_status(tail, split))
+        row = Row(f"split at {split:,}", status=_status(tail, split))
         rows.append(row)
         reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freq else None
         if reached:
@@ -201,12 +201,8 @@ def _status(run: Run | None, start: int = 0) -> str:
     return "finished"
 
 
-def _steps(n: int) -> str:
-    return f"{n // 1000}k" if n % 1000 == 0 else f"{n:,}"
-
-
 def _label(split: int, tail: Run) -> str:
-    return f"{_steps(split)} + {_steps(tail.total_steps - split)}"
+    return f"{split:,} + {tail.total_steps - split:,}"
 
 
 def notes(experiment: Experiment) -> list[str]:
@@ -437,6 +433,8 @@ def plot(experiment: Experiment, path: str | Path) -> None:
                 ring = panel.scatter(x0, before, c="white", edgecolors=STAGE1_COLOR, zorder=5)
             ring.set_label("switch" if split == min(tails) else None)
 
+    if any(run.validation_loss.size for run in runs):
+        panels[1].plot([], [], "x", color="0.4", markersize=5, label="validation")
     # the fall of the first steps would flatten all that follows
     panels[0].set_ylim(_limits([run.loss[run.step > run.total_steps / 10] for run in runs]))
     panels[0].set(xlabel="step", ylabel="training loss (nats a token)")
@@ -446,7 +444,8 @@ def plot(experiment: Experiment, path: str | Path) -> None:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    columns = len(labels) if len(labels) < 7 else 4  # more don't fit into one row
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
