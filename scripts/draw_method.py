@@ -89,9 +89,13 @@ def draw_scatter(selection: Selection, reached: torch.Tensor) -> plt.Figure:
             box = Rectangle((positions[0], level + 1), len(positions), 0.72, edgecolor="white")
             box.set_facecolor(COLORS[level])
             panel.add_patch(box)
-    panel.step(range(SEQ_LEN), reached.sum(1) / CONFIG.levels * 0.8, where="post", color="black")
-    panel.set(ylim=(0, CONFIG.levels + 1), yticks=[0.4, 1.36, 2.36, 3.36])
-    panel.set_yticklabels(["outputs\na position", *(f"level {level}" for level in range(3))])
+    counts = range(CONFIG.levels + 1)
+    unit = 0.8 / CONFIG.levels
+    panel.stairs(reached.sum(1) * unit, range(SEQ_LEN + 1), baseline=None, color="black", lw=1.5)
+    panel.set_ylim(0, CONFIG.levels + 1)
+    panel.set_ylabel("outputs\na position", rotation=0, ha="right", va="center", y=0.13)
+    panel.set_yticks([*(n * unit for n in counts[1:]), *(level + 1.36 for level in counts[:-1])])
+    panel.set_yticklabels([*map(str, counts[1:]), *(f"level {level}" for level in counts[:-1])])
     return figure
 
 
