@@ -255,7 +255,8 @@ def plot(file: Path, soak: Soak, rows: list[dict[str, object]]) -> None:
     memory.set_ylabel("resident memory of a rank, MiB")
     files.set_ylabel("open files of a rank")
     for axis in (memory, files):
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.dataLim.y1)
+    files.xaxis.set_major_formatter("{x:,.0f}")
     files.set_xlabel("step (vertical lines: kills)")
     figure.savefig(file, dpi=120)
     plt.close(figure)
