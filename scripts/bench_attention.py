@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import _start
@@ -272,16 +273,20 @@ def plot(records, machine, path):
         axes, ("fwd", "fwd_bwd"), ("forward", "forward + backward"), strict=True
     ):
         for name, colour, style in (
-            ("dense", "#D55E00", "o-"), ("lighthouse", "#0072B2", "o-"), ("floor", "#009E73", "--"),
+            ("dense", "#D55E00", "o-"), ("lighthouse", "#0072B2", "o-"), ("floor", "#009E73", ".--"),
         ):  # fmt: skip
-            points = [(r["seq_len"], r[f"{name}_{direction}_ms"]) for r in records]
-            points = [point for point in points if point[1]]
             label = {
                 "dense": "dense SDPA",
                 "lighthouse": "Lighthouse",
                 "floor": "SDPA on the gathered rows",
             }
-            axis.plot(*zip(*points, strict=True), style, color=colour, label=label[name])
+            # no line joins points of different settings
+            for _, part in groupby(records, lambda r, name=name: name != "dense" and r["levels"]):
+                points = [(r["seq_len"], r[f"{name}_{direction}_ms"]) for r in part]
+                points = [point for point in points if point[1]]
+                axis.plot(
+                    *zip(*points, strict=True), style, color=colour, label=label.pop(name, None)
+                )
         for r in records:
             if r["levels"] != records[0]["levels"]:
                 point = r["seq_len"], r[f"lighthouse_{direction}_ms"]
@@ -296,7 +301,11 @@ def plot(records, machine, path):
         axis.minorticks_off()
     axes[0].set_ylabel("milliseconds a layer")
     axes[0].legend(frameon=False)
-    figure.suptitle(f"One attention layer, {machine['device']}, {machine['settings']}")
+    first, usual = records[0], [r for r in records if r["levels"] == records[0]["levels"]]
+    shares = {r["seq_len"] / r["top_k"] for r in usual}
+    top_k = f"N/{shares.pop():g}" if len(shares) == 1 else f"{first['top_k']:,}"
+    settings = f"L={first['levels']}, p={first['pooling_factor']}, k={top_k}"
+    figure.suptitle(f"One attention layer, {machine['device']}, {machine['settings']}; {settings}")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
