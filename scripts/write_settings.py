@@ -136,7 +136,7 @@ What this project adds to torchtitan's settings: a field of a section in a job's
 command line, which wins. For all settings with the values that a job file gives them, torchtitan's included:
 
 ```bash
-python -m torchtitan.config.manager --job.config_file {JOB} --help
+python -m torchtitan.train --job.config_file {JOB} --help
 ```
 """
     head = ("field", "type", "default", "meaning", "rule")
