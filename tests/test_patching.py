@@ -621,6 +621,73 @@ os._exit(0)  # gloo's threads may still hold tensors
     )
 
 
+def test_gradients_reduced_once_a_step_are_those_reduced_in_each_microbatch(patched):
+    """Two gloo ranks, two steps of three microbatches: the parameters, and how often ranks talk."""
+    python(
+        patched,
+        """
+import os
+from unittest.mock import MagicMock
+
+import torch
+from torch.distributed.fsdp import fully_shard, MixedPrecisionPolicy
+from torchtitan.config import Comm, JobConfig
+from torchtitan.distributed.utils import init_distributed
+from torchtitan.train import Trainer
+
+init_distributed(Comm())
+
+def train(no_sync, reshard):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in model:
+        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard != "never")
+    fully_shard(model, mp_policy=policy)
+    model.set_force_sum_reduction_for_comms(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = MagicMock(job_config=JobConfig(), model_parts=[model], optimizers=optimizer)
+    trainer.job_config.parallelism.fsdp_no_sync = no_sync
+    trainer.job_config.parallelism.fsdp_reshard_after_forward = reshard
+    trainer.gradient_accumulation_steps = 3
+    trainer.parallel_dims.dp_enabled = trainer.parallel_dims.ep_enabled = False
+    trainer.parallel_dims.get_optional_mesh.return_value = None
+    trainer.metrics_processor.should_log.return_value = False
+    trainer.to_device = lambda tensor: tensor
+    trainer.set_fsdp_sync = lambda sync: Trainer.set_fsdp_sync(trainer, sync)
+
+    def forward_backward_step(input_dict, labels, global_valid_tokens):
+        loss = (model(input_dict["input"]) - labels).square().sum()
+        loss.backward()
+        return loss
+
+    trainer.forward_backward_step = forward_backward_step
+    data = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    batches = iter(
+        ({"input": torch.randn(4, 8, generator=data)}, torch.randn(4, 8, generator=data)) for _ in range(6)
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(2):
+            Trainer.train_step(trainer, batches)
+    gathers, reductions = (
+        sum(event.name.startswith(name) for event in profile.events())
+        for name in ("FSDP::all_gather (", "FSDP::post_backward_reduce (")
+    )
+    parameters = [parameter.full_tensor() for parameter in model.parameters()]
+    return parameters, gathers, reductions
+
+for reshard in ("never", "always"):
+    expected, gathered, reduced = train(False, reshard)
+    parameters, gathered_once, reduced_once = train(True, reshard)
+    torch.testing.assert_close(parameters, expected)
+    assert reduced == 3 * reduced_once == 3 * 4, (reduced, reduced_once, gathered, gathered_once)
+    assert gathered == (3 * gathered_once if reshard == "never" else gathered_once)
+os._exit(0)  # gloo's threads may still hold tensors
+""",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    )
+
+
 def test_context_parallel_indices_are_torchs_and_made_once(patched):
     python(
         patched,

@@ -440,6 +440,9 @@ def test_the_estimate_grows_with_what_is_kept_and_shrinks_with_what_is_shared(mo
     shared = estimate("parallelism.context_parallel_degree=2", n_gpus=2)
     assert 0.5 * estimate(n_gpus=2) < shared < 0.6 * estimate(n_gpus=2)
     assert estimate("parallelism.fsdp_reshard_after_forward=default") < estimate()
+    gradient = 4 * 530_117_632 / GIB
+    assert estimate("parallelism.fsdp_no_sync") == pytest.approx(estimate() + gradient)
+    assert estimate("parallelism.fsdp_no_sync", "training.global_batch_size=1") == estimate()
     assert estimate("loss.no_fuse_output") > estimate() + 20  # the logits of 98,304 tokens
 
 

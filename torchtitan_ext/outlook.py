@@ -17,7 +17,7 @@ from .command_line import size
 from .data import build_dataloader, check_dataset
 from .model import LighthouseModelArgs, LighthouseTransformer, flavors
 from .model.checkpoints import checkpoint_to_load, complete_steps, data_position, step_of
-from .model.checks import build_tokenizer, job_problems, parallel_dims
+from .model.checks import build_tokenizer, job_problems, parallel_dims, sequences_at_once
 from .model.memory import GIB, peak_memory, unknown
 from .runner import parse_job
 
@@ -49,7 +49,7 @@ class Plan:
     @property
     def at_once(self) -> int:
         """Sequences that all GPUs hold at once."""
-        return self.job.training.local_batch_size * self.dims.dp_replicate * self.dims.dp_shard
+        return sequences_at_once(self.job, self.dims)
 
     @property
     def batch(self) -> int:

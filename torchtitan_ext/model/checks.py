@@ -96,9 +96,14 @@ def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
         ) from error
 
 
+def sequences_at_once(job_config: JobConfig, dims: ParallelDims) -> int:
+    """How many sequences a microbatch of all ranks holds; a step may accumulate several."""
+    return job_config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+
+
 def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
     training, degree = job_config.training, dims.dp_replicate * dims.dp_shard
-    at_once, wanted = training.local_batch_size * degree, training.global_batch_size
+    at_once, wanted = sequences_at_once(job_config, dims), training.global_batch_size
     if wanted == 0 or (wanted > 0 and wanted % at_once):
         below = wanted // at_once * at_once
         yield (

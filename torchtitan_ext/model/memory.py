@@ -26,6 +26,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 
 from .args import LighthouseModelArgs
+from .checks import sequences_at_once
 from .loss import liger_chunk
 from .model import LighthouseTransformer
 
@@ -80,6 +81,10 @@ def peak_memory(
     on_hand = n_params
     if job_config.parallelism.fsdp_reshard_after_forward != "never":
         on_hand = n_output + 2 * n_block  # one at work, one ahead
+    if job_config.parallelism.fsdp_no_sync and training.global_batch_size > sequences_at_once(
+        job_config, dims
+    ):
+        weights += FP32 * n_params  # gradients that are reduced once a step
     # With the buffers, in and out, of the largest gather.
     gathered = width * (on_hand + max(n_block, n_output) * (1 + 1 / shards))
 
