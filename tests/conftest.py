@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Before torch loads OpenMP: waiting threads must not spin where other processes need the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A process of a test that crashes says where.
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
 import torch
 
