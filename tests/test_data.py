@@ -10,10 +10,13 @@ import socket
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from itertools import chain, islice
+from multiprocessing import Value
 from pathlib import Path
+from threading import Event
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -23,7 +26,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from torchtitan_ext.data import build_dataloader, check_dataset, datasets, tokenizer
+from torchtitan_ext.data import build_dataloader, check_dataset, dataloader, datasets, tokenizer
 
 BYTE_TOKENIZER = Path(tokenizer.__file__).parent / "byte_tokenizer"
 TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
@@ -115,6 +118,7 @@ def loader(
     config = deepcopy(JOB)
     config.training.dataset, config.training.dataset_path = dataset, str(path)
     config.training.seq_len, config.training.local_batch_size = seq_len, batch_size
+    config.training.global_batch_size = 5 * batch_size * world  # so far does a worker read ahead
     config.training.dataloader.num_workers = workers
     config.training.skip_damaged_data = skip
     return build_dataloader(world, rank, TOKENIZER, config, infinite=infinite)
@@ -219,6 +223,61 @@ def test_resumes_in_the_second_epoch(dataset, workers, tmp_path):
     assert [tokens(batch) for batch in islice(part, stop)] == expected[:stop]
     resumed.load_state_dict(part.state_dict())
     assert [tokens(batch) for batch in islice(resumed, 2 * epoch - stop)] == expected[stop:]
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "prefetch_factor", "ready"),
+    [(32, None, 4), (64, None, 8), (8, None, 2), (-1, None, 2), (64, 3, 3)],
+)
+def test_a_worker_has_the_batches_of_a_step_ready(
+    global_batch_size, prefetch_factor, ready, tmp_path, monkeypatch
+):
+    encoded = Value("i", 0)
+    encode = dataloader._IdsAlone.encode
+
+    def encode_and_count(*args):
+        encoded.value += 1
+        return encode(*args)
+
+    monkeypatch.setattr(dataloader._IdsAlone, "encode", encode_and_count)
+    config = deepcopy(JOB)
+    config.training.dataset = "python_source"
+    config.training.dataset_path = str(write_tree(tmp_path, [["text 7."] * 100]))
+    # A document and its two ends are a sequence and its last label, so a batch is two of them.
+    config.training.seq_len, config.training.local_batch_size = 8, 2
+    config.training.global_batch_size = global_batch_size
+    config.training.dataloader.num_workers = 1
+    config.training.dataloader.prefetch_factor = prefetch_factor
+    batches = iter(build_dataloader(4, 0, TOKENIZER, config))
+    deadline = time.monotonic() + 60
+    while encoded.value < 2 * ready and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)  # it stops there
+    assert encoded.value == 2 * ready
+    del batches
+
+
+def test_other_threads_run_while_a_document_is_encoded(tmp_path):
+    """One of a worker's hands over the batches that are ready."""
+    length = datasets.LONGEST_DOCUMENT
+    batches = loader("c4_local", write_c4(tmp_path, [["text" * (length // 4)]]), length)
+    done, pauses = Event(), []
+
+    def note_pauses():
+        last = time.perf_counter()
+        while not done.wait(1e-3):
+            pauses.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor() as threads:
+        threads.submit(note_pauses)
+        try:
+            next(iter(batches))
+            took = time.perf_counter() - start
+        finally:
+            done.set()
+    assert max(pauses) < took / 2
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

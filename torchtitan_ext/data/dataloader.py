@@ -5,12 +5,13 @@ import os
 import signal
 from collections.abc import Iterator
 from copy import copy, deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from threading import Thread
 from typing import Any
 
 import torch
 from datasets import IterableDataset
+from tokenizers import Encoding, Tokenizer
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -20,6 +21,9 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_ext.data.passkey import answers_alone, question_and_answers
 from torchtitan_ext.unpickling import load_plain
+
+# Texts encoded as a batch may be shared out to threads, of which the library warns at every later fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class TextDataset(HuggingFaceTextDataset):
@@ -126,6 +130,24 @@ class TextDataloader(ParallelAwareDataloader):
         super().load_state_dict(state_dict)
 
 
+@dataclass
+class _IdsAlone:
+    """A tokenizer that doesn't look where in the text each token stands: half the byte tokenizer's time."""
+
+    tokenizer: Tokenizer
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        # As a batch, other threads run meanwhile: one of a worker's hands over its batches.
+        return self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+
+
+def _with_ids_alone(tokenizer: Any) -> Any:
+    """A copy of a HuggingFaceTokenizer."""
+    tokenizer = copy(tokenizer)
+    tokenizer.tokenizer = _IdsAlone(tokenizer.tokenizer)
+    return tokenizer
+
+
 def _end_with_the_trainer(worker_id: int) -> None:
     # What outlives a killed trainer would wait forever to hand on what it has drawn.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
@@ -154,9 +176,10 @@ def build_dataloader(
     Args:
         dp_world_size: number of data-parallel ranks; each document goes to one of them.
         dp_rank: this rank.
-        tokenizer: encodes a document, with its bos and eos.
-        job_config: `training.dataset`, `dataset_path`, `seq_len`, `local_batch_size`, `dataloader` and
-            `skip_damaged_data` are read.
+        tokenizer: a HuggingFaceTokenizer; encodes a document, with its bos and eos.
+        job_config: `training.dataset`, `dataset_path`, `seq_len`, `local_batch_size`, `global_batch_size`,
+            `dataloader` and `skip_damaged_data` are read. A worker whose `prefetch_factor` isn't set has
+            the batches of a whole optimizer step ready, and two at least.
         infinite: start over at the data set's end.
 
     Returns:
@@ -170,7 +193,7 @@ def build_dataloader(
         dataset = TextDataset(
             dataset_name=training.dataset,
             dataset_path=training.dataset_path,
-            tokenizer=tokenizer,
+            tokenizer=_with_ids_alone(tokenizer),
             seq_len=training.seq_len,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
@@ -192,11 +215,16 @@ def build_dataloader(
             f"training.dataset = {training.dataset!r}: {error}; without a network, set it to 'c4_local' and "
             "training.dataset_path to a local copy"
         ) from error
+    options = asdict(training.dataloader)
+    if options["prefetch_factor"] is None:
+        # The trainer draws all batches of a step before it computes.
+        batches_of_step = training.global_batch_size // (training.local_batch_size * dp_world_size)
+        options["prefetch_factor"] = max(2, batches_of_step)
     return TextDataloader(
         dataset,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         batch_size=training.local_batch_size,
         worker_init_fn=_end_with_the_trainer,
-        **asdict(training.dataloader),
+        **options,
     )

@@ -24,7 +24,7 @@ HELD_OUT = 128  # one file of so many is for validation
 # A generated file of megabytes would fill many steps in a row with itself.
 PIECE = 2**17  # bytes
 # A document is held as tokens until it is trained on, in memory and in every checkpoint, and encoding takes some
-# 200 bytes of memory a character: a document of 200 MB would take 40 GB. Pages of C4 were crawled up to 1 MiB.
+# 150 bytes of memory a character: a document of 200 MB would take 30 GB. Pages of C4 were crawled up to 1 MiB.
 LONGEST_DOCUMENT = 2**20  # characters
 SOURCE_PARTS = {
     "python_source": None,
