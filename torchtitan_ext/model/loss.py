@@ -10,6 +10,8 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 try:
+    if device_type != "cuda":
+        raise ImportError  # it wouldn't run, and takes a second to import
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 except ImportError:  # no Triton on this platform
     liger_fused_linear_cross_entropy = None
