@@ -183,6 +183,10 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
             "--checkpoint.last_save_in_hf",
             ["checkpoint.last_save_in_hf = true", "scripts/export_hf.py"],
         ),
+        (
+            "--training.dataloader.prefetch_factor 0",
+            ["training.dataloader.prefetch_factor = 0", "1 or more"],
+        ),
         ("--training.dataloader.num_workers 2", ["training.dataloader.num_workers = 2", "0 or 1"]),
         (
             "--validation.enable --validation.dataloader.num_workers 2",

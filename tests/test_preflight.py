@@ -10,6 +10,7 @@ import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,6 +336,32 @@ def test_the_disk_must_hold_the_checkpoints_to_come(check, only_problem, monkeyp
         else:
             only_problem(words=["job.dump_folder", "checkpoint.keep_latest_k"])
             assert check("--checkpoint.no_enable", "--checkpoint.initial_load_path=None")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "settings, batches",
+    [
+        ([], 4 + 4),
+        (["training.dataloader.prefetch_factor=1"], 1 + 4),
+        (["parallelism.context_parallel_degree=2"], 8 + 8),
+        (["training.global_batch_size=8"], 2 + 1),
+        (["training.dataloader.num_workers=0"], 0),
+    ],
+)
+def test_shared_memory_must_hold_the_batches_that_wait(monkeypatch, settings, batches):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)
+    job, _ = job_of("configs/530m/stage1.toml", *settings)
+    plan = outlook.Plan.of(job, 8)
+    needed = 8 * batches * 98304 * 16
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        problems = [*outlook._shared_memory_problems(plan)]
+        assert len(problems) == (free < needed and batches > 0)
+        assert all("/dev/shm" in p and "--shm-size" in p for p in problems)
 
 
 @pytest.mark.parametrize("keep", [0, 2, 4])

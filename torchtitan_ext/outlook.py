@@ -15,6 +15,7 @@ from torchtitan.tools.utils import get_peak_flops
 
 from .command_line import size
 from .data import build_dataloader, check_dataset
+from .data.dataloader import batches_ready
 from .model import LighthouseModelArgs, LighthouseTransformer, flavors
 from .model.checkpoints import checkpoint_to_load, complete_steps, data_position, step_of
 from .model.checks import build_tokenizer, job_problems, parallel_dims, sequences_at_once
@@ -25,6 +26,8 @@ MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
 SMALL = 100_000_000  # parameters: of fewer, the MFU is another
 H200 = ("NVIDIA H200", 139.0)  # GiB
+SHARED_MEMORY = Path("/dev/shm")
+BYTES_OF_TOKEN = 16  # of a batch: the token and its label
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def job_outlook(
         plan = Plan.of(job, n_gpus)
         problems += _reading_problems(plan)
         problems += _disk_problems(plan)
+        problems += _shared_memory_problems(plan)
         problems += _memory_problems(plan, gpu_memory or memory, problems)
         return _facts(plan, gpu_memory or memory, name, tok_s), problems
     except Exception:  # of any kind: settings that were found wrong are no plan
@@ -162,6 +166,23 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
                     f"its first documents can't be read ({reason})"
                 )
             )
+
+
+def _shared_memory_problems(plan: Plan) -> Iterator[str]:
+    """A worker's batches wait in shared memory, those of the step that is computed and of what comes next."""
+    training, local_gpus = plan.job.training, torch.cuda.device_count()
+    if not (training.dataloader.num_workers and local_gpus and SHARED_MEMORY.is_dir()):
+        return
+    ready = batches_ready(training, plan.dims.dp_replicate * plan.dims.dp_shard)
+    of_rank = (ready + plan.batch // plan.at_once) * training.local_batch_size
+    needed = min(local_gpus, plan.dims.world_size) * of_rank * training.seq_len * BYTES_OF_TOKEN
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        yield (
+            f"training.dataloader.num_workers = {training.dataloader.num_workers}: {size(free)} free in "
+            f"{SHARED_MEMORY}, but the batches that wait there take {size(needed)}; make it larger (docker run "
+            f"--shm-size), set training.dataloader.prefetch_factor below {ready}, or num_workers to 0"
+        )
 
 
 def _checkpoints_to_come(plan: Plan) -> int:

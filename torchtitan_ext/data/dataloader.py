@@ -16,6 +16,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Training
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 from torchtitan.tools.logging import logger
 
@@ -148,6 +149,13 @@ def _with_ids_alone(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def batches_ready(training: Training, dp_world_size: int) -> int:
+    """Batches that a worker has ready: training.dataloader.prefetch_factor, or those of an optimizer step, all of
+    which the trainer draws before it computes, and two at least."""
+    batches_of_step = training.global_batch_size // (training.local_batch_size * dp_world_size)
+    return training.dataloader.prefetch_factor or max(2, batches_of_step)
+
+
 def _end_with_the_trainer(worker_id: int) -> None:
     # What outlives a killed trainer would wait forever to hand on what it has drawn.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
@@ -216,10 +224,7 @@ def build_dataloader(
             "training.dataset_path to a local copy"
         ) from error
     options = asdict(training.dataloader)
-    if options["prefetch_factor"] is None:
-        # The trainer draws all batches of a step before it computes.
-        batches_of_step = training.global_batch_size // (training.local_batch_size * dp_world_size)
-        options["prefetch_factor"] = max(2, batches_of_step)
+    options["prefetch_factor"] = batches_ready(training, dp_world_size)
     return TextDataloader(
         dataset,
         dp_rank=dp_rank,

@@ -304,6 +304,9 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
                 f"{name}.dataloader.num_workers = {workers}: use 0 or 1, because several workers would read the "
                 "same files, and resume in another order"
             )
+        ready = section.dataloader.prefetch_factor
+        if ready is not None and ready < 1:
+            yield f"{name}.dataloader.prefetch_factor = {ready}: must be 1 or more"
         try:
             check_dataset(section.dataset, section.dataset_path)
         except ValueError as error:
