@@ -18,12 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
 from test_model import args, build, parse
-from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import (
@@ -37,7 +35,6 @@ from torchtitan_ext.lighthouse import (
     kernels,
     lighthouse_attention,
     operators,
-    ulysses,
 )
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.context_parallel import (
@@ -119,47 +116,6 @@ def spill_matters():
             without = compare(config, group, load_balance)
         receives = load_balance or dist.get_rank() > 0  # the sequence's first chunk gets nothing
         assert (without[0] > 1e-3) == receives
-
-
-def letter(name):
-    """An exchange is Started or Waited for, a head is Attended to."""
-    kinds = {"all_to_all_single": "S", "wait_tensor": "W", "dot_product": "A"}
-    return next((kinds[kind] for kind in kinds if kind in name), "")
-
-
-def long_sequences_go_head_by_head():
-    """A sequence's attention is that of one process, with exchanges under way beside it, forward and backward."""
-    world, seq_len = dist.get_world_size(), 256
-    # Two KV heads a rank: two parts, of two heads each
-    whole = qkv(seq_len, batch=2, n_kv_heads=2 * world, group=2, dtype=torch.float64)
-    whole = [x.detach().transpose(1, 2).requires_grad_() for x in whole]
-    weights = torch.randn(whole[0].shape, generator=torch.Generator().manual_seed(1)).double()
-    expected = causal_sdpa(*whole, enable_gqa=True)
-    gradients = torch.autograd.grad((expected * weights).sum(), whole)
-
-    def mine(x, load_balance):
-        parts = shards(x.detach().transpose(1, 2), load_balance)
-        return parts[dist.get_rank()].transpose(1, 2)
-
-    def keep(graph, inputs):
-        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-        traced.append("".join(letter(str(function)) for function in called))
-        return make_boxed_func(graph.forward)
-
-    partition = min_cut_rematerialization_partition  # as Inductor does it
-    backend, traced = aot_autograd(fw_compiler=keep, partition_fn=partition), []
-    for load_balance in (True, False):
-        attention = UlyssesAttention(causal_sdpa, mesh(), load_balance)
-        own = [mine(x, load_balance).requires_grad_() for x in whole]
-        torch._dynamo.reset()
-        compiled = torch.compile(attention, fullgraph=True, backend=backend)
-        for run, length in ((attention, seq_len), (attention, seq_len + 1), (compiled, seq_len)):
-            with patch.object(ulysses, "LONG", length):
-                out = run(*own)
-                got = torch.autograd.grad((out * mine(weights, load_balance)).sum(), own)
-            for a, b in zip((out, *got), (expected, *gradients), strict=True):
-                assert (a - mine(b, load_balance)).abs().max() < 1e-12, (load_balance, run, length)
-    assert traced == 2 * 2 * ["SSWASWASWW"]
 
 
 def positions_are_torchtitans():
@@ -282,7 +238,6 @@ def run_rank(rank, n_ranks, store):
     init_rank("gloo", rank, n_ranks, store)
     layers_agree()
     spill_matters()
-    long_sequences_go_head_by_head()
     positions_are_torchtitans()
     modules_agree("cpu", torch.float32, "aot_eager", 1e-5)
     training_steps_agree()

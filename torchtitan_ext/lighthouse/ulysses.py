@@ -2,21 +2,15 @@
 
 The ranks exchange rows for heads: each gets all rows of its share of the heads, attends to them as one device would,
 and sends every row of the output back to where its chunk lies (arXiv 2309.14509). Whatever the number of ranks, a row
-travels there and back once, and every head's attention is one call of the stock kernel. Long sequences go head by
-head, so that one head's rows are under way while another's are attended to.
+travels there and back once, and every head's attention is one call of the stock kernel.
 """
-
-from math import gcd
-from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from .attention import Attention, _attend
-
-# Rows with which one head's attention alone fills a GPU: 512 blocks of 128 queries.
-LONG = 65536
 
 
 def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
@@ -55,38 +49,6 @@ def _in_order(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
     return torch.cat([chunks[:, i] for i in order], 1)
 
 
-def _exchange(x: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
-    """Starts to send the i-th of `ranks` parts of dimension 0 to rank i. What comes lies there rank after rank, once
-    it has been waited for."""
-    splits = [x.shape[0] // ranks] * ranks
-    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), splits, splits, group)
-
-
-class _Send(torch.autograd.Function):
-    """Starts an exchange. Backward, waits for that of the gradient, which `_Receive` started."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
-        return _exchange(x, ranks, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return torch.ops._c10d_functional.wait_tensor(grad), None, None
-
-
-class _Receive(torch.autograd.Function):
-    """Waits for an exchange. Backward, starts that of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
-        ctx.ranks, ctx.group = ranks, group
-        return torch.ops._c10d_functional.wait_tensor(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _exchange(grad, ctx.ranks, ctx.group), None, None
-
-
 class UlyssesAttention(nn.Module):
     """Causal attention of a sequence that the ranks of `mesh` share, each of which calls it with its rows.
 
@@ -101,7 +63,7 @@ class UlyssesAttention(nn.Module):
     def __init__(self, attention: Attention, mesh: DeviceMesh, load_balance: bool) -> None:
         super().__init__()
         self.attention = attention
-        self.group = mesh.get_group().group_name
+        self.group = mesh.get_group()
         self.degree = mesh.size()
         order = chunk_order(self.degree, load_balance)
         self.order = order if order != sorted(order) else []
@@ -111,37 +73,27 @@ class UlyssesAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
         """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, one after another -> [B, H, S, D]."""
-        heads = [self._by_rank(x) for x in (q, k, v)]
-        long = q.shape[2] * self.degree >= LONG
-        n_parts = gcd(*(x.shape[3] for x in heads)) if long else 1
-        parts = [*zip(*(x.chunk(n_parts, 3) for x in heads), strict=True)]
-        # Whatever can be sent is under way before anything is waited for.
-        sent = [self._send(torch.cat(part, 3)) for part in parts]
-        back = []
-        for rows, part in zip(sent, parts, strict=True):
-            whole = self._whole(self._receive(rows), [x.shape[3] for x in part])
-            back.append(self._send(self._by_place(_attend(self.attention, *whole))))
-        out = torch.cat([self._receive(x) for x in back], 3)
-        return out.movedim(0, 2).flatten(2, 3).transpose(1, 2)
+        return self._heads_for_rows(_attend(self.attention, *self._rows_for_heads(q, k, v)))
 
-    def _send(self, x: torch.Tensor) -> torch.Tensor:
-        return _Send.apply(x, self.degree, self.group)
+    def _all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """The i-th part of dimension 0 goes to rank i; what comes, rank after rank."""
+        return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
-    def _receive(self, x: torch.Tensor) -> torch.Tensor:
-        return _Receive.apply(x, self.degree, self.group)
+    def _rows_for_heads(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """All heads of own rows for all rows of own heads: of each [B, H, S, D], [B, H / ranks, S x ranks, D]."""
+        parts = []
+        for x in tensors:
+            if x.shape[1] < self.degree:
+                x = x.repeat_interleave(self.degree // x.shape[1], 1)
+            parts.append(x.transpose(1, 2).unflatten(2, (self.degree, -1)).movedim(2, 0))
+        # [ranks, B, S, heads of all tensors / ranks, D] to be sent, [B, ranks x S, ...] as it came
+        rows = self._all_to_all(torch.cat(parts, 3)).movedim(0, 1).flatten(1, 2)
+        rows = _in_order(rows, self.places)
+        return [x.transpose(1, 2) for x in rows.split([x.shape[3] for x in parts], 2)]
 
-    def _by_rank(self, x: torch.Tensor) -> torch.Tensor:
-        """Own rows by the rank that attends with them: [B, H, S, D] -> [ranks, B, S, H / ranks, D]."""
-        if x.shape[1] < self.degree:
-            x = x.repeat_interleave(self.degree // x.shape[1], 1)
-        return x.transpose(1, 2).unflatten(2, (self.degree, -1)).movedim(2, 0)
-
-    def _whole(self, rows: torch.Tensor, heads: list[int]) -> list[torch.Tensor]:
-        """What came, [ranks, B, S, sum of heads, D], in the sequence's order: of each, [B, heads, S x ranks, D]."""
-        rows = _in_order(rows.movedim(0, 1).flatten(1, 2), self.places)
-        return [x.transpose(1, 2) for x in rows.split(heads, 2)]
-
-    def _by_place(self, out: torch.Tensor) -> torch.Tensor:
-        """All rows by the rank whose they are: [B, heads, S x ranks, D] -> [ranks, B, S, heads, D]."""
+    def _heads_for_rows(self, out: torch.Tensor) -> torch.Tensor:
+        """The way back: [B, H / ranks, S x ranks, D] -> [B, H, S, D]."""
         rows = _in_order(out.transpose(1, 2), self.order)
-        return rows.unflatten(1, (self.degree, -1)).movedim(1, 0)
+        rows = rows.unflatten(1, (self.degree, -1)).movedim(1, 0)  # [ranks, B, S, H / ranks, D]
+        heads = self._all_to_all(rows).movedim(0, 2)  # [B, S, ranks, H / ranks, D]
+        return heads.flatten(2, 3).transpose(1, 2)

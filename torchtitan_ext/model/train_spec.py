@@ -55,8 +55,6 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         if method != "allgather":
             set_rotate_method(method)  # torchtitan would leave it to a validation
         else:  # no ring then, which torchtitan has put in
-            # By default, Inductor moves exchanges to where they hold memory for less time, and nothing is beside them.
-            torch._inductor.config.reorder_for_peak_memory = False
             for module in model.modules():
                 if isinstance(module, Attention):
                     stock = ScaledDotProductAttentionWrapper()
