@@ -16,10 +16,10 @@ import pytest
 import ring_attention  # noqa: F401
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import start_ranks
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
 from test_model import args, build, parse
 from torch.distributed.device_mesh import init_device_mesh
@@ -248,7 +248,7 @@ def run_rank(rank, n_ranks, store):
 @pytest.mark.timeout(900)  # many processes may share two cores with other tests
 @pytest.mark.parametrize("n_ranks", [2, 4, pytest.param(8, marks=pytest.mark.eight)])
 def test_ranks_that_share_a_sequence(n_ranks, tmp_path):
-    mp.spawn(run_rank, (n_ranks, tmp_path / "store"), n_ranks)
+    start_ranks(run_rank, n_ranks, tmp_path / "store")
 
 
 def run_gpu(rank, n_ranks, store):
@@ -261,7 +261,7 @@ def run_gpu(rank, n_ranks, store):
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_gpus_that_share_a_sequence(tmp_path):
-    mp.spawn(run_gpu, (2, tmp_path / "store"), 2)
+    start_ranks(run_gpu, 2, tmp_path / "store")
 
 
 @pytest.mark.parametrize("ops", [operators, kernels], ids=["torch", "triton"])

@@ -6,7 +6,6 @@ And of checkpoints: what is broken is named, and training goes on from another o
 import gzip
 import json
 import logging
-import os
 import pickle
 import re
 import subprocess
@@ -19,11 +18,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import train
 from test_check_c4 import SHARDS, STOPS_TRAINING, check
 from test_data import EOS, documents, loader, tokens, write_c4
 from test_resume import losses
 
-from torchtitan_ext import runner
 from torchtitan_ext.data import datasets
 from torchtitan_ext.data.datasets import c4_files
 
@@ -262,7 +261,6 @@ def test_a_document_of_200_MB_takes_little_memory_and_little_of_a_checkpoint(tmp
 
 # ---- real runs, on two gloo ranks
 
-ROOT = Path(__file__).parents[1]
 STEPS, SEQ_LEN = 6, 256
 SETTINGS = (
     *("--training.dataset=c4_local", f"--training.seq_len={SEQ_LEN}", "--lighthouse.top_k=16"),
@@ -282,54 +280,46 @@ def runs(tmp_path_factory):
     write_huge_document(first)
     second.write_bytes(gzip.compress(b"\n".join(lines) + b"\n")[:-4])  # and all of them for 6
 
-    def start(dump, *settings):
-        command = [*runner.torchrun(2, "configs/demo/stage1.toml"), *SETTINGS, *settings]
-        done = subprocess.run(
-            [*command, f"--training.dataset_path={data}", f"--job.dump_folder={folder / dump}"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        return SimpleNamespace(
-            dump=folder / dump, code=done.returncode, output=done.stdout + done.stderr
-        )
+    def start(name, dump, *settings):
+        arguments = ["--job.config_file=configs/demo/stage1.toml", *SETTINGS, *settings]
+        arguments += [f"--training.dataset_path={data}", f"--job.dump_folder={folder / dump}"]
+        good, output = train(2, arguments, folder / f"{name}.log")
+        return SimpleNamespace(dump=folder / dump, good=good, output=output)
 
     skip = "--training.skip_damaged_data"
-    whole, stopped = start("whole", skip), start("faulty")
+    whole, stopped = start("whole", "whole", skip), start("stopped", "faulty")
     shard = stopped.dump / "checkpoint/step-4/__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
-    refused = start("faulty", skip)
+    refused = start("refused", "faulty", skip)
     moved = re.search(r"\((mv .*?)\) and launch again", refused.output)
     subprocess.run(["bash", "-c", moved[1]], check=True)
-    resumed = start("faulty", skip)
+    resumed = start("resumed", "faulty", skip)
     return SimpleNamespace(
         whole=whole, stopped=stopped, refused=refused, resumed=resumed, damaged=second, shard=shard
     )
 
 
 def test_a_run_stops_at_damage_by_default_and_names_it(runs):
-    assert runs.stopped.code != 0
+    assert not runs.stopped.good
     assert f"{runs.damaged}, line 12: not JSON" in runs.stopped.output
     assert "training.skip_damaged_data" in runs.stopped.output
 
 
 def test_a_run_that_skips_damage_names_and_counts_it(runs):
-    assert runs.whole.code == 0, runs.whole.output
+    assert runs.whole.good, runs.whole.output
     [named] = [line for line in runs.whole.output.splitlines() if "left out" in line]
     assert f"{runs.damaged}, line 12: not JSON" in named and "number 1 " in named
 
 
 def test_a_broken_checkpoint_is_named_with_the_newest_complete_one(runs):
-    assert runs.refused.code != 0 and "Traceback" in runs.refused.output
+    assert not runs.refused.good and "Traceback" in runs.refused.output
     assert f"step-4 is not a complete checkpoint: {runs.shard.name} holds" in runs.refused.output
     assert "the newest complete one is step-2" in runs.refused.output
     assert "Training starts at step" not in runs.refused.output
 
 
 def test_the_faulty_run_ends_with_the_losses_of_the_undisturbed_one(runs):
-    assert runs.resumed.code == 0, runs.resumed.output
+    assert runs.resumed.good, runs.resumed.output
     assert "Training starts at step 3" in runs.resumed.output
     whole, faulty = dict(losses(runs.whole.dump)), losses(runs.resumed.dump)
     assert sorted(whole) == list(range(1, STEPS + 1))

@@ -1,17 +1,14 @@
-"""Exact resume, seen from outside: real launches of torchtitan.train, on one process and on several,
-which train what one would.
+"""Exact resume, seen from outside: runs of torchtitan.train, on one process and on several, which train what
+one would.
 
 On a CPU with the demo's jobs, with -m eight on eight processes; with -m gpu, with the 530M recipe on two GPUs.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
@@ -19,7 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is unavailable"),
     pytest.mark.timeout(900),
 ]
-ROOT = Path(__file__).parents[1]
 COMMON = (
     "--lr_scheduler.warmup_steps=2",
     "--checkpoint.interval=2",
@@ -74,30 +70,20 @@ def runs(request, tmp_path_factory):
     folder, (job, dp, cp, moved_cp) = tmp_path_factory.mktemp("runs"), request.param
 
     def launch(name, *overrides, stage="stage1", steps=job.steps, dump=None, dp=dp, cp=cp, **env):
-        records = folder / f"{name}-records"
+        records, dump = folder / f"{name}-records", folder / (dump or name)
         records.mkdir()
-        env = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-            "RECORDS": str(records),
-            **env,
-        }
-        dump = folder / (dump or name)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={dp * cp}", "-m", "torchtitan.train"]
-        command += [f"--job.config_file={job.configs}/{stage}.toml", f"--job.dump_folder={dump}"]
-        command += [f"--parallelism.context_parallel_degree={cp}"]
+        arguments = [f"--job.config_file={job.configs}/{stage}.toml", f"--job.dump_folder={dump}"]
+        arguments += [f"--parallelism.context_parallel_degree={cp}"]
         # beside the trainer, or in it
-        command += [f"--training.dataloader.num_workers={int(dp == 2)}"]
-        command += [*COMMON, *job.overrides, f"--training.steps={steps}", *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        return SimpleNamespace(
-            dump=dump, records=records, code=done.returncode, output=done.stdout + done.stderr
+        arguments += [f"--training.dataloader.num_workers={int(dp == 2)}"]
+        arguments += [*COMMON, *job.overrides, f"--training.steps={steps}", *overrides]
+        good, output = train(
+            dp * cp, arguments, folder / f"{name}.log", RECORDS=str(records), **env
         )
+        return SimpleNamespace(dump=dump, records=records, good=good, output=output)
 
     whole = launch("whole")
-    assert whole.code == 0, whole.output
+    assert whole.good, whole.output
     killed = launch("killed", KILL_AT_BATCH=str(job.split + 2))
     resumed = launch("resumed", dump="killed")
     start = f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}"
@@ -121,7 +107,7 @@ def runs(request, tmp_path_factory):
             FIRST_REPLAYED=str(job.split + 1),
         )
     for run in runs.values():
-        assert run.code == 0, run.output
+        assert run.good, run.output
     return SimpleNamespace(job=job, dp=dp, n_ranks=dp * cp, killed=killed, **runs)
 
 
@@ -146,7 +132,7 @@ def continued(runs):
 
 
 def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(runs):
-    assert runs.killed.code != 0
+    assert not runs.killed.good and "SIGKILL" in runs.killed.output
     job, whole = runs.job, dict(losses(runs.whole.dump))
     assert sorted(whole) == list(range(1, job.steps + 1))
     # The kill came after a step that the checkpoint doesn't hold: that one was trained twice.
