@@ -7,6 +7,7 @@ ranks is tested with torchrun itself.
 import multiprocessing
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,21 +29,22 @@ def start_ranks(function: Callable[..., None], n_ranks: int, *args: object) -> N
     mp.start_processes(function, (n_ranks, *args), n_ranks, start_method=START)
 
 
-def train(n_ranks: int, arguments: list[str], log: Path, **env: str) -> tuple[bool, str]:
-    """torchtitan.train with these arguments: whether it ended well, and what all ranks wrote, which goes to `log`."""
+def train(n_ranks: int, arguments: list[str], **env: str) -> tuple[bool, str]:
+    """torchtitan.train with these arguments: whether it ended well, and what all ranks wrote."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
     env |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    try:
-        start_ranks(_train_rank, n_ranks, arguments, log, env)
-    except ProcessException as error:
-        return False, f"{log.read_text()}\n{error}"
-    return True, log.read_text()
+    with tempfile.NamedTemporaryFile("r") as log:
+        try:
+            start_ranks(_train_rank, n_ranks, arguments, log.name, env)
+        except ProcessException as error:
+            return False, f"{log.read()}\n{error}"
+        return True, log.read()
 
 
-def _train_rank(rank: int, n_ranks: int, arguments: list[str], log: Path, env: dict) -> None:
+def _train_rank(rank: int, n_ranks: int, arguments: list[str], log: str, env: dict) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **env}
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

@@ -280,20 +280,20 @@ def runs(tmp_path_factory):
     write_huge_document(first)
     second.write_bytes(gzip.compress(b"\n".join(lines) + b"\n")[:-4])  # and all of them for 6
 
-    def start(name, dump, *settings):
+    def start(dump, *settings):
         arguments = ["--job.config_file=configs/demo/stage1.toml", *SETTINGS, *settings]
         arguments += [f"--training.dataset_path={data}", f"--job.dump_folder={folder / dump}"]
-        good, output = train(2, arguments, folder / f"{name}.log")
+        good, output = train(2, arguments)
         return SimpleNamespace(dump=folder / dump, good=good, output=output)
 
     skip = "--training.skip_damaged_data"
-    whole, stopped = start("whole", "whole", skip), start("stopped", "faulty")
+    whole, stopped = start("whole", skip), start("faulty")
     shard = stopped.dump / "checkpoint/step-4/__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
-    refused = start("refused", "faulty", skip)
+    refused = start("faulty", skip)
     moved = re.search(r"\((mv .*?)\) and launch again", refused.output)
     subprocess.run(["bash", "-c", moved[1]], check=True)
-    resumed = start("resumed", "faulty", skip)
+    resumed = start("faulty", skip)
     return SimpleNamespace(
         whole=whole, stopped=stopped, refused=refused, resumed=resumed, damaged=second, shard=shard
     )

@@ -77,9 +77,7 @@ def runs(request, tmp_path_factory):
         # beside the trainer, or in it
         arguments += [f"--training.dataloader.num_workers={int(dp == 2)}"]
         arguments += [*COMMON, *job.overrides, f"--training.steps={steps}", *overrides]
-        good, output = train(
-            dp * cp, arguments, folder / f"{name}.log", RECORDS=str(records), **env
-        )
+        good, output = train(dp * cp, arguments, RECORDS=str(records), **env)
         return SimpleNamespace(dump=dump, records=records, good=good, output=output)
 
     whole = launch("whole")
