@@ -22,7 +22,13 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 import torchtitan_ext.model
 from torchtitan_ext.model import LighthouseTransformer, check_job, flavors
-from torchtitan_ext.model.checkpoints import checkpoint_to_load, complete_metadata, step_of
+from torchtitan_ext.model.checkpoints import (
+    checkpoint_to_load,
+    complete_metadata,
+    excluded_states,
+    step_of,
+)
+from torchtitan_ext.model.checks import parallel_dims
 from torchtitan_ext.patching import NotPatched
 
 ROOT = Path(__file__).parents[1]
@@ -326,6 +332,15 @@ def test_a_dropped_optimizer_is_an_error(job, tmp_path):
     check_job(job(*start_from(tmp_path / "weights/checkpoint/step-10"), excluded))
 
 
+def test_a_step_to_load_of_a_run_that_is_not_there_is_an_error(job, tmp_path):
+    config = job(*start_from(save(tmp_path / "old")), "--checkpoint.load_step=5")
+    only_problem(
+        config,
+        "checkpoint.load_step = 5",
+        "-1 to start from checkpoint.initial_load_path",
+    )
+
+
 def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
     old, other = save(tmp_path / "old"), save(tmp_path / "other")
     config, own = job(*start_from(old)), tmp_path / "run" / "checkpoint"
@@ -351,6 +366,42 @@ def test_a_run_from_scratch_is_not_taken_for_one_with_an_initial_checkpoint(job,
     save(tmp_path / "run", step=20)
     check_job(job())
     only_problem(job(*start_from(old)), old, "started from scratch", "drop the path")
+
+
+def test_an_exclusion_holds_for_the_checkpoint_for_which_it_was_set(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    start = start_from(save(tmp_path / "old"))
+    exclude, both = (
+        "--checkpoint.exclude_from_loading=optimizer,dataloader",
+        ["dataloader", "optimizer"],
+    )
+
+    def left_out(*overrides):
+        config = job(*start, *overrides)
+        foreseen = excluded_states(config, parallel_dims(config, 1))
+        get_train_spec("llama3_lighthouse").build_tokenizer_fn(config)
+        assert config.checkpoint.exclude_from_loading == foreseen
+        return foreseen
+
+    assert left_out(exclude) == both
+    assert left_out(exclude) == both  # killed before its first checkpoint
+    save(tmp_path / "run", step=20)
+    assert left_out(exclude) == []  # whatever was started over goes on
+    assert left_out() == []
+    assert left_out(exclude) == both  # set anew
+    save(tmp_path / "run", step=30, degree=2)
+    assert left_out(exclude) == ["dataloader"]  # which one rank can't go on from
+    note = tmp_path / "run" / "excluded_from_loading.json"
+    note.write_text(note.read_text()[:-5])
+    with pytest.raises(ValueError, match=f"{note} is damaged"):
+        left_out(exclude)
+
+
+@pytest.mark.parametrize("folder", ["", ".", "a/..", ".."])
+def test_checkpoints_have_a_folder_of_their_own(job, tmp_path, folder):
+    path = save(tmp_path / "old")
+    config = job(*start_from(path), f"--checkpoint.folder={folder}")
+    only_problem(config, f"checkpoint.folder = {folder!r}", "for example 'checkpoint'")
 
 
 @pytest.mark.parametrize("saved, world_size", [(1, 2), (2, 1), (4, 2)])
@@ -543,6 +594,9 @@ def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path
     path = save(tmp_path / "old", step=100)
     only_problem(job(*start_from(path), "--training.steps=100"), "training.steps = 100", path)
     check_job(job(*start_from(path), "--training.steps=101"))
+    # that count is not taken up
+    excluded = "--checkpoint.exclude_from_loading=train_state"
+    check_job(job(*start_from(path), "--training.steps=100", excluded))
 
     own = save(tmp_path / "own", step=100).parent
     check_job(job("--training.steps=100", dump="own"))  # done, and so is its repetition

@@ -104,6 +104,13 @@ def runs(request, tmp_path_factory):
             REPLAYED=str(whole.records),
             FIRST_REPLAYED=str(job.split + 1),
         )
+    if (
+        dp * cp == 1
+    ):  # its data once more from the start; killed behind a checkpoint, and launched again
+        over = (start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader")
+        over += ("--validation.no_enable",)
+        launch("over-killed", *over, dump="over", steps=job.steps + 2, KILL_AT_BATCH="3")
+        runs["over"] = launch("over", *over, steps=job.steps + 2)
     for run in runs.values():
         assert run.good, run.output
     return SimpleNamespace(job=job, dp=dp, n_ranks=dp * cp, killed=killed, **runs)
@@ -161,6 +168,12 @@ def test_what_continues_draws_first_what_stage_1_would_have_drawn_next(runs):
                 assert torch.equal(got, expected)
         drawn = [batch(runs.whole, rank, count)[0] for count in range(1, runs.job.steps + 1)]
         assert len({tuple(tokens.flatten().tolist()) for tokens in drawn}) == runs.job.steps
+
+
+def test_data_that_were_started_over_go_on_after_a_kill(runs):
+    if hasattr(runs, "over"):
+        for got, expected in zip(batch(runs.over, 0, 1), batch(runs.whole, 0, 3), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_what_continues_starts_from_the_optimizer_schedule_and_step_of_the_checkpoint(runs):

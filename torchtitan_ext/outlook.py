@@ -146,7 +146,7 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
                 loader = build(
                     dp_world_size=degree, dp_rank=rank, tokenizer=tokenizer, job_config=job
                 )
-            position = data_position(job, 0) if name == "training" else {}
+            position = data_position(job, plan.dims, 0) if name == "training" else {}
             if position.get("world_size") == degree:
                 loader.load_state_dict(position)
             next(iter(loader))

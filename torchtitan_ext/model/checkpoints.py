@@ -1,5 +1,6 @@
 """Which checkpoint a launch goes on from, and what is wrong with it."""
 
+import json
 import os
 import re
 import shlex
@@ -39,6 +40,12 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
                 "nothing would be loaded; set checkpoint.enable to true or drop the path"
             )
         return
+    if folder.resolve() in (own := Path(job_config.job.dump_folder).resolve(), *own.parents):
+        yield (
+            f"checkpoint.folder = {checkpoint.folder!r}: what else job.dump_folder = {job_config.job.dump_folder!r} "
+            "holds would be taken for checkpoints; name a folder in it, for example 'checkpoint'"
+        )
+        return
     known = {MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}
     if unknown := sorted({*checkpoint.exclude_from_loading} - known):
         yield (
@@ -64,22 +71,28 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
         )
 
     if not folder.exists():
+        if checkpoint.load_step != -1:
+            yield (
+                f"checkpoint.load_step = {checkpoint.load_step}: {folder} doesn't exist, so there is nothing to load; "
+                "set it to -1 to start "
+                + (
+                    f"from checkpoint.initial_load_path = {initial!r}"
+                    if initial
+                    else "from scratch"
+                )
+            )
         if checkpoint.initial_load_in_hf:
             yield from _hf_problems(job_config)
         elif initial:
             yield from _state_problems(
                 job_config, dims, "checkpoint.initial_load_path", Path(initial)
             )
-            if step_of(initial) >= job_config.training.steps:
+            counted = TRAIN_STATE not in checkpoint.exclude_from_loading  # else from 0 again
+            if counted and step_of(initial) >= job_config.training.steps:
                 yield (
                     f"training.steps = {job_config.training.steps}: {initial} has done as many; "
                     "set the number of steps counted from the start of the first stage"
                 )
-        elif checkpoint.load_step != -1:
-            yield (
-                f"checkpoint.load_step = {checkpoint.load_step}: {folder} doesn't exist, so there "
-                "is nothing to load; set it to -1 to start from scratch"
-            )
         return
 
     # From here on torchtitan loads from the run's own folder and ignores initial_load_path.
@@ -166,7 +179,7 @@ def _state_problems(
     job_config: JobConfig, dims: ParallelDims | None, field: str, path: Path
 ) -> Iterator[str]:
     """What the checkpoint at `path`, which `field` leads to, lacks to be resumed by this launch."""
-    excluded = job_config.checkpoint.exclude_from_loading
+    excluded = excluded_states(job_config, dims)
     try:
         metadata = complete_metadata(path)
         _check_objects(path, metadata, excluded)
@@ -186,14 +199,22 @@ def _state_problems(
             "use a checkpoint saved with checkpoint.last_save_model_only = false"
         )
     if dims and DATALOADER in wanted and DATALOADER not in missing:
-        degree = dims.dp_replicate * dims.dp_shard
-        saved_degree = sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in saved)
+        degree, saved_degree = dims.dp_replicate * dims.dp_shard, _saved_degree(path)
         if degree != saved_degree:
             yield (
                 f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}, and "
                 f"its data position holds for no other; launch as many data-parallel ranks (or start "
                 "the data over on purpose: checkpoint.exclude_from_loading = ['dataloader'])"
             )
+
+
+def _saved_degree(path: Path) -> int | None:
+    """How many data-parallel ranks' data positions a checkpoint holds; None where it isn't complete."""
+    try:
+        saved = complete_metadata(path).state_dict_metadata
+    except ValueError:
+        return None
+    return sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in saved)
 
 
 def _objects(path: Path, metadata: Metadata) -> Iterator[tuple[str, Path, bytes]]:
@@ -296,9 +317,28 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
     return Path(checkpoint.initial_load_path) if checkpoint.initial_load_path else None
 
 
-def data_position(job_config: JobConfig, rank: int) -> dict[str, Any]:
+def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[str]:
+    """What of `checkpoint.exclude_from_loading` a launch leaves out of the checkpoint that it loads.
+
+    An exclusion holds for the checkpoint that was loaded when it was first set. What the run has saved since is
+    loaded whole: otherwise the same command, launched again after a crash, would start its data or its schedule over
+    each time. Only a data position that was saved by another data-parallel degree, and holds for no other, is left
+    out of any.
+    """
+    excluded, path = job_config.checkpoint.exclude_from_loading, checkpoint_to_load(job_config)
+    if path is None:
+        return excluded
+    noted, now = _noted_exclusions(job_config), _resolved(str(path))
+    left_out = {state for state in excluded if noted.get(state, now) == now}
+    degree = dims and dims.dp_replicate * dims.dp_shard
+    if DATALOADER in excluded and degree not in (None, _saved_degree(path)):
+        left_out.add(DATALOADER)
+    return sorted(left_out)
+
+
+def data_position(job_config: JobConfig, dims: ParallelDims, rank: int) -> dict[str, Any]:
     """Where a data-parallel rank goes on in the data, as its loader takes it; empty from the data's start."""
-    path, excluded = checkpoint_to_load(job_config), job_config.checkpoint.exclude_from_loading
+    path, excluded = checkpoint_to_load(job_config), excluded_states(job_config, dims)
     wanted = [f"{DATALOADER}.{name}" for name in (f"dp_rank_{rank}", "world_size")]
     try:
         objects = list(_objects(path, complete_metadata(path))) if path else []
@@ -381,13 +421,37 @@ def _started_from(job_config: JobConfig) -> str | None:
     return note.read_text().strip() if note.exists() else None
 
 
+def exclusion_note(job_config: JobConfig) -> Path:
+    """The file in which a run notes from which checkpoint it has left out what."""
+    return Path(job_config.job.dump_folder, "excluded_from_loading.json")
+
+
+def _noted_exclusions(job_config: JobConfig) -> dict[str, str]:
+    note = exclusion_note(job_config)
+    try:
+        return json.loads(note.read_text()) if note.exists() else {}
+    except ValueError as error:
+        raise ValueError(
+            f"{note} is damaged ({error}), which said from which checkpoint the run has left out what: delete it, "
+            f"and checkpoint.exclude_from_loading = {job_config.checkpoint.exclude_from_loading} holds anew"
+        ) from error
+
+
 def note_start(job_config: JobConfig) -> None:
-    """Writes down which checkpoint a new run starts from."""
-    if complete_steps(_folder(job_config)):
-        return
-    note, initial = _start_note(job_config), _resolved(job_config.checkpoint.initial_load_path)
-    if initial:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(initial + "\n")
+    """Writes down which checkpoint a new run starts from, and what of a checkpoint is left out."""
+    folder = Path(job_config.job.dump_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, noted = checkpoint_to_load(job_config), _noted_exclusions(job_config)
+    excluded = job_config.checkpoint.exclude_from_loading if path else []
+    now = {state: noted.get(state, _resolved(str(path))) for state in excluded}
+    _write_or_remove(exclusion_note(job_config), json.dumps(now) if now else None)
+    if not complete_steps(_folder(job_config)):
+        initial = job_config.checkpoint.initial_load_path
+        _write_or_remove(_start_note(job_config), _resolved(initial))
+
+
+def _write_or_remove(file: Path, text: str | None) -> None:
+    if text:
+        file.write_text(text + "\n")
     else:
-        note.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)

@@ -30,12 +30,16 @@ def check_job(job_config: JobConfig) -> None:
     Every rank reads the same files and comes to the same answer. Rank 0 also notes which
     checkpoint a new run starts from, so that a later launch can tell whether it continues that run.
     """
-    n_ranks = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-    problems = [*patch_problems(), *job_problems(job_config, n_ranks)]
+    problems = [*patch_problems(), *job_problems(job_config, launched_ranks())]
     if problems:
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
     if job_config.checkpoint.enable and int(os.environ.get("RANK", 0)) == 0:
         note_start(job_config)
+
+
+def launched_ranks() -> int | None:
+    """The number of processes that this one was launched with; None where no launcher tells."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 def patch_problems() -> Iterator[str]:

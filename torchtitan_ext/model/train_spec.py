@@ -23,6 +23,7 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.model import Attention
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import build_dataloader
@@ -31,7 +32,8 @@ from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 from torchtitan_ext.records import CONFIG_FILE
 
 from .args import flavors
-from .checks import check_job
+from .checkpoints import excluded_states, exclusion_note
+from .checks import check_job, launched_ranks, parallel_dims
 from .loss import build_loss
 from .model import LighthouseSelfAttention, LighthouseTransformer
 
@@ -80,6 +82,14 @@ def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
         file = Path(job_config.job.dump_folder, CONFIG_FILE)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(job_config.to_dict(), indent=2) + "\n")
+    checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
+    excluded = excluded_states(job_config, n_ranks and parallel_dims(job_config, n_ranks))
+    if loaded := sorted({*checkpoint.exclude_from_loading} - {*excluded}):
+        logger.info(
+            f"checkpoint.exclude_from_loading: the run has saved a checkpoint since it left out {', '.join(loaded)}, "
+            f"and goes on from that; to leave that out again, delete {exclusion_note(job_config)}"
+        )
+    checkpoint.exclude_from_loading = excluded
     return build_hf_tokenizer(job_config)
 
 
