@@ -81,10 +81,12 @@ def documented(section: str, cls: type, names: set[str]) -> list[DocstringParam]
 
 
 def rule(cls: type, param: DocstringParam) -> str:
-    """What the class says of a value that is never legal."""
+    """What the class says of a value of the field's type that is never legal."""
     illegal: dict[str | None, Any] = {"int": -1, "str": "?"}
+    if param.type_name not in illegal:
+        return ""
     try:
-        cls(**{param.arg_name: illegal.get(param.type_name)})
+        cls(**{param.arg_name: illegal[param.type_name]})
     except ValueError as error:
         return str(error).partition(": ")[2]
     return ""

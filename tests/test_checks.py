@@ -42,8 +42,8 @@ def job(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
-    def parse(*overrides, stage="stage1", dump="run"):
-        file = f"--job.config_file={ROOT}/configs/demo/{stage}.toml"
+    def parse(*overrides, stage="stage1", dump="run", file=None):
+        file = f"--job.config_file={file or ROOT / f'configs/demo/{stage}.toml'}"
         return ConfigManager().parse_args(
             [file, f"--job.dump_folder={tmp_path / dump}", *overrides]
         )
@@ -82,6 +82,37 @@ def only_problem(config, *words):
     for word in words:
         assert str(word) in problem
     return problem
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "kind"),
+    [
+        ("lighthouse", "enable = 'false'", "bool"),
+        ("lighthouse", "dense_layers = 0", "list[int] | None"),
+        ("lighthouse", "dense_layers = [0, 0.5]", "list[int] | None"),
+        ("training", "steps = '240'", "int"),
+        ("training", "dataset_path = 1", "str | None"),
+        ("training.dataloader", "num_workers = 1.0", "int"),
+        ("optimizer", "lr = '2e-3'", "float"),
+        (
+            "checkpoint",
+            "async_mode = 'asink'",
+            "Literal['disabled', 'async', 'async_with_pinned_mem']",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The field")
+def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, kind):
+    """A launch by torchrun parses a job file as here: torchtitan's parser warns at most."""
+    text = (ROOT / "configs/demo/stage1.toml").read_text()
+    field = setting.split(" ")[0]
+    text = re.sub(rf"^{field} = .*", "", text, flags=re.MULTILINE)
+    head, found, tail = text.partition(f"[{section}]\n")
+    text = f"{head}{found}{setting}\n{tail}" if found else f"{text}\n[{section}]\n{setting}\n"
+    (tmp_path / "job.toml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        check_job(job(file=tmp_path / "job.toml"))
+    assert f"{setting}: must be of type {kind}" in str(error.value)
 
 
 def test_an_unpatched_torchtitan_is_refused(job, monkeypatch):

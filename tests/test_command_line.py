@@ -101,7 +101,7 @@ def wrong(tmp_path):
     (tmp_path / "file").write_text("junk")
     for stage in ("dense", "stage1", "stage2"):
         (tmp_path / "broken" / f"{stage}.toml").write_text("[training\nsteps = ")
-    (tmp_path / "untyped.toml").write_text("[training]\nsteps = 'ten'\n")
+    (tmp_path / "untyped.toml").write_text("[training]\nseq_len = 'ten'\n")
     (tmp_path / "unknown.toml").write_text("[training]\nstepz = 10\n")
     (tmp_path / "flat.toml").write_text("training = 10\n")
     (tmp_path / "broken" / "config.json").write_text('{"training": ')
@@ -156,7 +156,7 @@ WRONG = [
     ("bench_train", [], 2, ["CUDA device", "--run"]),
     ("bench_train", ["--run", "a", "{}/empty"], 2, ["{}/empty", "path of a job file"]),
     ("bench_train", ["--run", "a", "{}/broken/dense.toml"], 2, ["dense.toml", "line 1", "correct"]),
-    ("bench_train", ["--run", "a", "{}/untyped.toml"], 2, ["training.steps", "ten", "correct"]),
+    ("bench_train", ["--run", "a", "{}/untyped.toml"], 2, ["training.seq_len = 'ten'", "type int"]),
     ("bench_train", ["--run", "a", "{}/unknown.toml"], 2, ["stepz", "correct"]),
     ("bench_train", ["--run", "a", "{}/flat.toml"], 2, ["training = 10", "[section]", "correct"]),
     (

@@ -16,6 +16,7 @@ from torchtitan.config.job_config import Training, Validation
 from torchtitan.distributed import ParallelDims
 
 from torchtitan_ext.data import check_dataset
+from torchtitan_ext.lighthouse.config import type_problems
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.ulysses import check_heads
 from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
@@ -54,6 +55,8 @@ def patch_problems() -> Iterator[str]:
 
 def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
     """Every problem of a launch on `n_ranks` processes; None leaves out what depends on their number."""
+    if problems := list(type_problems(job_config)):
+        return problems
     if not hasattr(job_config, "lighthouse"):
         return [
             f"job.custom_config_module = {job_config.job.custom_config_module!r}: "
