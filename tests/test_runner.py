@@ -178,6 +178,14 @@ def test_a_half_saved_checkpoint_does_not_keep_stage_2_from_its_start(plan, outp
     assert launches(output)[-1][:2] == ["stage2-100", "100"]
 
 
+def test_a_seed_checkpoint_is_started_from(plan, output):
+    seed = output / "stage1" / "checkpoint" / "step-0"
+    seed.mkdir(parents=True)
+    (seed / ".metadata").touch()
+    runner.run_all(plan(output)[1:2])
+    assert seed.is_dir()
+
+
 def test_a_run_that_ends_early_without_an_error_has_failed(plan, output, monkeypatch):
     monkeypatch.setenv("SAVE", "0")
     with pytest.raises(runner.RunFailed, match=r"dense failed .*checkpoint of step 160"):

@@ -117,7 +117,6 @@ def write_start(
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "training": {"steps": total, "seq_len": 128},
-        "metrics": {"log_freq": log_freq},
         "model": {"flavor": "made"},
         "debug": {"seed": seed},
         "lighthouse": {"rope": "selected", "top_k": 256} | (lighthouse or {}),
@@ -130,6 +129,7 @@ def write_start(
         writer.add_scalar(records.TOKENS_PER_SECOND, 1000 * s, s)
         writer.add_scalar(records.SECONDS, n_steps * seconds / log_freq, s)
         writer.add_scalar(records.N_DEVICES, n_devices, s)
+        writer.add_scalar(records.LOG_FREQ, log_freq, s)
         if s % validate_every == 0:
             writer.add_scalar(records.VALIDATION_LOSS, value + 0.25, s)
     writer.close()
@@ -141,6 +141,25 @@ TOTAL, SPLITS = 80, (50, 60)
 
 def curve(step):
     return 1 + 4 / (1 + step / 8)
+
+
+def test_the_hours_are_right_where_a_later_start_logs_more_often(tmp_path):
+    """36 seconds a step throughout, on one device: a hundredth of an hour."""
+    for start, end, log_freq in ((0, 100, 10), (100, 110, 1)):
+        step = logged_steps(start, end, log_freq)
+        write_start(
+            tmp_path,
+            step,
+            curve(step),
+            total=110,
+            log_freq=log_freq,
+            seconds=36,
+            n_devices=1,
+            name=str(start),
+        )
+    run = records.read_run(tmp_path)
+    assert run.device_hours[-1] == pytest.approx(1.1)
+    assert run.gaps(0) == []
 
 
 @pytest.fixture(params=[1, 10], scope="module")

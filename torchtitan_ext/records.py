@@ -18,15 +18,15 @@ LOSS = "loss_metrics/global_avg_loss"
 TOKENS_PER_SECOND = "throughput(tps)"
 SECONDS = "time_metrics/end_to_end(s)"
 N_DEVICES = "n_devices"
+LOG_FREQ = "log_freq"
 VALIDATION_LOSS = "validation_metrics/loss"
 VALIDATION_STEP = "validation_step"
 VALIDATION = (VALIDATION_STEP, VALIDATION_LOSS)
 # what is read of the job config
 CONFIG_FIELDS = (
-    *(("training", "steps"), ("training", "seq_len"), ("metrics", "log_freq")),
-    *(("model", "flavor"), ("debug", "seed")),
+    *(("training", "steps"), ("training", "seq_len"), ("model", "flavor"), ("debug", "seed")),
 )
-TAGS = (LOSS, TOKENS_PER_SECOND, SECONDS, N_DEVICES)
+TAGS = (LOSS, TOKENS_PER_SECOND, SECONDS, N_DEVICES, LOG_FREQ)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run:
 
     step: strictly increasing. loss: nats a token. tokens_per_second: of one device.
     seconds: wall time since the point logged before (or since the process start).
-    n_devices: devices at work. starts: True at the first point of each process start, whose time
+    n_devices: devices at work. log_freqs: steps between points, which a later start may have changed. starts: True at the first point of each process start, whose time
     holds loading and compilation. validation_step, validation_loss: [n_validated], under the run's own
     attention; the time of validation is in none of the others.
     """
@@ -47,6 +47,7 @@ class Run:
     tokens_per_second: np.ndarray
     seconds: np.ndarray
     n_devices: np.ndarray
+    log_freqs: np.ndarray
     starts: np.ndarray
     validation_step: np.ndarray
     validation_loss: np.ndarray
@@ -57,7 +58,7 @@ class Run:
 
     @property
     def log_freq(self) -> int:
-        return self.config["metrics"]["log_freq"]
+        return int(self.log_freqs.max())
 
     @property
     def finished(self) -> bool:
@@ -73,7 +74,11 @@ class Run:
         """Pairs of steps, from `start` on, between which logged points are missing: a kill loses
         what TensorBoard had not written yet."""
         steps = [start, *self.step.tolist()]
-        return [(a, b) for a, b in pairwise(steps) if b - a > self.log_freq]
+        return [
+            (a, b)
+            for (a, b), log_freq in zip(pairwise(steps), self.log_freqs, strict=True)
+            if b - a > log_freq
+        ]
 
 
 def read_run(folder: str | Path) -> Run | None:
@@ -91,7 +96,7 @@ def read_run(folder: str | Path) -> Run | None:
     if not config_file.is_file():
         raise ValueError(
             f"{config_file} is missing: train with model.name = 'llama3_lighthouse', which saves "
-            "it; the table reads training.steps and metrics.log_freq there"
+            "it; the table reads training.steps there"
         )
     config = read_config(config_file, CONFIG_FIELDS)
 
@@ -110,8 +115,9 @@ def read_run(folder: str | Path) -> Run | None:
         loss=merged[LOSS],
         tokens_per_second=merged[TOKENS_PER_SECOND],
         # torchtitan divides by log_freq whatever the number of steps since the last point
-        seconds=merged[SECONDS] * config["metrics"]["log_freq"],
+        seconds=merged[SECONDS] * merged[LOG_FREQ],
         n_devices=merged[N_DEVICES],
+        log_freqs=merged[LOG_FREQ],
         starts=merged["starts"],
         validation_step=merged[VALIDATION_STEP],
         validation_loss=merged[VALIDATION_LOSS],

@@ -362,8 +362,9 @@ def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]
         # what a kill left half-saved: torchtitan would take its folder for the run's own
         # checkpoints and pass over the one to start from
         folder = run.checkpoint(0).parent
-        for half_saved in folder.glob("step-*"):
-            shutil.rmtree(half_saved)
+        for saved in folder.glob("step-*"):
+            if not (saved / ".metadata").is_file():
+                shutil.rmtree(saved)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     log_file = run.folder / "log.txt"

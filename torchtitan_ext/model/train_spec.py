@@ -29,7 +29,7 @@ from torchtitan.tools.utils import device_type
 from torchtitan_ext.data import build_dataloader
 from torchtitan_ext.lighthouse.attention import kernels
 from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
-from torchtitan_ext.records import CONFIG_FILE
+from torchtitan_ext.records import CONFIG_FILE, LOG_FREQ, N_DEVICES
 
 from .args import flavors
 from .checkpoints import excluded_states, exclusion_note
@@ -94,12 +94,15 @@ def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
 
 
 class LighthouseMetricsProcessor(MetricsProcessor):
-    """Logs the number of devices and the gathered length too, and no logged step is lost in a kill."""
+    """Logs the number of devices, `metrics.log_freq` and the gathered length too, and no logged step is lost in a kill."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
         self.first_step = True
-        self.constants = {"n_devices": parallel_dims.world_size}
+        self.constants = {
+            N_DEVICES: parallel_dims.world_size,
+            LOG_FREQ: job_config.metrics.log_freq,
+        }
         if job_config.lighthouse.enable:
             seq_len = job_config.training.seq_len
             gathered_len = job_config.lighthouse.gathered_len(seq_len)
