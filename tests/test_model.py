@@ -2,12 +2,15 @@
 
 import dataclasses
 import importlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tomli
 import torch
+import torch.distributed as dist
+from launches import start_ranks
 from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
 from torchtitan.config import ConfigManager
 from torchtitan.config import JobConfig as TorchtitanJobConfig
@@ -17,7 +20,7 @@ from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_fr
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_ext.model import Lighthouse, LighthouseTransformer, flavors
-from torchtitan_ext.model.train_spec import LighthouseMetricsProcessor
+from torchtitan_ext.model.train_spec import LighthouseMetricsProcessor, LighthouseValidator
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [
@@ -257,6 +260,36 @@ def test_the_first_step_of_every_process_is_logged():
     processor.first_step = True
     processor.job_config = TorchtitanJobConfig(metrics=Metrics(log_freq=10))
     assert [step for step in range(101, 121) if processor.should_log(step)] == [101, 110, 120]
+
+
+def validators(rank, n_ranks, store):
+    """What a rank validates on, to the end of its documents, of which the ranks have different numbers."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_ranks)
+    rest = ("parallel_dims", "loss_fn", "validation_context", "maybe_enable_amp")
+
+    def batches(*overrides):
+        job = parse("configs/demo/dense.toml", "--validation.enable", *overrides)
+        tokenizer = get_train_spec("llama3_lighthouse").build_tokenizer_fn(job)
+        others = dict.fromkeys((*rest, "metrics_processor"))
+        return LighthouseValidator(job, n_ranks, rank, tokenizer, **others).validation_dataloader
+
+    sources = "--validation.dataset=python_source_validation", "--validation.steps=-1"
+    n_batches = [None] * n_ranks
+    dist.all_gather_object(n_batches, len(batches(*sources, "--validation.seq_len=4096")))
+    assert n_batches[0] == n_batches[1] > 1
+    longer = "--training.seq_len=1048576", "--validation.seq_len=1048576"
+    with pytest.raises(ValueError, match=r"validation\.dataset = .*not one sequence of 1048576"):
+        batches(*sources, *longer)
+    passkey = "--validation.dataset=passkey", "--validation.dataset_path=511"
+    [(_, labels)] = batches(*passkey, "--validation.steps=1", "--validation.seq_len=512")
+    assert 0 < (labels != -100).float().mean() < 0.05  # the answers alone, as in training
+    dist.barrier()
+    os._exit(0)  # past the interpreter's end, gloo's threads may abort the process
+
+
+def test_ranks_validate_on_as_many_batches_each_and_on_what_training_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    start_ranks(validators, 2, tmp_path / "store")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

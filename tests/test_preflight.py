@@ -322,6 +322,8 @@ def test_a_sequence_of_the_validation_data_is_read(only_problem, check, tmp_path
     for name in names:
         (tmp_path / name).write_text(name * 1000)
     assert check(*arguments, "--validation.steps=-1")[0] == 0
+    words = ["validation.dataset_path", "no document for data-parallel rank 63"]
+    only_problem(*arguments, "--ngpu=64", "--training.global_batch_size=64", words=words)
 
 
 def test_the_disk_must_hold_the_checkpoints_to_come(check, only_problem, monkeypatch):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.hf_datasets.text_datasets import build_text_validation_dataloader
 from torchtitan.tools.utils import get_peak_flops
 
 from .command_line import size
@@ -18,7 +17,13 @@ from .data import build_dataloader, check_dataset
 from .data.dataloader import batches_ready
 from .model import LighthouseModelArgs, LighthouseTransformer, flavors
 from .model.checkpoints import checkpoint_to_load, complete_steps, data_position, step_of
-from .model.checks import build_tokenizer, job_problems, parallel_dims, sequences_at_once
+from .model.checks import (
+    build_tokenizer,
+    data_sections,
+    job_problems,
+    parallel_dims,
+    sequences_at_once,
+)
 from .model.memory import GIB, peak_memory, unknown
 from .runner import parse_job
 
@@ -132,20 +137,16 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
     A training that goes on reads it where it stopped.
     """
     job, degree = plan.job, plan.dims.dp_replicate * plan.dims.dp_shard
-    sections = {"training": (job.training, build_dataloader)}
-    if job.validation.enable:
-        sections["validation"] = (job.validation, build_text_validation_dataloader)
-    for name, (section, build) in sections.items():
+    for name, section in data_sections(job):
         try:
             check_dataset(section.dataset, section.dataset_path)
             tokenizer = build_tokenizer(job)
         except ValueError:  # named by job_problems
             continue
+        infinite = name == "training" or job.validation.steps != -1
         try:
             for rank in {degree - 1, 0}:
-                loader = build(
-                    dp_world_size=degree, dp_rank=rank, tokenizer=tokenizer, job_config=job
-                )
+                loader = build_dataloader(degree, rank, tokenizer, job, infinite, name)
             position = data_position(job, plan.dims, 0) if name == "training" else {}
             if position.get("world_size") == degree:
                 loader.load_state_dict(position)

@@ -178,17 +178,19 @@ def build_dataloader(
     tokenizer: BaseTokenizer,
     job_config: JobConfig,
     infinite: bool = True,
+    section: str = "training",
 ) -> ParallelAwareDataloader:
-    """Builds what torchtitan's `build_text_dataloader` does, with the data set above.
+    """Builds what torchtitan's text data loaders are, with the data set above.
 
     Args:
         dp_world_size: number of data-parallel ranks; each document goes to one of them.
         dp_rank: this rank.
         tokenizer: a HuggingFaceTokenizer; encodes a document, with its bos and eos.
-        job_config: `training.dataset`, `dataset_path`, `seq_len`, `local_batch_size`, `global_batch_size`,
-            `dataloader` and `skip_damaged_data` are read. A worker whose `prefetch_factor` isn't set has
-            the batches of a whole optimizer step ready, and two at least.
+        job_config: of the section, `dataset`, `dataset_path`, `seq_len`, `local_batch_size` and `dataloader` are read,
+            and `training.global_batch_size` and `skip_damaged_data`. A worker of the training's whose
+            `prefetch_factor` isn't set has the batches of a whole optimizer step ready, and two at least.
         infinite: start over at the data set's end.
+        section: whose data, "training" or "validation".
 
     Returns:
         A loader of ({"input": tokens}, labels), int64 [local_batch_size, seq_len] each.
@@ -196,13 +198,13 @@ def build_dataloader(
     Raises:
         ValueError: no document for this rank, damage in its first one, or a hub that can't be reached.
     """
-    training = job_config.training
+    training, data = job_config.training, getattr(job_config, section)
     try:
         dataset = TextDataset(
-            dataset_name=training.dataset,
-            dataset_path=training.dataset_path,
+            dataset_name=data.dataset,
+            dataset_path=data.dataset_path,
             tokenizer=_with_ids_alone(tokenizer),
-            seq_len=training.seq_len,
+            seq_len=data.seq_len,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
             infinite=infinite,
@@ -214,22 +216,23 @@ def build_dataloader(
         probe._text_processor(next(probe._get_data_iter()))
     except (IndexError, StopIteration) as error:  # of a map-style split, of a streamed one
         raise ValueError(
-            f"training.dataset = {training.dataset!r}, training.dataset_path = {training.dataset_path!r}: "
+            f"{section}.dataset = {data.dataset!r}, {section}.dataset_path = {data.dataset_path!r}: "
             f"no document for data-parallel rank {dp_rank}, give at least {dp_world_size} documents"
             f"{' that are not damaged' * training.skip_damaged_data}"
         ) from error
     except ConnectionError as error:
         raise ValueError(
-            f"training.dataset = {training.dataset!r}: {error}; without a network, set it to 'c4_local' and "
-            "training.dataset_path to a local copy"
+            f"{section}.dataset = {data.dataset!r}: {error}; without a network, set it to 'c4_local' and "
+            f"{section}.dataset_path to a local copy"
         ) from error
-    options = asdict(training.dataloader)
-    options["prefetch_factor"] = batches_ready(training, dp_world_size)
+    options = asdict(data.dataloader)
+    if section == "training":
+        options["prefetch_factor"] = batches_ready(training, dp_world_size)
     return TextDataloader(
         dataset,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
-        batch_size=training.local_batch_size,
+        batch_size=data.local_batch_size,
         worker_init_fn=_end_with_the_trainer,
         **options,
     )

@@ -118,7 +118,7 @@ def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
             f"data-parallel degree = {training.local_batch_size} x {degree} = {at_once}; nearest: "
             + (f"{below} or {below + at_once}" if below else f"{at_once}")
         )
-    for name, section in _data_sections(job_config):
+    for name, section in data_sections(job_config):
         if section.seq_len % dims.seq_len_divisor:
             yield (
                 f"{name}.seq_len = {section.seq_len}: must be a multiple of {dims.seq_len_divisor} for a "
@@ -129,7 +129,7 @@ def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
 def _number_problems(job_config: JobConfig) -> Iterator[str]:
     """Numbers that training divides by, counts to or allocates, and would trip over."""
     smallest = {"training.steps": 0, "training.gc_freq": 1, "metrics.log_freq": 1}
-    for name, _ in _data_sections(job_config):
+    for name, _ in data_sections(job_config):
         smallest |= {f"{name}.seq_len": 1, f"{name}.local_batch_size": 1}
     if job_config.validation.enable:
         smallest["validation.freq"] = 1
@@ -207,7 +207,7 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
         )
     if not lighthouse.enable:
         return
-    for name, section in _data_sections(job_config):
+    for name, section in data_sections(job_config):
         try:
             if degree > 1:
                 check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
@@ -247,7 +247,7 @@ def _head_problems(job_config: JobConfig, args: LighthouseModelArgs) -> Iterator
             )
 
 
-def _data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
+def data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
     """The sections that say what sequences this job reads, by name."""
     yield "training", job_config.training
     if job_config.validation.enable:
@@ -305,7 +305,7 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
             f"model.hf_assets_path = {path!r}: no tokenizer there ({error}); "
             f"give the folder that holds tokenizer.json (a relative path counts from {os.getcwd()})"
         )
-    for name, section in _data_sections(job_config):
+    for name, section in data_sections(job_config):
         if (workers := section.dataloader.num_workers) not in (0, 1):
             yield (
                 f"{name}.dataloader.num_workers = {workers}: use 0 or 1, because several workers would read the "

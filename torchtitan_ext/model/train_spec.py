@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental._attention import set_rotate_method
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.components.validate import Validator
@@ -152,14 +153,33 @@ class LighthouseValidator(Validator):
     """torchtitan's validator, on the same sequences each time, of which ranks may share each.
 
     By itself it would draw on from where the last validation stopped, so that neither two validations of
-    a run nor a run and its resumed twin could be compared.
+    a run nor a run and its resumed twin could be compared. To the end of the data (validation.steps = -1) it would
+    wait forever for ranks whose share of the documents ends sooner.
     """
 
-    def __init__(self, job_config: JobConfig, **kwargs: Any):
-        super().__init__(job_config, **kwargs)
-        steps, loss_fn = job_config.validation.steps, self.loss_fn  # type: ignore[has-type]
-        batches = islice(self.validation_dataloader, None if steps == -1 else steps)  # type: ignore[has-type]
-        self.validation_dataloader = list(batches)
+    def __init__(
+        self,
+        job_config: JobConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: BaseTokenizer,
+        **kwargs: Any,
+    ):
+        source = dp_world_size, dp_rank, tokenizer
+        super().__init__(job_config, *source, **kwargs)
+        validation, loss_fn = job_config.validation, self.loss_fn  # type: ignore[has-type]
+        whole = validation.steps == -1
+        loader = build_dataloader(*source, job_config, infinite=not whole, section="validation")
+        batches = list(islice(loader, None if whole else validation.steps))
+        n_batches = torch.tensor(len(batches), device=device_type)
+        torch.distributed.all_reduce(n_batches, torch.distributed.ReduceOp.MIN)
+        if not n_batches:
+            raise ValueError(
+                f"validation.dataset = {validation.dataset!r}, validation.dataset_path = {validation.dataset_path!r}: "
+                f"a data-parallel rank gets not one sequence of {validation.seq_len} tokens; give more documents, or a "
+                "smaller validation.seq_len"
+            )
+        self.validation_dataloader = batches[: int(n_batches)]
         self.loss_fn = lambda predictions, _: loss_fn(predictions, self.own_labels)
 
     def post_dataloading_process(
@@ -175,6 +195,15 @@ class LighthouseValidator(Validator):
         return inputs, labels, *extra
 
 
+def build_dataloaders(
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+) -> ParallelAwareDataloader:
+    """The training's loader. What is wrong with the validation's is told now too, before the model is built."""
+    if job_config.validation.enable:
+        build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, section="validation")
+    return build_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
+
+
 def get_train_spec() -> TrainSpec:
     """llama3's train spec with the model, the checks and the records of this package."""
     return replace(
@@ -182,7 +211,7 @@ def get_train_spec() -> TrainSpec:
         model_cls=LighthouseTransformer,
         model_args=flavors,
         parallelize_fn=parallelize,
-        build_dataloader_fn=build_dataloader,
+        build_dataloader_fn=build_dataloaders,
         build_tokenizer_fn=build_checked_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=LighthouseValidator,
