@@ -487,6 +487,7 @@ def test_shards_start_different_and_replicas_equal(patched):
         """
 import os, torch
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torchtitan.config import Comm, Debug
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import init_distributed, set_determinism
@@ -494,13 +495,16 @@ from torchtitan.distributed.utils import init_distributed, set_determinism
 init_distributed(Comm())
 rank = int(os.environ["RANK"])
 for seed in (None, 7):
-    for shards in (2, 1):
-        dims = ParallelDims(2 // shards, shards, 1, 1, 1, 1, 1, 2)
+    for fsdp, tp in ((2, 1), (1, 2), (1, 1)):
+        shards = fsdp * tp
+        dims = ParallelDims(2 // shards, fsdp, 1, tp, 1, 1, 1, 2)
         dims.build_mesh()
         set_determinism(dims, torch.device(f"cpu:{rank}"), Debug(seed=seed), ["pp"])
         with torch.device("meta"):
             model = torch.nn.Linear(8, 8)
-        if shards == 2:
+        if tp == 2:
+            parallelize_module(model, dims.get_mesh("tp"), ColwiseParallel())
+        if fsdp == 2:
             fully_shard(model, mesh=dims.get_mesh("fsdp"))
         model.to_empty(device="cpu")
         with torch.no_grad():
@@ -701,6 +705,64 @@ for world_size in (1, 2, 3, 8):
             indices = _head_tail_load_balancer(*case)._generate_indices(restore)
             assert indices.equal(_HeadTailLoadBalancer(*case)._generate_indices(restore))
             assert indices is _head_tail_load_balancer(*case)._generate_indices(restore)
+""",
+    )
+
+
+def test_torchtitans_other_trainers_share_outcomes_or_end_as_before(patched):
+    python(
+        patched,
+        """
+from unittest.mock import MagicMock, patch
+
+from torchtitan.experiments.ft.train import FTTrainer
+from torchtitan.models.flux import train as flux
+
+assert FTTrainer.interrupted is False  # its own __init__ and train() know nothing of it
+trainer = MagicMock(gradient_accumulation_steps=1)
+trainer.metrics_processor.should_log.return_value = False
+with patch.object(flux.dist_utils, "clip_grad_norm_", return_value="norm"):
+    flux.FluxTrainer.train_step(trainer, iter([({}, None)]))
+loss = trainer.forward_backward_step.return_value
+trainer.update_parameters.assert_called_once_with(loss, "norm")
+trainer.optimizers.step.assert_not_called()
+""",
+    )
+
+
+def test_what_an_interrupted_process_saved_goes_when_a_later_checkpoint_is_complete(patched):
+    python(
+        patched,
+        """
+import tempfile
+from pathlib import Path
+from unittest.mock import MagicMock, patch
+
+from torchtitan.components.checkpoint import INTERRUPTED, CheckpointManager
+
+def deleted(keep_latest_k, *steps, bridges=(), half_saved=()):
+    with tempfile.TemporaryDirectory() as folder, patch("torch.distributed.get_rank", return_value=0):
+        for step in steps:
+            path = Path(folder, f"step-{step}")
+            path.mkdir()
+            if step in bridges:
+                (path / INTERRUPTED).touch()
+            if step not in half_saved:
+                (path / ".metadata").touch()
+        manager = MagicMock(
+            keep_latest_k=keep_latest_k, folder=folder, enable_ft_dataloader_checkpoints=False
+        )
+        CheckpointManager._purge_stale_checkpoints(manager)
+        put = manager.purge_queue.put.call_args_list
+        return [int(Path(call.args[0]).name[5:]) for call in put]
+
+assert deleted(2, 100, 200, 250, bridges=[250]) == []
+assert deleted(2, 100, 200, 250, 300, bridges=[250]) == [100, 250]
+assert deleted(2, 50, 100, bridges=[50], half_saved=[100]) == []  # the only one to go on from
+# saved at another interval, or as a first step: kept like any other
+assert deleted(4, 9000, 10000, 11000, 11400) == []
+assert deleted(10, 1, 10000, 11000, 12400) == []
+assert deleted(2, 1, 100, 200) == [1]
 """,
     )
 
