@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from math import gcd
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 from torch._dynamo import list_backends
@@ -14,9 +15,9 @@ from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
 from torchtitan.distributed import ParallelDims
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from torchtitan_ext.data import check_dataset
-from torchtitan_ext.lighthouse.config import type_problems
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.ulysses import check_heads
 from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
@@ -55,7 +56,7 @@ def patch_problems() -> Iterator[str]:
 
 def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
     """Every problem of a launch on `n_ranks` processes; None leaves out what depends on their number."""
-    if problems := list(type_problems(job_config)):
+    if problems := list(_type_problems(job_config)):
         return problems
     if not hasattr(job_config, "lighthouse"):
         return [
@@ -77,6 +78,25 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
         else:
             problems += _batch_problems(job_config, dims)
     return [*problems, *checkpoint_problems(job_config, dims)]
+
+
+def _type_problems(settings: Any, section: str = "") -> Iterator[str]:
+    """The fields of a dataclass, and of those in it, that hold a value of another type than they declare."""
+    hints = get_type_hints(type(settings))
+    for field in fields(settings):
+        name, value, hint = (
+            f"{section}{field.name}",
+            getattr(settings, field.name),
+            hints[field.name],
+        )
+        if is_dataclass(value):
+            yield from _type_problems(value, f"{name}.")
+            continue
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            kind = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
+            yield f"{name} = {value!r}: must be of type {kind}"
 
 
 def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
