@@ -35,8 +35,8 @@ class Run:
 
     step: strictly increasing. loss: nats a token. tokens_per_second: of one device.
     seconds: wall time since the point logged before (or since the process start).
-    n_devices: devices at work. log_freqs: steps between points, which a later start may have changed. starts: True at the first point of each process start, whose time
-    holds loading and compilation. validation_step, validation_loss: [n_validated], under the run's own
+    n_devices: devices at work. log_freqs: `metrics.log_freq`, which a later start may have changed.
+    starts: True at the first point of each process start, whose time holds loading and compilation. validation_step, validation_loss: [n_validated], under the run's own
     attention; the time of validation is in none of the others.
     """
 
@@ -58,11 +58,12 @@ class Run:
 
     @property
     def log_freq(self) -> int:
+        """The largest of any start."""
         return int(self.log_freqs.max())
 
     @property
     def finished(self) -> bool:
-        return bool(self.step[-1] > self.total_steps - self.log_freq)
+        return bool(self.step[-1] > self.total_steps - self.log_freqs[-1])
 
     @property
     def device_hours(self) -> np.ndarray:

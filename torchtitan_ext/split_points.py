@@ -129,7 +129,7 @@ def table(experiment: Experiment) -> list[Row]:
     for split, tail in experiment.tails.items():
         row = Row(f"split at {split:,}", status=_status(tail, split))
         rows.append(row)
-        reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freq else None
+        reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freqs[-1] else None
         if reached:
             row.ktok_s = _ktok_s(reached, split)
         if tail is None:
