@@ -402,10 +402,8 @@ def test_a_run_from_scratch_is_not_taken_for_one_with_an_initial_checkpoint(job,
 def test_an_exclusion_holds_for_the_checkpoint_for_which_it_was_set(job, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     start = start_from(save(tmp_path / "old"))
-    exclude, both = (
-        "--checkpoint.exclude_from_loading=optimizer,dataloader",
-        ["dataloader", "optimizer"],
-    )
+    exclude = "--checkpoint.exclude_from_loading=optimizer,dataloader"
+    both = ["dataloader", "optimizer"]
 
     def left_out(*overrides):
         config = job(*start, *overrides)

@@ -265,13 +265,13 @@ def test_the_first_step_of_every_process_is_logged():
 def validators(rank, n_ranks, store):
     """What a rank validates on, to the end of its documents, of which the ranks have different numbers."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_ranks)
-    rest = ("parallel_dims", "loss_fn", "validation_context", "maybe_enable_amp")
+    unused = ("parallel_dims", "loss_fn", "validation_context", "maybe_enable_amp")
+    unused = dict.fromkeys((*unused, "metrics_processor"))
 
     def batches(*overrides):
         job = parse("configs/demo/dense.toml", "--validation.enable", *overrides)
         tokenizer = get_train_spec("llama3_lighthouse").build_tokenizer_fn(job)
-        others = dict.fromkeys((*rest, "metrics_processor"))
-        return LighthouseValidator(job, n_ranks, rank, tokenizer, **others).validation_dataloader
+        return LighthouseValidator(job, n_ranks, rank, tokenizer, **unused).validation_dataloader
 
     sources = "--validation.dataset=python_source_validation", "--validation.steps=-1"
     n_batches = [None] * n_ranks

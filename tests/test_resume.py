@@ -104,9 +104,8 @@ def runs(request, tmp_path_factory):
             REPLAYED=str(whole.records),
             FIRST_REPLAYED=str(job.split + 1),
         )
-    if (
-        dp * cp == 1
-    ):  # its data once more from the start; killed behind a checkpoint, and launched again
+    if dp * cp == 1:
+        # its data once more from the start; killed behind a checkpoint, and launched again
         over = (start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader")
         over += ("--validation.no_enable",)
         launch("over-killed", *over, dump="over", steps=job.steps + 2, KILL_AT_BATCH="3")

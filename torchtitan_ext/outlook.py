@@ -16,7 +16,13 @@ from .command_line import size
 from .data import build_dataloader, check_dataset
 from .data.dataloader import batches_ready
 from .model import LighthouseModelArgs, LighthouseTransformer, flavors
-from .model.checkpoints import checkpoint_to_load, complete_steps, data_position, step_of
+from .model.checkpoints import (
+    checkpoint_to_load,
+    complete_steps,
+    data_parallel_degree,
+    data_position,
+    step_of,
+)
 from .model.checks import (
     build_tokenizer,
     data_sections,
@@ -136,7 +142,7 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
 
     A training that goes on reads it where it stopped.
     """
-    job, degree = plan.job, plan.dims.dp_replicate * plan.dims.dp_shard
+    job, degree = plan.job, data_parallel_degree(plan.dims)
     for name, section in data_sections(job):
         try:
             check_dataset(section.dataset, section.dataset_path)
@@ -174,7 +180,7 @@ def _shared_memory_problems(plan: Plan) -> Iterator[str]:
     training, local_gpus = plan.job.training, torch.cuda.device_count()
     if not (training.dataloader.num_workers and local_gpus and SHARED_MEMORY.is_dir()):
         return
-    ready = batches_ready(training, plan.dims.dp_replicate * plan.dims.dp_shard)
+    ready = batches_ready(training, data_parallel_degree(plan.dims))
     of_rank = (ready + plan.batch // plan.at_once) * training.local_batch_size
     needed = min(local_gpus, plan.dims.world_size) * of_rank * training.seq_len * BYTES_OF_TOKEN
     free = shutil.disk_usage(SHARED_MEMORY).free

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def _state_problems(
             "use a checkpoint saved with checkpoint.last_save_model_only = false"
         )
     if dims and DATALOADER in wanted and DATALOADER not in missing:
-        degree, saved_degree = dims.dp_replicate * dims.dp_shard, _saved_degree(path)
+        degree, saved_degree = data_parallel_degree(dims), _saved_degree(metadata)
         if degree != saved_degree:
             yield (
                 f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}, and "
@@ -208,13 +209,14 @@ def _state_problems(
             )
 
 
-def _saved_degree(path: Path) -> int | None:
-    """How many data-parallel ranks' data positions a checkpoint holds; None where it isn't complete."""
-    try:
-        saved = complete_metadata(path).state_dict_metadata
-    except ValueError:
-        return None
-    return sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in saved)
+def data_parallel_degree(dims: ParallelDims) -> int:
+    """How many ranks, or groups of ranks that share sequences, read data of their own."""
+    return dims.dp_replicate * dims.dp_shard
+
+
+def _saved_degree(metadata: Metadata) -> int:
+    """How many data-parallel ranks' data positions a checkpoint holds."""
+    return sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in metadata.state_dict_metadata)
 
 
 def _objects(path: Path, metadata: Metadata) -> Iterator[tuple[str, Path, bytes]]:
@@ -330,9 +332,10 @@ def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[st
         return excluded
     noted, now = _noted_exclusions(job_config), _resolved(str(path))
     left_out = {state for state in excluded if noted.get(state, now) == now}
-    degree = dims and dims.dp_replicate * dims.dp_shard
-    if DATALOADER in excluded and degree not in (None, _saved_degree(path)):
-        left_out.add(DATALOADER)
+    if dims and DATALOADER in excluded:
+        with suppress(ValueError):  # of an incomplete one, named by checkpoint_problems
+            if data_parallel_degree(dims) != _saved_degree(complete_metadata(path)):
+                left_out.add(DATALOADER)
     return sorted(left_out)
 
 

@@ -23,7 +23,7 @@ from torchtitan_ext.lighthouse.ulysses import check_heads
 from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
 
 from .args import LighthouseModelArgs, flavors
-from .checkpoints import checkpoint_problems, note_start
+from .checkpoints import checkpoint_problems, data_parallel_degree, note_start
 
 
 def check_job(job_config: JobConfig) -> None:
@@ -84,11 +84,8 @@ def _type_problems(settings: Any, section: str = "") -> Iterator[str]:
     """The fields of a dataclass, and of those in it, that hold a value of another type than they declare."""
     hints = get_type_hints(type(settings))
     for field in fields(settings):
-        name, value, hint = (
-            f"{section}{field.name}",
-            getattr(settings, field.name),
-            hints[field.name],
-        )
+        name, value = f"{section}{field.name}", getattr(settings, field.name)
+        hint = hints[field.name]
         if is_dataclass(value):
             yield from _type_problems(value, f"{name}.")
             continue
@@ -125,11 +122,11 @@ def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
 
 def sequences_at_once(job_config: JobConfig, dims: ParallelDims) -> int:
     """How many sequences a microbatch of all ranks holds; a step may accumulate several."""
-    return job_config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    return job_config.training.local_batch_size * data_parallel_degree(dims)
 
 
 def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
-    training, degree = job_config.training, dims.dp_replicate * dims.dp_shard
+    training, degree = job_config.training, data_parallel_degree(dims)
     at_once, wanted = sequences_at_once(job_config, dims), training.global_batch_size
     if wanted == 0 or (wanted > 0 and wanted % at_once):
         below = wanted // at_once * at_once
