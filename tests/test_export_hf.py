@@ -298,6 +298,13 @@ def no_tokenizer(path):
     return path, "model.hf_assets_path = 'gone'", "correct the path"
 
 
+def no_extension(path):
+    file = path.parents[1] / "config.json"
+    job = json.loads(file.read_text()) | {"experimental": {"custom_import": "gone"}}
+    file.write_text(json.dumps(job))
+    return path, f"experimental.custom_import = 'gone' in {file}", "call from the folder that holds"
+
+
 def full_folder(path):
     hf = path.parents[1] / "hf"
     hf.mkdir()
@@ -318,6 +325,7 @@ def full_folder(path):
         unknown_flavor,
         wrong_flavor,
         no_tokenizer,
+        no_extension,
         full_folder,
     ],
 )

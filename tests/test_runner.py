@@ -314,18 +314,46 @@ command_line.run(lambda: runner.run_all(runs, 2))
     assert max(sizes) < 160  # it was interrupted, not at its end
 
 
-def test_scripts_run_a_real_experiment_and_make_its_table(tmp_path):
-    """Three tiny runs through torchrun and torchtitan."""
+# What a user's own module registers, beside their outputs.
+EXTENSION = """
+from dataclasses import replace
+
+from datasets import Dataset
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+from torchtitan_ext.model import flavors
+
+DATASETS["squares"] = DatasetConfig(
+    path=".",
+    loader=lambda path: Dataset.from_dict({"text": [f"{i} x {i} = {i * i}. " * 20 for i in range(50)]}),
+    sample_processor=lambda sample: sample["text"],
+)
+flavors["tiny"] = replace(flavors["debug"], n_layers=1)
+"""
+
+
+def test_tools_run_a_real_experiment_on_data_and_a_flavor_of_its_own(tmp_path):
+    """Three tiny runs through torchrun and torchtitan, their table, and what uses the result."""
     overrides = "--training.steps=6 --checkpoint.interval=4"
     overrides += " --lr_scheduler.warmup_steps=2 --metrics.log_freq=2"
     overrides += " --training.seq_len=256 --lighthouse.top_k=16 --lighthouse.tile_winners=4"
-    run = [sys.executable, "scripts/run_splits.py", "--configs", str(CONFIGS)]
-    run += ["--output", str(tmp_path), "--splits", "4", "--", *overrides.split()]
-    make_table = [sys.executable, "scripts/make_table.py", str(tmp_path)]
-    for command in (run, make_table):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    overrides += " --experimental.custom_import=mine --training.dataset=squares --model.flavor=tiny"
+    overrides += f" --model.hf_assets_path={ROOT}/torchtitan_ext/data/byte_tokenizer"
+    (tmp_path / "mine.py").write_text(EXTENSION)
+    said = ""
+    for command in (
+        f"-m torchtitan_ext.preflight --job.config_file {CONFIGS}/stage1.toml {overrides}",
+        f"{ROOT}/scripts/run_splits.py --configs {CONFIGS} --output . --splits 4 -- {overrides}",
+        f"{ROOT}/scripts/make_table.py .",
+        f"{ROOT}/scripts/export_hf.py stage2-4 hf",
+        f"{ROOT}/scripts/niah.py stage2-4 --contexts 64 --depths 0",
+    ):
+        command = [sys.executable, *command.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 + 2" in done.stdout and str(tmp_path / "loss.png") in done.stdout
+        said += done.stdout
+    assert "4 + 2" in said and "plot: loss.png" in said
     (dense, split) = split_points.table(split_points.read_experiment(tmp_path))
     assert dense.status == split.status == "finished"
     for value in (dense.device_hours, dense.ktok_s, split.device_hours, split.jump):

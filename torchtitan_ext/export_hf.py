@@ -22,6 +22,7 @@ from .command_line import make_folder, size
 from .model import LighthouseModelArgs, get_train_spec
 from .model.checkpoints import complete_metadata, complete_steps
 from .records import CONFIG_FILE, read_config
+from .runner import import_extension
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 JOB_FIELDS = (
@@ -213,12 +214,14 @@ def llama_config(args: LighthouseModelArgs) -> dict:
 def _read_job(dump_folder: Path) -> dict:
     file = dump_folder / CONFIG_FILE
     try:
-        return read_config(file, JOB_FIELDS)
+        job = read_config(file, JOB_FIELDS)
     except FileNotFoundError as error:
         raise ValueError(
             f"{file} is missing, which says what model the checkpoint holds: keep the checkpoint in its "
             f"run's folder, or copy the run's {CONFIG_FILE} there"
         ) from error
+    import_extension(job.get("experimental", {}).get("custom_import", "torchtitan_ext.model"), file)
+    return job
 
 
 def _meta_state(args: LighthouseModelArgs) -> dict[str, torch.Tensor]:

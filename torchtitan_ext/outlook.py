@@ -1,6 +1,5 @@
 """What a planned run will read, hold and take, and what of it can't be: the job's part of the preflight."""
 
-import importlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -107,7 +106,7 @@ def job_outlook(
         job = parse_job(config_file, overrides)
     except ValueError as error:
         return {}, [str(error)]
-    problems = [*_import_problems(job), *job_problems(job, n_gpus)]
+    problems = [*_name_problems(job), *job_problems(job, n_gpus)]
     name, memory = H200
     if torch.cuda.is_available():
         local = torch.cuda.get_device_properties(0)
@@ -125,14 +124,7 @@ def job_outlook(
         return {}, problems
 
 
-def _import_problems(job: JobConfig) -> Iterator[str]:
-    try:
-        importlib.import_module(job.experimental.custom_import)
-    except (ImportError, ValueError) as error:
-        yield (
-            f"experimental.custom_import = {job.experimental.custom_import!r}: {error}; "
-            "set it to 'torchtitan_ext.model'"
-        )
+def _name_problems(job: JobConfig) -> Iterator[str]:
     if job.model.name != MODEL:
         yield f"model.name = {job.model.name!r}: the checks are those of {MODEL!r}; set it to that"
 

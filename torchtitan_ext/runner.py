@@ -4,6 +4,7 @@ Each run is one torchrun of torchtitan.train with one of the folder's three TOML
 already is skipped, and what was interrupted continues from its own newest checkpoint.
 """
 
+import importlib
 import json
 import os
 import re
@@ -120,9 +121,9 @@ def plan(
 
 
 def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job of a TOML file and torchtitan arguments, parsed but not checked. Raises ValueError, naming the file.
+    """The job of a TOML file and torchtitan arguments, parsed but not checked, and what it imports registered.
 
-    torchtitan itself answers what is wrong with a traceback, or much later.
+    Raises ValueError, naming the file. torchtitan itself answers what is wrong with a traceback, or much later.
     """
     where = " ".join([str(config_file), *overrides])
     try:
@@ -132,7 +133,7 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         with warnings.catch_warnings(), redirect_stderr(StringIO()) as by_parser:
             # a value of another type than the field's, which the checks name
             warnings.filterwarnings("ignore", category=UserWarning, message="The field")
-            return ConfigManager().parse_args(["--job.config_file", str(config_file), *overrides])
+            job = ConfigManager().parse_args(["--job.config_file", str(config_file), *overrides])
     except OSError as error:
         raise ValueError(f"{config_file}: {error.strerror}; give the path of a job file") from error
     except ImportError as error:
@@ -155,6 +156,19 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         raise ValueError(
             f"{where}: these arguments can't be read, correct them:\n{by_parser.getvalue()}All settings: "
             f"python -m torchtitan.train --job.config_file {config_file} --help"
+        ) from error
+    import_extension(job.experimental.custom_import, where)
+    return job
+
+
+def import_extension(module: str, where: str | Path) -> None:
+    """Import what a job imports, which registers its data sets and flavors. Raises ValueError, naming `where`."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a user's module does
+        raise ValueError(
+            f"experimental.custom_import = {module!r} in {where}: {error}; call from the folder that holds the module, "
+            "or set it to 'torchtitan_ext.model'"
         ) from error
 
 
