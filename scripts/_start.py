@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-# The working directory too, from which a training imports what a job names.
-sys.path[1:1] = [str(Path(__file__).resolve().parents[1]), os.getcwd()]
+sys.path.insert(1, os.getcwd())  # from which a training imports what a job names
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from torchtitan_ext.command_line import end_by_hook, run  # noqa: F401
 
