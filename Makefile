@@ -12,9 +12,9 @@ help:  ## list the targets
 setup: $(VENV)/.patched  ## virtual environment with pinned dependencies, torchtitan patched
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
-	{ echo "PYTHON = $(PYTHON) is not Python 3.10 to 3.12 ($$($(PYTHON) --version 2>&1 | head -1)): install one of these" \
-	"and name it, as in make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	{ echo "PYTHON = $(PYTHON) is not Python 3.11 to 3.13 ($$($(PYTHON) --version 2>&1 | head -1)): install one of these" \
+	"and name it, as in make $(or $(MAKECMDGOALS),setup) PYTHON=python3.13" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	{ echo "$(PYTHON) -m venv $(VENV) failed, as said above: install what it names, or give another VENV=FOLDER" >&2; exit 1; }
 	@$(BIN)/pip install --constraint constraints.txt --editable ".[dev]" || \

@@ -21,10 +21,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def read_grid(file: Path) -> dict[str, list[str]]:
     """The torchtitan arguments of each cell by its name. Raises ValueError for what is no grid."""
-    import tomli
+    import tomllib
 
     try:
-        grid = tomli.loads(file.read_text())["ablations"]
+        grid = tomllib.loads(file.read_text())["ablations"]
         return {cell["run"]: arguments(cell) for cell in grid}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

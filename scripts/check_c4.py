@@ -8,10 +8,10 @@ Every file is read as training reads it. Exit code: 0 if nothing is damaged (fil
 
 import argparse
 import os
+import tomllib
 from pathlib import Path
 
 import _start
-import tomli
 
 from torchtitan_ext.command_line import Display, at_least
 
@@ -19,7 +19,7 @@ RECIPE = Path(__file__).parents[1] / "configs" / "530m" / "dense.toml"
 
 
 def main() -> int:
-    recipe = tomli.loads(RECIPE.read_text())["training"]
+    recipe = tomllib.loads(RECIPE.read_text())["training"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -37,14 +37,14 @@ def main() -> None:
         help="experiments with other settings of Lighthouse, as scripts/ablate.py leaves them (default: none)",
     )
     args = parser.parse_args()
-    import tomli
+    import tomllib
 
     from torchtitan_ext import split_points
 
     text, paths = split_points.write(
         args.folder,
         args.out or args.folder,
-        tomli.loads(PUBLISHED.read_text()),
+        tomllib.loads(PUBLISHED.read_text()),
         args.other_seeds,
         args.ablations,
     )

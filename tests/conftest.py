@@ -10,8 +10,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# An example's milliseconds say how busy the machine is.
+settings.register_profile("any-speed", deadline=None)
+settings.load_profile("any-speed")

@@ -38,7 +38,7 @@ def selected(q_score, k_score, config):
     return operators.entries(rows, config, seq_len)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     cases(max_seq_len=128),
     st.integers(1, 2),
@@ -63,7 +63,7 @@ def test_equals_the_oracle_forward_and_backward(case, batch, n_kv_heads, group, 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(), st.sampled_from(SCORES), st.sampled_from(SCORES), st.integers(0, 99))
 def test_selection_equals_the_oracle_for_any_scores(case, q_kind, k_kind, seed):
     config, seq_len = case
@@ -78,7 +78,7 @@ def test_selection_equals_the_oracle_for_any_scores(case, q_kind, k_kind, seed):
             assert entries == oracle_select(q_score[b, h], k_score[b, h], config)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(max_seq_len=2048), st.sampled_from((*SCORES, "nan")), st.integers(0, 99))
 def test_gathered_entries_are_legal_distinct_ordered_and_as_many_as_the_formula(case, kind, seed):
     config, seq_len = case
@@ -99,7 +99,7 @@ def test_gathered_entries_are_legal_distinct_ordered_and_as_many_as_the_formula(
         assert ((level == finer).sum(-1) == p * config.top_k).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases(max_seq_len=1024), st.sampled_from(SCORES), st.integers(0, 99))
 def test_every_position_has_between_one_and_levels_contributors(case, kind, seed):
     config, seq_len = case
@@ -110,7 +110,7 @@ def test_every_position_has_between_one_and_levels_contributors(case, kind, seed
     assert contributors.min() >= 1 and contributors.max() <= config.levels
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases(max_seq_len=256), st.data())
 def test_with_the_selection_fixed_no_output_sees_a_later_input(case, data):
     config, seq_len = case

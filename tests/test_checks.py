@@ -194,6 +194,11 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
             " --lighthouse.no_enable",
             ["context_parallel_load_balancer = 'ptrr'", "'headtail'"],
         ),
+        (
+            "--parallelism.context_parallel_degree 2 --lighthouse.no_enable --compile.enable"
+            " --parallelism.context_parallel_rotate_method alltoall",
+            ["context_parallel_rotate_method = 'alltoall'", "load_balancer to 'headtail'"],
+        ),
         ("--checkpoint.load_step 10", ["checkpoint.load_step = 10", "-1"]),
         (
             "--checkpoint.no_enable --checkpoint.initial_load_path x",
@@ -599,7 +604,7 @@ def test_a_seed_checkpoint_is_weights_alone_and_must_be_complete(job, tmp_path):
 places = st.floats(0, 1, exclude_max=True)  # of the file
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     cut=places | st.just(1.0), changes=st.dictionaries(places, st.binary(max_size=2), max_size=3)
 )

@@ -17,7 +17,7 @@ import ring_attention  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from launches import start_ranks
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
@@ -306,7 +306,6 @@ def test_inputs_that_do_not_fit_are_named_on_every_rank():
             attend(q, k, v, freqs_cis=rotary_table(SEQ_LEN // 2, 4))
 
 
-@settings(deadline=None)
 @given(
     top_k=st.integers(1, 40).map(lambda tiles: 4 * tiles),
     degree=st.integers(2, 9),

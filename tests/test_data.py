@@ -153,7 +153,7 @@ shards_of_texts = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dataset=st.sampled_from(LOCAL),
     shards=shards_of_texts,

@@ -53,7 +53,7 @@ def n_skipped(data):
 damaged_files = st.lists(st.sampled_from([None, *DAMAGE]), min_size=1, max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(kinds=damaged_files.map(lambda kinds: [*kinds, None]))
 def test_what_is_left_is_every_intact_document_in_order(kinds):
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def test_what_is_left_is_every_intact_document_in_order(kinds):
         assert n_skipped(data) == sum(map(bool, kinds))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kinds=damaged_files.map(lambda kinds: [None, *kinds]),
     stops=st.lists(st.integers(1, 12), min_size=1, max_size=4),
@@ -194,7 +194,7 @@ def test_another_number_of_workers_is_named(tmp_path):
 # ---- long documents
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6),
     longest=st.integers(1, 20),

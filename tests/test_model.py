@@ -3,11 +3,11 @@
 import dataclasses
 import importlib
 import os
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tomli
 import torch
 import torch.distributed as dist
 from launches import start_ranks
@@ -209,7 +209,7 @@ def test_every_job_file_builds(path, monkeypatch):
 
 
 def settings(path):
-    sections = tomli.loads(path.read_text())
+    sections = tomllib.loads(path.read_text())
     return {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
 
 

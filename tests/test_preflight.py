@@ -21,13 +21,14 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
-from torchtitan_ext import outlook, patching, preflight
+from torchtitan_ext import environment, outlook, patching, preflight
 from torchtitan_ext.data.dataloader import TextDataloader, TextDataset
 from torchtitan_ext.lighthouse import attention, kernels
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.checks import parallel_dims
 from torchtitan_ext.model.config import Lighthouse
 from torchtitan_ext.model.memory import GIB, peak_memory, unknown
+from torchtitan_ext.model.train_spec import build_checked_tokenizer
 from torchtitan_ext.runner import child_environment
 
 ROOT = Path(__file__).parents[1]
@@ -225,17 +226,43 @@ def version_of(**changed):
     return version
 
 
-def test_versions_are_held_against_the_supported_ones(check, only_problem, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", version_of(torch="2.11.0+cu130"))
-    assert check()[0] == 0
-    for wrong in ("2.10.0", "2.14.1+cpu"):
+def test_versions_are_held_against_the_supported_ones(
+    check, only_problem, monkeypatch, caplog, tmp_path
+):
+    job, _ = job_of("configs/demo/stage1.toml", f"job.dump_folder={tmp_path}")
+    [pin] = re.findall(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for good in ("2.11.0+cu130", pin, "2.15.0"):
+        monkeypatch.setattr(importlib.metadata, "version", version_of(torch=good))
+        assert check()[0] == 0
+    for wrong in ("2.10.0", "2.16.1+cpu"):
         monkeypatch.setattr(importlib.metadata, "version", version_of(torch=wrong))
-        only_problem(words=[f"torch is {wrong}", "<2.14", ">=2.11", "pip install"])
+        words = [f"torch is {wrong}", "<2.16", ">=2.11", "pip install"]
+        only_problem(words=words)
+        # which a launch says too, and trains
+        build_checked_tokenizer(job)
+        [said] = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert all(word in said for word in words)
+        caplog.clear()
     monkeypatch.setattr(importlib.metadata, "version", version_of(triton=None, torchtitan="0.2.1"))
     _, problems, _ = check()
     assert len(problems) == 2
     assert "torchtitan is 0.2.1" in problems[0]
     assert "triton is not installed" in problems[1]
+
+
+def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(check, tmp_path):
+    stale = tmp_path / "torchtitan_lighthouse.egg-info"
+    stale.mkdir()
+    (stale / "PKG-INFO").write_text(
+        "Name: torchtitan-lighthouse\nVersion: 0.1.0\nRequires-Python: >=4\nRequires-Dist: torch<2\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        assert check()[0] == 0
+        # the built package, apart from any clone
+        patch.setattr(environment, "PROJECT", tmp_path / "pyproject.toml")
+        _, problems, _ = check()
+    assert len(problems) == 2 and "needs >=4" in problems[0] and "torch<2" in problems[1]
 
 
 def test_patches_must_be_there(only_problem, monkeypatch):

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from functools import partial
 from pathlib import Path
 
 import pytest
 import rich.console
-import tomli
 from rich.console import Console
 from torchtitan.config import ConfigManager
 
@@ -366,7 +366,7 @@ def test_tools_run_a_real_experiment_on_data_and_a_flavor_of_its_own(tmp_path):
 GRIDS = [
     (configs, cell)
     for configs, file in (("530m", "published.toml"), ("small", "small/ablations.toml"))
-    for cell in tomli.loads((ROOT / "configs" / file).read_text())["ablations"]
+    for cell in tomllib.loads((ROOT / "configs" / file).read_text())["ablations"]
 ]
 
 

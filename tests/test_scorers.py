@@ -53,7 +53,7 @@ def error(x, reference):
     return ((x.double().cpu() - reference).norm() / reference.norm()).item()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from([("norm", 1), *ATTENTION_SCORERS]),
     st.sampled_from([4, 12, 64, 132, 260]),  # some end within a chunk of gla, or fill several

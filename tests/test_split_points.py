@@ -1,13 +1,13 @@
 import csv
 import json
 import shutil
+import tomllib
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tomli
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.tensorboard import SummaryWriter
@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan_ext import records, split_points
 from torchtitan_ext.split_points import mean_loss, recovery, window
 
-PUBLISHED = tomli.loads(
+PUBLISHED = tomllib.loads(
     (Path(__file__).parents[1] / "configs" / "published.toml").read_text(encoding="utf-8")
 )
 

@@ -8,44 +8,12 @@ Overrides are torchtitan's, as for training: --lighthouse.top_k 2048.
 """
 
 import argparse
-import importlib.metadata
 import logging
-import platform
 import sys
 import warnings
-from collections.abc import Iterator
 
 from .command_line import at_least, run
-from .patching import PatchingError, check_patched
-
-DISTRIBUTION = "torchtitan-lighthouse"
-
-
-def environment_problems() -> Iterator[str]:
-    """What is installed against what pyproject.toml supports, and the patches."""
-    from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
-
-    own = importlib.metadata.distribution(DISTRIBUTION)
-    python = SpecifierSet(own.metadata["Requires-Python"])
-    if platform.python_version() not in python:
-        yield f"Python {platform.python_version()}: {DISTRIBUTION} needs {python}"
-    for line in own.requires or ():
-        requirement = Requirement(line)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        needed = f'{requirement.name}{requirement.specifier}: pip install "{requirement.name}{requirement.specifier}"'
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            yield f"{requirement.name} is not installed, {DISTRIBUTION} needs {needed}"
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            yield f"{requirement.name} is {version}, {DISTRIBUTION} needs {needed}"
-    try:
-        check_patched()
-    except (PatchingError, OSError) as error:
-        yield str(error)
+from .environment import environment_problems
 
 
 def positive(text: str) -> float:

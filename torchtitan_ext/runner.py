@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,6 @@ from io import StringIO
 from pathlib import Path
 from typing import IO
 
-import tomli
 from torchtitan.config import ConfigManager, JobConfig
 
 from .command_line import CommandFailed, Display, duration, make_folder
@@ -127,7 +127,7 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
     """
     where = " ".join([str(config_file), *overrides])
     try:
-        sections = tomli.loads(Path(config_file).read_text())
+        sections = tomllib.loads(Path(config_file).read_text())
         if no_table := [name for name, value in sections.items() if not isinstance(value, dict)]:
             raise ValueError(f"{no_table[0]} = {sections[no_table[0]]!r} stands in no [section]")
         with warnings.catch_warnings(), redirect_stderr(StringIO()) as by_parser:
@@ -140,7 +140,7 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         raise ValueError(
             f"{where}: {error}; set job.custom_config_module to 'torchtitan_ext.model.config'"
         ) from error
-    except tomli.TOMLDecodeError as error:
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{config_file}: no TOML ({error}); correct that") from error
     except (AssertionError, TypeError, ValueError) as error:
         # what follows torchtitan's first line is of its own launcher

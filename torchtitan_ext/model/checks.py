@@ -208,7 +208,8 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             "recompute every n-th block"
         )
     compiled = job_config.compile
-    if mode == "memory_budget" and not (compiled.enable and "model" in compiled.components):
+    compiles_model = compiled.enable and "model" in compiled.components
+    if mode == "memory_budget" and not compiles_model:
         yield (
             "activation_checkpoint.mode = 'memory_budget': the compiler keeps to the budget; set compile.enable to "
             "true, with 'model' in compile.components"
@@ -221,6 +222,13 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
         yield (
             f"parallelism.context_parallel_load_balancer = {balancer!r}: attention is 'sdpa', for which "
             "torchtitan has 'headtail' alone; use that or None"
+        )
+    method = job_config.parallelism.context_parallel_rotate_method
+    if degree > 1 and method == "alltoall" and balancer is None and compiles_model:
+        yield (
+            f"parallelism.context_parallel_rotate_method = {method!r}: without a load balancer each rank compiles "
+            "another graph, and from torch 2.14 on they wait for each other forever; set "
+            "parallelism.context_parallel_load_balancer to 'headtail', or compile.enable to false"
         )
     if not lighthouse.enable:
         return

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor.experimental._attention import set_rotate_method
+from torch.distributed.tensor.experimental._context_parallel._attention import set_rotate_method
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
@@ -28,6 +28,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import build_dataloader
+from torchtitan_ext.environment import environment_problems
 from torchtitan_ext.lighthouse.attention import kernels
 from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 from torchtitan_ext.records import CONFIG_FILE, LOG_FREQ, N_DEVICES
@@ -72,6 +73,9 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 
 def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     # torchtitan builds the tokenizer before anything else, so this is where a bad job stops.
+    if int(os.environ.get("RANK", 0)) == 0:
+        for problem in environment_problems():
+            logger.warning(problem)
     check_job(job_config)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Ranks whose torchrun was killed would train on, into the folder where the next launch goes on: they
