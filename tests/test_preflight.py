@@ -305,26 +305,37 @@ def test_what_the_job_config_itself_refuses_is_named(only_problem):
     only_problem("--validation.enable", "--validation.steps=0", words=["validation steps"])
 
 
-def test_the_data_goes_on_where_the_checkpoint_stopped(only_problem, check, tmp_path):
-    tokenizer = build_hf_tokenizer(job_of("configs/demo/stage1.toml")[0])
-    data = TextDataloader(
-        TextDataset("python_source", None, tokenizer), dp_rank=0, dp_world_size=1, batch_size=1
-    )
-    next(iter(data))
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_each_rank_reads_on_where_it_stopped_at_the_checkpoint(check, tmp_path, degree):
+    job, _ = job_of("configs/demo/stage1.toml")
+    tokenizer = build_hf_tokenizer(job)
+    for number in range(5):  # of which ranks get unequal shares
+        (tmp_path / f"{number}.txt").write_text("word " * 1000)
     states = {
         **LighthouseTransformer(flavors["debug"]).state_dict(),
         **{"optimizer": {"a": 1}, "lr_scheduler": {"last_epoch": 1}, "train_state": {"step": 1}},
-        "dataloader": data.state_dict(),
+        "dataloader": {},
     }
-    dcp.save(states, checkpoint_id=tmp_path / "run/checkpoint/step-1", no_dist=True)
-    assert check()[0] == 0
-    only_problem("--training.dataloader.num_workers=1", words=["num_workers = 1", "with 0"])
-    only_problem(
-        *("--training.dataset=passkey", "--training.dataset_path=4095"),
-        words=["training.dataset and", "passkey", "python_source"],
-    )
-    excluded = "--checkpoint.exclude_from_loading=dataloader"
-    assert check("--training.dataloader.num_workers=1", excluded)[0] == 0
+    for rank in range(degree):
+        data = TextDataset("python_source", str(tmp_path), tokenizer, 256, rank, degree)
+        loader = TextDataloader(data, dp_rank=rank, dp_world_size=degree, batch_size=1)
+        next(iter(loader))
+        states["dataloader"] |= loader.state_dict()
+
+    def problem(*settings):
+        dcp.save(states, checkpoint_id=tmp_path / "run/checkpoint/step-1", no_dist=True)
+        arguments = [f"--ngpu={degree}", f"--training.dataset_path={tmp_path}", *settings]
+        return "\n".join(check(*arguments, "--training.global_batch_size=-1")[1])
+
+    assert problem() == ""
+    workers, excluded = "--training.dataloader.num_workers=1", "--checkpoint.exclude_from_loading="
+    assert re.search("num_workers = 1: .* with 0", problem(workers))
+    assert problem(workers, excluded + "dataloader") == ""
+    other = problem("--training.dataset=passkey", "--training.dataset_path=4095")
+    assert re.search("training.dataset and .*passkey.*python_source", other)
+    ranks = states["dataloader"]
+    ranks[f"dp_rank_{degree - 1}"] = ranks["dp_rank_0"]
+    assert ("training.dataset and" in problem()) == (degree > 1)
 
 
 def test_the_first_documents_are_read(only_problem, check, tmp_path):

@@ -130,9 +130,9 @@ def _name_problems(job: JobConfig) -> Iterator[str]:
 
 
 def _reading_problems(plan: Plan) -> Iterator[str]:
-    """Read a first batch of the first rank, and the first document of the last, which gets the fewest.
+    """Read a batch of the first rank and of the last, which gets the fewest documents.
 
-    A training that goes on reads it where it stopped.
+    A training that goes on reads it where that rank stopped.
     """
     job, degree = plan.job, data_parallel_degree(plan.dims)
     for name, section in data_sections(job):
@@ -143,12 +143,12 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
             continue
         infinite = name == "training" or job.validation.steps != -1
         try:
-            for rank in {degree - 1, 0}:
+            for rank in sorted({0, degree - 1}):
                 loader = build_dataloader(degree, rank, tokenizer, job, infinite, name)
-            position = data_position(job, plan.dims, 0) if name == "training" else {}
-            if position.get("world_size") == degree:
-                loader.load_state_dict(position)
-            next(iter(loader))
+                position = data_position(job, plan.dims, rank) if name == "training" else {}
+                if position.get("world_size") == degree:
+                    loader.load_state_dict(position)
+                next(iter(loader))
         except StopIteration:
             yield (
                 f"{name}.dataset = {section.dataset!r}, {name}.dataset_path = {section.dataset_path!r}: "
