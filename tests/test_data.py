@@ -225,6 +225,40 @@ def test_resumes_in_the_second_epoch(dataset, workers, tmp_path):
     assert [tokens(batch) for batch in islice(resumed, 2 * epoch - stop)] == expected[stop:]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("world", [1, 3])
+def test_each_pass_of_map_style_data_comes_in_an_order_of_its_own(world, workers, tmp_path):
+    path = write_tree(tmp_path, [[f"{i:02}." for i in range(30)]])  # with its ends, 5 tokens
+    args = {"dataset": "python_source", "path": path, "rank": world - 1, "world": world}
+    first = documents(*args.values())
+    n = len(first)
+    data = loader(**args, seq_len=4, workers=workers)
+    rows, states = [], []
+    for batch in islice(data, 3 * n):
+        rows += [bytes(tokens(batch)[0][1:-1])]
+        states.append(data.state_dict())
+    passes = [rows[:n], rows[n : 2 * n], rows[2 * n :]]
+    assert passes[0] == first and len(set(map(tuple, passes))) == 3
+    assert all(sorted(texts) == sorted(first) for texts in passes)
+    for drawn in (n, 2 * n, 2 * n + 1):
+        resumed = loader(**args, seq_len=4, workers=workers)
+        resumed.load_state_dict(states[drawn - 1])
+        rest = [bytes(tokens(batch)[0][1:-1]) for batch in islice(resumed, 3 * n - drawn)]
+        assert rest == rows[drawn:]
+
+
+def test_a_pass_that_began_in_order_ends_in_order(tmp_path):
+    """As in checkpoints from before passes were shuffled."""
+    path = write_tree(tmp_path, SHARDS)
+    data = loader("python_source", path, 1, infinite=False).dataset
+    state = data.state_dict() | {"sample_idx": 7, "token_buffer": []}
+    del state["n_passes"]
+    data.load_state_dict(state)
+    drawn = [token for inputs, label in data for token in (*inputs["input"], *label)]
+    rest = b"".join(documents("python_source", path)[7:])
+    assert rest and bytes(token for token in drawn if token < 256) == rest
+
+
 @pytest.mark.parametrize(
     ("global_batch_size", "prefetch_factor", "ready"),
     [(32, None, 4), (64, None, 8), (8, None, 2), (-1, None, 2), (64, 3, 3)],

@@ -10,7 +10,7 @@ from threading import Thread
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from tokenizers import Encoding, Tokenizer
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.dataloader import ParallelAwareDataloader
@@ -28,7 +28,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class TextDataset(HuggingFaceTextDataset):
-    """torchtitan's data set, which by itself restarts a streamed one that was saved after a re-loop.
+    """torchtitan's data set, which by itself restarts a streamed one that was saved after a re-loop, and gives a
+    map-style one in the same order in every pass.
 
     Of passkey documents the answers alone are labels. skip_damaged: leave out what `read_documents` yields as
     damage; otherwise its first stops the run.
@@ -38,18 +39,29 @@ class TextDataset(HuggingFaceTextDataset):
         super().__init__(*args, **kwargs)
         self._skip_damaged = skip_damaged
         self._n_skipped = 0  # since the run started, of all processes
+        self._n_passes = 0  # that ended
         # Files whose damage the log has named; many have it in every line.
         self._named: set[str] = set()
         # A streamed data set that hasn't been read yet says that it stands at its start, wherever it resumes.
         self._resumed_at: dict[str, Any] | None = None
 
     def _get_data_iter(self) -> Iterator[dict[str, Any]]:
-        for sample in super()._get_data_iter():
+        samples = super()._get_data_iter()
+        if (
+            self._n_passes
+            and isinstance(self._data, Dataset)
+            and self._sample_idx < len(self._data)
+        ):
+            # In memory, because a data set on a disk would write its order beside itself.
+            shuffled = self._data.shuffle(seed=self._n_passes, keep_in_memory=True)
+            samples = iter(shuffled.skip(self._sample_idx))
+        for sample in samples:
             self._resumed_at = None
             if self._skip_damaged and "damage" in sample:
                 self._skip(sample)
             else:
                 yield sample
+        self._n_passes += 1
 
     def _skip(self, sample: dict[str, str]) -> None:
         self._n_skipped += 1
@@ -78,6 +90,7 @@ class TextDataset(HuggingFaceTextDataset):
             "token_buffer": list(self._token_buffer),
             "documents": self._documents(),
             "n_skipped": self._n_skipped,
+            "n_passes": self._n_passes,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,6 +106,8 @@ class TextDataset(HuggingFaceTextDataset):
             )
         super().load_state_dict(state_dict)
         self._n_skipped = state_dict.get("n_skipped", 0)
+        # Checkpoints from before passes were shuffled end theirs in the order that they began it in.
+        self._n_passes = state_dict.get("n_passes", 0)
         if isinstance(self._data, IterableDataset):
             # It heeds a saved state in that state's epoch alone, and a fresh one stands in epoch 0.
             self._data.set_epoch(state_dict["data"]["epoch"])
