@@ -1,16 +1,18 @@
 """The check of a local copy of C4 counts what is there, names all that is damaged, and so does training."""
 
+import codecs
 import gzip
 import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import loader, write_c4
+from test_data import loader, tokens, write_c4
 
 from torchtitan_ext.data import c4_check
 from torchtitan_ext.data.datasets import c4_files
@@ -100,7 +102,6 @@ STOPS_TRAINING = {
     "no bytes": (with_bytes(lambda data: b""), "after line 0", "no bytes"),
     "a folder": (lambda file: (file.unlink(), file.mkdir()), "after line 0", "director"),
     "no JSON": (with_line(b'{"text": "a"', 3), "line 3", "not JSON"),
-    "blank line": (with_line(b"", 1), "line 1", "not JSON"),
     "nested": (with_line(b"[" * 200_000, 2), "line 2", "nested"),
     "no object": (with_line(b'["text"]', N + 1), f"line {N + 1}", 'string "text"'),
     "no text": (with_line(b'{"url": "u"}', 2), "line 2", 'string "text"'),
@@ -113,6 +114,53 @@ ONLY_CHECKED = {
     "no document": (with_bytes(lambda data: gzip.compress(b"")), "", "no document"),
 }
 DAMAGE = STOPS_TRAINING | ONLY_CHECKED
+MARK = codecs.BOM_UTF8
+
+
+def lines_are(change):
+    return with_bytes(lambda data: gzip.compress(change(gzip.decompress(data))))
+
+
+HARMLESS = {
+    "blank lines": lines_are(lambda data: b"\n" + data.replace(b"\n", b"\n \t\n\n") + b" \x0c"),
+    "no last newline": lines_are(lambda data: data[:-1]),
+    "CRLF": lines_are(lambda data: b"\r\n" + data.replace(b"\n", b" \r\n")),
+    "a mark": lines_are(lambda data: MARK + data),
+    "a mark in a line of its own": lines_are(lambda data: MARK + b" \n" + data),
+    "marked members": with_bytes(
+        lambda data: b"".join(
+            gzip.compress(MARK + line) for line in gzip.decompress(data).splitlines(keepends=True)
+        )
+    ),
+    "an empty member and padding": with_bytes(
+        lambda data: data + gzip.compress(b"") + gzip.compress(MARK) + bytes(9)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_blank_lines_and_marks_change_nothing_that_is_trained_on(kind, tmp_path):
+    clean, path = (write_c4(tmp_path / name, [SHARDS[0]] * 2) for name in ("clean", "other"))
+    [HARMLESS[kind](Path(file)) for file in c4_files(str(path))]
+    # Into the second pass.
+    expected = [tokens(batch) for batch in islice(loader("c4_local", clean, 64), 20)]
+    for stop in range(20):
+        part, resumed = (loader("c4_local", path, 64) for _ in range(2))
+        got = [tokens(batch) for batch in islice(part, stop)]
+        resumed.load_state_dict(part.state_dict())
+        assert got + [tokens(batch) for batch in islice(resumed, 20 - stop)] == expected
+
+    checked, _, damaged = check(path, workers=1)
+    assert not damaged and [contents.documents for contents in checked] == [N, N]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_blank_lines_alone_are_no_document(world, tmp_path):
+    path = write_c4(tmp_path, [[]])
+    with_bytes(lambda _: gzip.compress(MARK + b"\n \n"))(Path(c4_files(str(path))[0]))
+    with pytest.raises(ValueError, match="no document in its 1 files"):
+        loader("c4_local", path, 8, world=world)
+    assert "no document" in check(path, workers=1)[1]
 
 
 @pytest.mark.parametrize("kind", STOPS_TRAINING)
@@ -171,10 +219,11 @@ def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_p
     [file] = map(Path, c4_files(str(path)))
     for kind in ("empty text", "no UTF-8", "no JSON"):  # from below, so that each stays in its line
         DAMAGE[kind][0](file)
+    with_line(b"", 2)(file)
     DAMAGE["cut short"][0](file)
     [contents], *_ = check(path)
     places = [problem.split(": ")[0].removeprefix(f"{file}, ") for problem in contents.problems]
-    assert places == ["line 3", "line 5", "line 7", f"after line {N + 3}"]
+    assert places == ["line 4", "line 6", "line 8", f"after line {N + 4}"]
     assert contents.documents == N + 1  # the empty one is a document
 
 

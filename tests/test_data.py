@@ -355,9 +355,59 @@ def test_python_source_mixes_the_pieces_of_a_large_file(tmp_path, monkeypatch):
     assert [piece for piece in got if piece in pieces] != pieces
 
 
-def test_python_source_keeps_bytes_and_replaces_what_is_no_utf8(tmp_path):
-    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbf\r\n\x00 \xff<eos>")
-    assert documents("python_source", tmp_path) == [b"\xef\xbb\xbf\r\n\x00 \xef\xbf\xbd<eos>"]
+def pieces_in_order(path):
+    source = DATASETS["python_source"]
+    pieces = sorted(source.loader(str(path)), key=lambda piece: piece["start"])
+    return [piece["start"] for piece in pieces], map(source.sample_processor, pieces)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text(st.sampled_from("aé漢🗼\ufffd\ufeff"), max_size=40),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"]),
+    stray=st.lists(st.sampled_from(b"a\x80\xbf\xc3\xe6\xf0\xff"), max_size=20).map(bytes),
+    piece=st.sampled_from([4, 8, 12]),
+)
+def test_python_source_cuts_between_characters(text, encoding, stray, piece):
+    mark = "\ufeff" * encoding.endswith("be")  # the other encoders write it
+    data = (mark + text).encode(encoding)
+    if encoding == "utf-8":
+        data += stray
+        text = data.decode(errors="replace").removeprefix("\ufeff")
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "PIECE", piece)
+        Path(folder, "a.txt").write_bytes(data)
+        starts, pieces = pieces_in_order(folder)
+        assert starts == list(range(0, max(1, len(data)), piece))
+        assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "warned"),
+    [
+        ("\r\n\ufffd<eos>".encode(), None),
+        ("text".encode("utf-16"), None),
+        ("text".encode("utf-16-le"), "NUL"),
+        (b"\x7fELF\x00", "NUL"),
+        ("é".encode("latin-1"), "no utf-8"),
+        ("x".encode("utf-16") + b"\x00", "no utf-16-le"),
+    ],
+)
+def test_python_source_names_a_file_that_is_no_text(content, warned, tmp_path, caplog):
+    (tmp_path / "a.txt").write_bytes(content)
+    for _ in range(2):
+        assert all("\ufeff" not in piece for piece in pieces_in_order(tmp_path)[1])
+    lines = [message for message in caplog.messages if str(tmp_path / "a.txt") in message]
+    assert [warned in line for line in lines] == [True] * bool(warned)
+
+
+def test_python_source_takes_any_file_name(tmp_path):
+    path = write_tree(tmp_path, SHARDS)
+    before = documents("python_source", path)
+    Path(os.fsdecode(os.fsencode(path) + b"/caf\xe9.py")).write_text("cafe")
+    after = documents("python_source", shutil.move(path, f"{tmp_path}.moved"))
+    assert sorted(after) == sorted([*before, b"cafe"])
+    assert [text for text in after if text != b"cafe"] == before
 
 
 def test_python_source_holds_some_files_out_for_validation():
@@ -376,8 +426,8 @@ def test_python_source_holds_some_files_out_for_validation():
 def test_python_source_is_the_standard_library_by_default():
     root = sysconfig.get_path("stdlib")
     files = DATASETS["python_source"].loader(DATASETS["python_source"].path)["path"]
-    assert os.path.join(root, "os.py") in files
-    assert not any("site-packages" in os.path.relpath(file, root) for file in files)
+    assert os.fsencode(os.path.join(root, "os.py")) in files
+    assert not any(b"site-packages" in file.removeprefix(os.fsencode(root)) for file in files)
     assert sum(map(os.path.getsize, files)) > 5e6
     check_dataset("python_source", None)
 
@@ -421,10 +471,20 @@ def test_check_dataset_accepts_what_is_there(tmp_path):
         ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
         ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
         ("c4_test", "missing", ["training.dataset = ", "missing", "training.dataset_path"]),
+        (
+            "c4_local",
+            "other",
+            ["c4-train", "2 files", "'data/1.parquet' the largest", "docs/data.md"],
+        ),
+        ("python_source", "other", [".py", "2 files", "'data/1.parquet'", "docs/data.md"]),
+        ("c4_local", "other/data/1.parquet", ["not a folder", "docs/data.md"]),
     ],
 )
 def test_check_dataset_names_field_value_and_remedy(dataset, path, words, tmp_path):
     (tmp_path / "empty").mkdir()
+    for name in ("data/1.parquet", ".gitattributes", "a.json"):
+        (file := tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
     with pytest.raises(ValueError) as error:
         check_dataset(dataset, path and str(tmp_path / path))
     assert not [word for word in words if word not in str(error.value)]

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import train
-from test_check_c4 import SHARDS, STOPS_TRAINING, check
+from test_check_c4 import SHARDS, STOPS_TRAINING, check, with_line
 from test_data import EOS, documents, loader, tokens, write_c4
 from test_resume import losses
 
@@ -102,18 +102,20 @@ def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
     assert got and got + [tokens(batch) for batch in resumed] == whole
 
 
-def test_a_line_that_is_mended_moves_no_other(tmp_path):
-    path, _ = write_damaged(tmp_path, ["blank line", None])
+@pytest.mark.parametrize("line", [b"no JSON", b""])
+def test_a_line_that_is_mended_moves_no_other(line, tmp_path):
+    path = write_c4(tmp_path, [TEXTS, TEXTS])
     file = Path(c4_files(str(path))[0])
+    with_line(line, 1)(file)
     damaged = gzip.decompress(file.read_bytes())
     args = ("c4_local", path, 8)
     epoch = len(list(loader(*args, infinite=False, skip=True)))
     whole = stream(islice(loader(*args, skip=True), epoch))
-    for stop in range(1, epoch):
+    for stop in range(1, epoch, 5):
         file.write_bytes(gzip.compress(damaged))
         part, resumed = loader(*args, skip=True), loader(*args, skip=True)
         drawn = stream(islice(part, stop))
-        file.write_bytes(gzip.compress(b'{"text": "mended"}' + damaged))
+        file.write_bytes(gzip.compress(b'{"text": "mended"}' + damaged.removeprefix(line)))
         resumed.load_state_dict(part.state_dict())
         assert drawn + stream(islice(resumed, epoch - stop)) == whole
 

@@ -44,6 +44,7 @@ def check_file(file: str) -> Contents:
         for line, sample in enumerate(read_documents(file), 1):
             if "damage" in sample:
                 contents.add_problem(sample["damage"])
+            if "text" not in sample:
                 continue
             text = sample["text"]
             contents.documents += 1

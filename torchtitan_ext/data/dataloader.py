@@ -59,7 +59,7 @@ class TextDataset(HuggingFaceTextDataset):
             self._resumed_at = None
             if self._skip_damaged and "damage" in sample:
                 self._skip(sample)
-            else:
+            elif sample:  # no blank line
                 yield sample
         self._n_passes += 1
 

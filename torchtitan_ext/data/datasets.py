@@ -1,19 +1,23 @@
 """The data sets that this package adds to torchtitan's `DATASETS`, and the check of the settings that name one."""
 
+import codecs
 import gzip
 import hashlib
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.tools.logging import logger
 
 from torchtitan_ext.data.passkey import document_length, passkey_documents, passkey_text
 
@@ -23,6 +27,14 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 HELD_OUT = 128  # one file of so many is for validation
 # A generated file of megabytes would fill many steps in a row with itself.
 PIECE = 2**17  # bytes
+# What a file may begin with, the encoding that this means, and the bytes at a cut that end the character before it.
+MARKS = {
+    codecs.BOM_UTF32_LE: ("utf-32-le", rb""),  # begins with UTF-16's
+    codecs.BOM_UTF32_BE: ("utf-32-be", rb""),
+    codecs.BOM_UTF16_LE: ("utf-16-le", rb"(?s:.[\xdc-\xdf])?"),
+    codecs.BOM_UTF16_BE: ("utf-16-be", rb"(?s:[\xdc-\xdf].)?"),
+    b"": ("utf-8", rb"[\x80-\xbf]{0,3}"),
+}
 # A document is held as tokens until it is trained on, in memory and in every checkpoint, and encoding takes some
 # 150 bytes of memory a character: a document of 200 MB would take 30 GB. Pages of C4 were crawled up to 1 MiB.
 LONGEST_DOCUMENT = 2**20  # characters
@@ -32,6 +44,7 @@ SOURCE_PARTS = {
     "python_source_validation": True,
 }
 FROM_THE_HUB = {"c4", "c4_validation"}
+OTHER_FORMATS = "docs/data.md, section 5, says how to train on other formats"
 
 
 def c4_files(dataset_path: str) -> list[str]:
@@ -53,7 +66,7 @@ def c4_files(dataset_path: str) -> list[str]:
     if not files:
         raise ValueError(
             f"training.dataset_path = {dataset_path!r} holds neither en/{pattern} nor {pattern}: "
-            "give the root of a copy of allenai/c4, or its en folder"
+            f"give the root of a copy of allenai/c4, or its en folder; {_what_lies_in(root)}"
         )
     return [str(file) for file in files]
 
@@ -62,12 +75,13 @@ def read_documents(file: str) -> Iterator[dict[str, str]]:
     """The lines of one file of gzip'd JSON, in their order.
 
     Args:
-        file: each line a JSON object in UTF-8, with a string `text`; other fields are left alone.
+        file: each line a JSON object in UTF-8, with a string `text`; other fields are left alone. A byte order
+            mark may stand before it, and lines may be blank.
 
     Yields:
-        {"text": the document}, or, where a line is none or the file can't be decompressed to its end,
-        {"damage": what is wrong, with the file and the line, from 1; "file": the file}. A file that is cut
-        short or corrupt ends there.
+        {"text": the document}; {} for a blank line, so that a position counts lines; or, where a line is no
+        document or the file can't be decompressed to its end, {"damage": what is wrong, with the file and the
+        line, from 1; "file": the file}. A file that is cut short or corrupt ends there.
 
     Raises:
         ValueError: the file can't be read at all, which says nothing of what it holds.
@@ -81,7 +95,7 @@ def read_documents(file: str) -> Iterator[dict[str, str]]:
         with gzip.open(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    sample = {"text": _text_of_line(line)}
+                    sample = _sample_of_line(line)
                 except ValueError as error:
                     sample = {"damage": f"{file}, line {number}: {error}", "file": file}
                 yield sample
@@ -92,7 +106,7 @@ def read_documents(file: str) -> Iterator[dict[str, str]]:
 
 
 def source_pieces(dataset_path: str, held_out: bool | None = None) -> list[tuple[str, int]]:
-    """The text files of a tree in pieces of `PIECE` bytes, in an order that mixes the pieces and depends on
+    """The text files of a tree in pieces that begin every `PIECE` bytes, in an order that mixes the pieces and depends on
     nothing but the names inside.
 
     Left out: other suffixes than TEXT_SUFFIXES, SKIPPED_FOLDERS, hidden files and folders, symbolic links.
@@ -117,7 +131,8 @@ def source_pieces(dataset_path: str, held_out: bool | None = None) -> list[tuple
         raise ValueError(
             f"training.dataset_path = {dataset_path!r} has no text file"
             + (f" among the one in {HELD_OUT} held out for validation" if held_out else "")
-            + f": give a folder with {'more ' * bool(held_out)}files that end in {', '.join(TEXT_SUFFIXES)}"
+            + f": give a folder with {'more ' * bool(held_out)}files that end in {', '.join(TEXT_SUFFIXES)}; "
+            + _what_lies_in(Path(dataset_path))
         )
     return pieces
 
@@ -132,7 +147,7 @@ def _pieces_of_tree(root: Path) -> list[tuple[bytes, str, int, bool]]:
             file = Path(folder, name)
             if name[0] == "." or not name.endswith(TEXT_SUFFIXES) or file.is_symlink():
                 continue
-            digest = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()
+            digest = hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
             is_held_out = digest[-1] % HELD_OUT == 0
             for start in range(0, max(1, file.stat().st_size), PIECE):
                 mixed = hashlib.sha256(digest + str(start).encode()).digest()
@@ -173,13 +188,28 @@ def check_dataset(dataset: str, dataset_path: str | None) -> None:
 
 def _folder(path: str) -> Path:
     if not os.path.isdir(path):
-        raise ValueError(f"training.dataset_path = {path!r} is not a folder: give one that exists")
+        raise ValueError(
+            f"training.dataset_path = {path!r} is not a folder: give one that exists"
+            + f" ({OTHER_FORMATS})" * os.path.isfile(path)
+        )
     return Path(path)
 
 
-def _text_of_line(line: bytes) -> str:
+def _what_lies_in(root: Path) -> str:
+    files = (path for path in root.rglob("[!.]*") if os.path.isfile(path))
+    sizes = {str(file.relative_to(root)): os.path.getsize(file) for file in islice(files, 10_000)}
+    if not sizes:
+        return "it holds no file"
+    largest = max(sorted(sizes), key=sizes.__getitem__)
+    return f"it holds {len(sizes):,} files, {largest!r} the largest; {OTHER_FORMATS}"
+
+
+def _sample_of_line(line: bytes) -> dict[str, str]:
     try:
-        text = json.loads(line.decode())["text"]
+        content = line.decode().strip().strip("\ufeff")
+        if not content:
+            return {}
+        text = json.loads(content)["text"]
         text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
     except UnicodeError as error:
         raise ValueError(f"not UTF-8 ({error})") from error
@@ -189,7 +219,7 @@ def _text_of_line(line: bytes) -> str:
         raise ValueError("not JSON that can be read (nested too deeply)") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError('not a JSON object with a string "text"') from error
-    return text
+    return {"text": text}
 
 
 def pieces_of_document(text: str) -> list[str]:
@@ -202,15 +232,15 @@ def _read_json_lines(files: list[str]) -> Iterator[dict[str, str]]:
     # Damage is a sample of its own, so that a position means the same whether damage is skipped or mended.
     for file in files:
         for sample in read_documents(file):
-            if "damage" in sample:
-                yield sample
-            else:
+            if "text" in sample:
                 yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
+            else:
+                yield sample
 
 
 def _c4_dataset(path: str) -> IterableDataset:
     files = c4_files(path)
-    if next(_read_json_lines(files), None) is None:
+    if not any(_read_json_lines(files)):
         raise ValueError(
             f"training.dataset_path = {path!r}: no document in its {len(files):,} files; give a folder with some"
         )
@@ -229,15 +259,36 @@ def _text(sample: dict[str, str]) -> str:
 
 def _text_of_piece(sample: dict[str, Any]) -> str:
     with open(sample["path"], "rb") as file:
+        beginning = file.read(4)
         file.seek(sample["start"])
-        return file.read(PIECE).decode("utf-8", errors="replace")
+        data = file.read(PIECE + 3)
+    encoding, tail = next(of_mark for mark, of_mark in MARKS.items() if beginning.startswith(mark))
+    # A character that is cut belongs to the piece that it begins in.
+    begin, end = (at + len(re.findall(tail, data[at : at + 3])[0]) for at in (0, PIECE))
+    data = data[begin if sample["start"] else 0 : end]
+    text, unfit = data.decode(encoding, errors="replace"), ""
+    if "\0" in text:
+        unfit = "NUL characters, which no text has"
+    elif "\ufffd" in text and text.encode(encoding) != data:
+        unfit = f"bytes that are no {encoding}, and are trained on as U+FFFD"
+    if unfit:
+        _warn_once(sample["path"], unfit)
+    return text if sample["start"] else text.removeprefix("\ufeff")
+
+
+@cache
+def _warn_once(path: bytes, unfit: str) -> None:
+    logger.warning(
+        f"{os.fsdecode(path)!r} holds {unfit}: write it in UTF-8, or move it out of the tree"
+    )
 
 
 def _source_dataset(path: str, held_out: bool | None) -> Dataset:
     # Paths and places alone are held: a tree of any size loads at once, and its n-th document is found by
     # its index.
     files, starts = zip(*source_pieces(path, held_out), strict=True)
-    return Dataset.from_dict({"path": files, "start": starts})
+    # As bytes, because a name need not be UTF-8.
+    return Dataset.from_dict({"path": list(map(os.fsencode, files)), "start": starts})
 
 
 # load_dataset("json") asks the hub even for local files, which stalls a machine without a network, and
