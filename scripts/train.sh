@@ -7,7 +7,7 @@
 # NNODES        their number (default: 1)
 # RDZV_ENDPOINT host:port at which they meet, the host being one of them
 # RDZV_ID       a name of their own (default: train)
-# set too; scripts/train.slurm does that for a cluster.
+# set too; scripts/train.slurm does that for a cluster. PET_MAX_RESTARTS=3 is torchrun's --max_restarts=3.
 set -euo pipefail
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     sed -n '2,/^set/s/^# //p' "$0"
@@ -33,6 +33,8 @@ if ! command -v torchrun > /dev/null; then
 fi
 # Segments of GPU memory that can grow leave no gaps that an activation of a long sequence doesn't fit into.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+# In a store that outlives torchrun's restart, ranks find the addresses of the killed ones, and wait for them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 exec torchrun --nnodes="${NNODES:-1}" --nproc_per_node="${NGPU:-8}" --rdzv_backend=c10d \
     --rdzv_endpoint="${RDZV_ENDPOINT:-localhost:0}" --rdzv_id="${RDZV_ID:-train}" \
     -m torchtitan.train --job.config_file "$CONFIG" "$@"

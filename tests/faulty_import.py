@@ -1,6 +1,6 @@
 """What test_faults' jobs import in place of torchtitan_ext.model: it makes one fault happen.
 
-FAULT: "NAME RANK STEP", and what happens to that rank in that step:
+FAULT: "NAME RANK STEP", and what happens to that rank in that step, before torchrun has restarted it:
     killed             SIGKILL, between its backward pass and the update
     killed-saving      SIGKILL, when the shards of that step's checkpoint are written
     full-disk          from that step's checkpoint on no file can grow beyond 64 KiB
@@ -25,7 +25,8 @@ from torchtitan.components.checkpoint import CheckpointManager
 import torchtitan_ext.model  # noqa: F401
 from __main__ import Trainer  # torchtitan.train, as torchrun starts it
 
-NAME, RANK, STEP = os.environ.get("FAULT", "none 0 0").split()
+FAULT = os.environ.get("FAULT") if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
+NAME, RANK, STEP = (FAULT or "none 0 0").split()
 STEP, HERE = int(STEP), os.environ["RANK"] == RANK
 
 forward_backward, train_step = Trainer.forward_backward_step, Trainer.train_step

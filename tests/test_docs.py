@@ -24,7 +24,7 @@ from torchtitan_ext.model.checks import job_problems
 from torchtitan_ext.model.config import Lighthouse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "results").glob("**/README.md"))
 SCRIPT = ROOT / "scripts" / "write_settings.py"
 

@@ -42,13 +42,14 @@ def runs(tmp_path_factory):
     """By name: the undisturbed run, and the starts of the suffering one."""
     folder = tmp_path_factory.mktemp("faults")
 
-    def start(dump, *settings, fault="none 0 0"):
+    def start(dump, *settings, fault="none 0 0", restarts=0):
         command = [*runner.torchrun(2, "configs/demo/stage1.toml"), *SETTINGS, *settings]
         done = subprocess.run(
             [*command, f"--job.dump_folder={folder / dump}"],
             cwd=ROOT,
             env={
-                **os.environ,
+                **runner.child_environment(),
+                "PET_MAX_RESTARTS": str(restarts),  # torchrun's --max_restarts
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
                 "OMP_NUM_THREADS": "1",
                 "FAULT": fault,
@@ -77,7 +78,7 @@ def runs(tmp_path_factory):
             f"--training.skip_nonfinite_steps={int(name in ('not-finite', 'orphaned', 'terminated'))}",
             fault=f"{name} {rank} {step}",
         )
-    runs["completed"] = start("suffering")
+    runs["completed"] = start("suffering", fault="killed 0 10", restarts=1)
     return runs
 
 
@@ -154,6 +155,13 @@ def test_sigterm_saves_the_step_that_all_ranks_ended_with(runs):
     assert ended == ["7", "7"]
     assert "got signal: 15" in last_lines(run)
     assert runs["completed"].first_step == 8
+
+
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_goes_on(runs):
+    run = runs["completed"]
+    assert re.findall(r"Training starts at step (\d+)", run.output) == ["8", "8", "9", "9"]
+    # half of the restarts would hang without what the launchers set
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in run.output
 
 
 def test_what_sigterm_saved_pushes_out_no_checkpoint_that_was_to_be_kept(runs):

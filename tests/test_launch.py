@@ -38,6 +38,7 @@ STAND_INS = {
         for call in "$CALLS"/torchrun-*; do kill -TERM "${call##*-}"; done
     """,
     "torchrun": """
+        env > "$CALLS/environment"
         printf '%s\\0' "$@" > "$CALLS/.torchrun-$$"
         mv "$CALLS/.torchrun-$$" "$CALLS/torchrun-$$"
         exec sleep "${TRAINS:-0}"
@@ -134,6 +135,9 @@ def test_one_node_needs_no_meeting_point(launches):
     assert (run.nnodes, run.nproc_per_node) == ("1", "2")
     assert run.rdzv_endpoint == "localhost:0"  # any free port
     assert run.training_script_args == ["--job.config_file", CONFIG, *OVERRIDES]
+    # what torchrun's restarts need
+    environment = (launches.calls / "environment").read_text().splitlines()
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment
 
 
 @pytest.mark.parametrize(

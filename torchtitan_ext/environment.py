@@ -1,6 +1,7 @@
 """Compare what is installed with what this package supports."""
 
 import importlib.metadata
+import os
 import platform
 import tomllib
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def supported() -> tuple[str, list[str]]:
 
 
 def environment_problems() -> Iterator[str]:
-    """Versions that are not supported, each with a remedy, and patches that are not there."""
+    """What is not supported here, each with a remedy: versions, missing patches, restarts by torchrun."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -48,3 +49,9 @@ def environment_problems() -> Iterator[str]:
         check_patched()
     except (PatchingError, OSError) as error:
         yield str(error)
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        yield (
+            f"torchrun --max_restarts={restarts}: a restart may hang, on addresses of the ranks before it; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as scripts/train.sh does"
+        )

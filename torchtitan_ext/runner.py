@@ -311,13 +311,15 @@ def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
 
 def child_environment() -> dict[str, str]:
     """Environment for a training process: this one's, output unbuffered, idle threads asleep, GPU memory
-    in segments that can grow.
+    in segments that can grow, and a store of its own for each of torchrun's restarts.
 
     On a CPU that something else shares, OpenMP threads that wait by spinning hold up the very thread
     they wait for: many small operators then take tens of times as long. Segments of a fixed size leave
-    gaps that no activation of a long sequence fits into.
+    gaps that no activation of a long sequence fits into. In a store that outlives a restart, ranks find the
+    addresses of the killed ones, and wait for them.
     """
     ours = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return {**ours, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
