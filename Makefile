@@ -49,7 +49,7 @@ test-eight: setup  ## FSDP and context parallelism on eight CPU processes: exact
 test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUDA device
 	$(BIN)/python -m pytest tests/test_kernels.py tests/test_scorers.py tests/test_loss.py -m "gpu or not gpu"
 
-test-gpus: setup  ## exact resume of the 530M recipe across the switch, context parallelism, on two CUDA devices
+test-gpus: setup  ## exact resume of six of the 530M recipe's layers across the switch, context parallelism, on two CUDA devices
 	$(BIN)/python -m pytest tests/test_context_parallel.py tests/test_resume.py -m gpu
 
 soak: setup  ## 2,000 steps with 20 kills against an undisturbed run, on the CPU in 10 minutes

@@ -1,5 +1,5 @@
 """What test_resume's jobs import in place of torchtitan_ext.model: it records what they see, and has a
-flavor for eight ranks that share a sequence.
+flavor for eight ranks that share a sequence, and one of few layers at the 530M recipe's size.
 
 RECORDS: folder for each rank's batches, in the order drawn, and for the state after loading.
 KILL_AT_BATCH: every rank kills itself when it draws that batch.
@@ -24,6 +24,7 @@ RECORDS = Path(os.environ["RECORDS"])
 KILL_AT_BATCH = int(os.environ.get("KILL_AT_BATCH", 0))
 REPLAYED = os.environ.get("REPLAYED")
 flavors["eight-heads"] = replace(flavors["debug"], n_heads=8)
+flavors["six-layers"] = replace(flavors["270M"], n_layers=6, dense_layers=(0, 5))
 
 draw, load = ParallelAwareDataloader.__iter__, CheckpointManager.load
 
