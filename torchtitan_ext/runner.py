@@ -157,7 +157,8 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
             f"{where}: these arguments can't be read, correct them:\n{by_parser.getvalue()}All settings: "
             f"python -m torchtitan.train --job.config_file {config_file} --help"
         ) from error
-    import_extension(job.experimental.custom_import, where)
+    if job.experimental.custom_import:
+        import_extension(job.experimental.custom_import, where)
     return job
 
 
