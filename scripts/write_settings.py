@@ -39,6 +39,8 @@ REFUSED = (  # one a rule between settings
     "--loss.fuse_output --parallelism.tensor_parallel_degree 2",
     "--loss.fuse_output --parallelism.fsdp_reshard_after_forward always",
     "--lr_scheduler.decay_ratio 0.1",
+    "--lr_scheduler.total_steps 100",
+    "--training.steps 20",
 )
 
 
@@ -95,7 +97,7 @@ def rule(cls: type, param: DocstringParam) -> str:
 def refusals() -> Iterator[tuple[str, str]]:
     for override in REFUSED:
         # Whatever this machine has trained before is no part of the reference.
-        arguments = [f"--job.config_file={JOB}", "--checkpoint.no_enable", *override.split()]
+        arguments = [f"--job.config_file={JOB}", "--job.dump_folder=/nowhere", *override.split()]
         for problem in job_problems(ConfigManager().parse_args(arguments), 2):
             yield f"`{override}`", problem
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,19 @@ def job(tmp_path, monkeypatch):
     return parse
 
 
-def save(folder, step=10, degree=1, without=(), **changes):
+def save(folder, step=10, degree=1, without=(), rate=None, **changes):
     """A checkpoint of a model like the demo's, with the keys of torchtitan's; returns its path."""
+    group = {"initial_lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    group["decoupled_weight_decay"] = True
+    rate = rate or 1e-2 * min(1, (step + 1) / 40)
     weights = LighthouseTransformer(replace(flavors["debug"], **changes)).state_dict()
     states = {
         **weights,
-        "optimizer": {"state.output.weight.exp_avg": torch.zeros(4, 4)},
-        "lr_scheduler": {"last_epoch": step},
+        "optimizer": {
+            "state.output.weight.exp_avg": torch.zeros(4, 4),
+            **{f"param_groups.output.weight.{name}": value for name, value in group.items()},
+        },
+        "lr_scheduler": {"last_epoch": step, "base_lrs": [1e-2], "_last_lr": [rate]},
         "dataloader": {f"dp_rank_{rank}": pickle.dumps({}) for rank in range(degree)},
         "train_state": {"step": step},
     }
@@ -673,3 +680,54 @@ def test_a_rate_that_decays_within_stage_1_is_refused(job, decay):
     only_problem(job(setting), "lr_scheduler.decay_ratio", decay, "0.0", "total_steps")
     check_job(job(setting, "--lr_scheduler.total_steps=320"))
     check_job(job(setting, stage="dense"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "saved"),
+    [
+        ("name", "Adam", "AdamW"),
+        ("lr", 1e-3, 1e-2),
+        ("beta1", 0.8, 0.9),
+        ("beta2", 0.99, 0.95),
+        ("eps", 1e-6, 1e-8),
+        ("weight_decay", 0.3, 0.1),
+    ],
+)
+def test_another_optimizer_than_the_checkpoints_must_be_asked_for(
+    job, tmp_path, field, value, saved
+):
+    path, own = save(tmp_path / "old"), save(tmp_path / "own")
+    change = f"--optimizer.{field}={value}"
+    words = f"optimizer.{field} = {value!r}", repr(saved), "optimizer.override_checkpoint"
+    only_problem(job(*start_from(path), change), path, *words)
+    only_problem(job(change, dump="own"), own, *words)
+    check_job(job(change, "--optimizer.override_checkpoint", dump="own"))
+    if field != "lr":  # which is in the schedule too
+        check_job(job(change, "--checkpoint.exclude_from_loading=optimizer", dump="own"))
+
+
+@pytest.mark.parametrize("stage", ["stage1", "dense"])
+def test_a_schedule_that_a_shorter_run_bends_is_refused(job, stage):
+    shorter = partial(job, "--training.steps=20", stage=stage)
+    only_problem(shorter(), "lr_scheduler.warmup_steps = 40", "20", "total_steps")
+    for whole in ("--lr_scheduler.total_steps=320", "--lr_scheduler.warmup_steps=20"):
+        check_job(shorter(whole))
+    check_job(shorter("--checkpoint.no_enable"))  # nothing goes on from it
+    ended = "--lr_scheduler.total_steps=100"
+    only_problem(job(ended, stage=stage), ended.split("=")[0][2:], "100", "training.steps")
+
+
+def test_a_rate_that_would_jump_where_a_checkpoint_goes_on_is_refused(job, tmp_path):
+    """A dense run that has decayed to its end, a tenth of 20 steps, and one amid its warm-up."""
+    own = save(tmp_path / "run", step=19, rate=5e-3)
+    decay = "--lr_scheduler.decay_ratio=0.1", "--lr_scheduler.warmup_steps=2"
+    dense = partial(job, *decay, stage="dense")
+    check_job(dense("--training.steps=20"))
+    longer = dense("--training.steps=30")
+    only_problem(longer, "training.steps = 30", "from 0.005 to 0.01", own, "override_checkpoint")
+    check_job(dense("--training.steps=30", "--optimizer.override_checkpoint"))
+    save(tmp_path / "early")
+    check_job(job(dump="early"))
+    only_problem(
+        job("--lr_scheduler.warmup_steps=20", dump="early"), "warmup_steps = 20", "step 10"
+    )

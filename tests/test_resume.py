@@ -5,6 +5,7 @@ On a CPU with the demo's jobs, with -m eight on eight processes; with -m gpu, wi
 GPUs: each layer more costs time, and the parameters of a large vocabulary gigabytes per checkpoint.
 """
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from launches import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from torchtitan_ext.records import CONFIG_FILE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is unavailable"),
@@ -108,10 +111,16 @@ def runs(request, tmp_path_factory):
             FIRST_REPLAYED=str(job.split + 1),
         )
     if dp * cp == 1:
-        # its data once more from the start; killed behind a checkpoint, and launched again
+        # its data once more from the start, at another rate; killed behind a checkpoint, and launched again
         over = (start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader")
-        over += ("--validation.no_enable",)
-        launch("over-killed", *over, dump="over", steps=job.steps + 2, KILL_AT_BATCH="3")
+        over += ("--validation.no_enable", "--optimizer.lr=5e-3", "--optimizer.weight_decay=0.3")
+        on_purpose = "--optimizer.override_checkpoint"
+        launch(
+            *("over-killed", *over, on_purpose),
+            dump="over",
+            steps=job.steps + 2,
+            KILL_AT_BATCH="3",
+        )
         runs["over"] = launch("over", *over, steps=job.steps + 2)
     for run in runs.values():
         assert run.good, run.output
@@ -178,6 +187,23 @@ def test_data_that_were_started_over_go_on_after_a_kill(runs):
     if hasattr(runs, "over"):
         for got, expected in zip(batch(runs.over, 0, 1), batch(runs.whole, 0, 3), strict=True):
             assert torch.equal(got, expected)
+
+
+def test_a_rate_and_a_decay_that_are_changed_on_purpose_hold_from_then_on(runs):
+    if hasattr(runs, "over"):
+        rates = dict(losses(runs.over.dump, "lr"))
+        assert rates == pytest.approx(
+            dict.fromkeys(range(runs.job.split + 1, runs.job.steps + 3), 5e-3)
+        )
+        killed, over = (
+            torch.load(runs.over.records.parent / f"{name}-records" / "loaded.pt")
+            for name in ("over-killed", "over")
+        )
+        assert (killed["step"], over["step"]) == (runs.job.split, runs.job.steps)
+        for loaded in (killed, over):
+            assert {loaded[key] for key in loaded if key.endswith(".weight_decay")} == {0.3}
+        config = json.loads((runs.over.dump / CONFIG_FILE).read_text())["optimizer"]
+        assert (config["lr"], config["weight_decay"]) == (5e-3, 0.3)
 
 
 def test_what_continues_starts_from_the_optimizer_schedule_and_step_of_the_checkpoint(runs):

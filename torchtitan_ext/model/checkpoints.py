@@ -28,6 +28,7 @@ from torchtitan_ext.unpickling import load_object, load_plain
 
 from .args import flavors
 from .model import LighthouseTransformer
+from .optimizer import resume_problems
 
 
 def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
@@ -183,7 +184,7 @@ def _state_problems(
     excluded = excluded_states(job_config, dims)
     try:
         metadata = complete_metadata(path)
-        _check_objects(path, metadata, excluded)
+        objects = _checked_objects(path, metadata, excluded)
     except ValueError as error:
         yield f"{field}: {error}{_way_on(job_config, field, path)}"
         return
@@ -192,6 +193,7 @@ def _state_problems(
         yield from _weight_problems(job_config, field, path, saved)
     if path == _folder(job_config) / "step-0":
         return  # torchtitan's seed checkpoint: weights alone
+    yield from resume_problems(job_config, field, path, objects)
     wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
     missing = sorted(wanted - {key.split(".")[0] for key in saved})
     if missing:
@@ -231,19 +233,21 @@ def _objects(path: Path, metadata: Metadata) -> Iterator[tuple[str, Path, bytes]
                 yield index.fqn, path / stored.relative_path, file.read(stored.length)
 
 
-def _check_objects(path: Path, metadata: Metadata, excluded: list[str]) -> None:
+def _checked_objects(path: Path, metadata: Metadata, excluded: list[str]) -> dict[str, Any]:
     """Loads what is no tensor, as torch will, because here an error can name it. Raises ValueError."""
+    loaded = {}
     for key, file, saved in _objects(path, metadata):
         if key.split(".")[0] in excluded:
             continue
         try:
-            value = load_object(saved)
+            loaded[key] = load_object(saved)
             if key.startswith(f"{DATALOADER}.dp_rank_"):
-                load_plain(value)
+                load_plain(loaded[key])
         except Exception as error:  # whatever the bytes happen to spell
             raise ValueError(
                 f"{key} in {file} is damaged or was made to run code ({error})"
             ) from error
+    return loaded
 
 
 def _way_on(job_config: JobConfig, field: str, path: Path) -> str:

@@ -7,10 +7,7 @@ from math import gcd
 from operator import attrgetter
 from typing import Any, get_type_hints
 
-from torch import nn
 from torch._dynamo import list_backends
-from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
@@ -24,6 +21,7 @@ from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
 
 from .args import LighthouseModelArgs, flavors
 from .checkpoints import checkpoint_problems, data_parallel_degree, note_start
+from .optimizer import optimizer_problems
 
 
 def check_job(job_config: JobConfig) -> None:
@@ -66,7 +64,7 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
     problems = [
         *_number_problems(job_config),
         *_model_problems(job_config),
-        *_optimizer_problems(job_config),
+        *optimizer_problems(job_config),
         *_data_problems(job_config),
     ]
     dims = None
@@ -175,15 +173,6 @@ def _number_problems(job_config: JobConfig) -> Iterator[str]:
         )
 
 
-def _optimizer_problems(job_config: JobConfig) -> Iterator[str]:
-    """What torchtitan's own builders say, of a model of one layer."""
-    try:
-        optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
-        build_lr_schedulers(optimizers, job_config.lr_scheduler, max(0, job_config.training.steps))
-    except Exception as error:  # of any kind
-        yield f"[optimizer] and [lr_scheduler]: training can't start with these ({error}); correct them"
-
-
 def _model_problems(job_config: JobConfig) -> Iterator[str]:
     flavor, lighthouse = job_config.model.flavor, job_config.lighthouse
     if flavor not in flavors:
@@ -240,13 +229,6 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
                 lighthouse.check_seq_len(section.seq_len)
         except ValueError as error:
             yield f"[lighthouse] on [{name}]: {error}"
-    schedule = job_config.lr_scheduler
-    if schedule.decay_ratio != 0.0 and schedule.total_steps is None:
-        yield (
-            f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the rate would decay to the end of this "
-            "stage and jump back in the dense one; set it to 0.0, or lr_scheduler.total_steps to the steps "
-            "of both stages"
-        )
 
 
 def _head_problems(job_config: JobConfig, args: LighthouseModelArgs) -> Iterator[str]:

@@ -15,6 +15,15 @@ class Lighthouse(LighthouseConfig):
 
 
 @dataclass
+class Optimizer:
+    override_checkpoint: bool = False
+    """
+    Train on with another [optimizer] or [lr_scheduler] than the checkpoint was trained with. Moments and the
+    schedule's position are the checkpoint's either way. By default such a launch is refused.
+    """
+
+
+@dataclass
 class Loss:
     fuse_output: bool = False
     """Take the loss from the last hidden states, a chunk of tokens at a time: the logits never exist whole"""
@@ -43,4 +52,5 @@ class JobConfig:
     parallelism: Parallelism = field(default_factory=Parallelism)
     training: Training = field(default_factory=Training)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     loss: Loss = field(default_factory=Loss)

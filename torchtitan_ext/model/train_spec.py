@@ -38,6 +38,7 @@ from .checkpoints import excluded_states, exclusion_note
 from .checks import check_job, launched_ranks, parallel_dims
 from .loss import build_loss
 from .model import LighthouseSelfAttention, LighthouseTransformer
+from .optimizer import build_launch_schedulers
 
 # What attention's output was computed from: with it kept, selective activation checkpointing makes no selection
 # twice, nor the attention that scored it.
@@ -217,6 +218,7 @@ def get_train_spec() -> TrainSpec:
         parallelize_fn=parallelize,
         build_dataloader_fn=build_dataloaders,
         build_tokenizer_fn=build_checked_tokenizer,
+        build_lr_schedulers_fn=build_launch_schedulers,
         build_loss_fn=build_loss,
         build_validator_fn=LighthouseValidator,
         build_metrics_processor_fn=build_metrics_processor,
