@@ -1,11 +1,13 @@
 """Cross entropy from the last hidden states, so that the logits of a long sequence never exist whole."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
@@ -116,12 +118,26 @@ def linear_cross_entropy_loss(
     return _ChunkedLoss.apply(hidden, weight, labels)
 
 
-def build_loss(job_config: JobConfig, **kwargs: Any) -> LossFunction:
+def _loss_under_ddp(
+    loss_fn: LossFunction, n_ranks: int, pred: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """DDP averages gradients over ranks, but the trainer has divided each loss by the tokens of all ranks."""
+    loss = loss_fn(pred, labels)
+    if loss.requires_grad:
+        loss.register_hook(lambda grad: grad * n_ranks)
+    return loss
+
+
+def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any) -> LossFunction:
     """torchtitan's loss, or the one above where `loss.fuse_output` asks for it."""
     if job_config.loss.fuse_output:
         if device_type == "cuda" and not liger_fused_linear_cross_entropy:
             logger.warning(
                 "Liger-Kernel can't be imported: the loss takes more time and memory without it"
             )
-        return linear_cross_entropy_loss
-    return build_cross_entropy_loss(job_config, **kwargs)
+        loss_fn = linear_cross_entropy_loss
+    else:
+        loss_fn = build_cross_entropy_loss(job_config, **kwargs)
+    if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
+        return partial(_loss_under_ddp, loss_fn, parallel_dims.dp_replicate)
+    return loss_fn

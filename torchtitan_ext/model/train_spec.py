@@ -12,11 +12,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental._context_parallel._attention import set_rotate_method
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import dist_sum
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
 from torchtitan.models.llama3 import parallelize_llama
@@ -172,7 +174,7 @@ class LighthouseValidator(Validator):
     ):
         source = dp_world_size, dp_rank, tokenizer
         super().__init__(job_config, *source, **kwargs)
-        validation, loss_fn = job_config.validation, self.loss_fn  # type: ignore[has-type]
+        validation = job_config.validation
         whole = validation.steps == -1
         loader = build_dataloader(*source, job_config, infinite=not whole, section="validation")
         batches = list(islice(loader, None if whole else validation.steps))
@@ -185,19 +187,41 @@ class LighthouseValidator(Validator):
                 "smaller validation.seq_len"
             )
         self.validation_dataloader = batches[: int(n_batches)]
-        self.loss_fn = lambda predictions, _: loss_fn(predictions, self.own_labels)
 
-    def post_dataloading_process(
-        self,
-        input_dict: dict[str, torch.Tensor],
-        labels: torch.Tensor,
-        model_parts: list[nn.Module],
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]:
-        # The loss is divided by the number of labels returned, so they are not this rank's part alone.
-        inputs, self.own_labels, *extra = super().post_dataloading_process(
-            input_dict, labels, model_parts
-        )
-        return inputs, labels, *extra
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Logs the sum of losses over the sum of labels that count, of all batches and ranks.
+
+        torchtitan takes the mean of the batches' means, which depends on how documents are batched.
+        """
+        for part in model_parts:
+            part.eval()
+        losses, counts = [], []
+        for input_dict, labels in self.validation_dataloader:
+            self.metrics_processor.ntokens_since_last_log += labels.numel()
+            input_dict = {name: tensor.to(device_type) for name, tensor in input_dict.items()}
+            inputs, labels, extra, settings = self.post_dataloading_process(
+                input_dict, labels.to(device_type), model_parts
+            )
+            counts.append((labels != IGNORE_INDEX).sum())
+            with self.validation_context(), self.maybe_enable_amp:
+                if self.pp_schedule:
+                    last, parts = self.pp_has_last_stage, []
+                    self.pp_schedule.eval(
+                        *([inputs] if self.pp_has_first_stage else []),
+                        **(extra if self.pp_has_first_stage else {}),
+                        **settings,
+                        target=labels if last else None,
+                        losses=parts if last else None,
+                    )
+                    losses.append(sum(parts, torch.zeros(())).to(device_type))
+                else:
+                    losses.append(self.loss_fn(model_parts[0](inputs, **extra, **settings), labels))
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        loss, count = (dist_sum(torch.stack(parts).sum(), mesh) for parts in (losses, counts))
+        self.metrics_processor.log_validation(loss=loss / count, step=step)
+        for part in model_parts:
+            part.train()
 
 
 def build_dataloaders(
