@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torchtitan.config import ConfigManager
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec
+from transformers import LlamaConfig
 
 import torchtitan_ext.model
 from torchtitan_ext.model import LighthouseTransformer, check_job, flavors
@@ -30,6 +31,7 @@ from torchtitan_ext.model.checkpoints import (
     step_of,
 )
 from torchtitan_ext.model.checks import parallel_dims
+from torchtitan_ext.model.hf_config import llama_config
 from torchtitan_ext.patching import NotPatched
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +323,14 @@ def test_a_tokenizer_that_changes_documents_or_cannot_be_built_is_named(job, tmp
             check_job(config)
 
 
+def from_hugging_face(folder):
+    """The settings of a launch from weights of the demo's flavor, which it writes to the folder."""
+    state = LighthouseTransformer(flavors["debug"]).state_dict()
+    state = Llama3StateDictAdapter(flavors["debug"], None).to_hf(state)
+    save_file(state, folder / "model.safetensors")
+    return f"--checkpoint.initial_load_path={folder}", "--checkpoint.initial_load_in_hf"
+
+
 def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_path):
     def start(*changes, folder=tmp_path):
         start = [f"--checkpoint.initial_load_path={folder}", "--checkpoint.initial_load_in_hf"]
@@ -329,9 +339,8 @@ def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_
     field = "checkpoint.initial_load_path = "
     only_problem(start(folder=tmp_path / "gone"), field, "gone", "no *.safetensors")
     only_problem(job("--checkpoint.initial_load_in_hf"), "model.hf_assets_path", "no *.safetensors")
-    state = LighthouseTransformer(flavors["debug"]).state_dict()
+    from_hugging_face(tmp_path)
     file = tmp_path / "model.safetensors"
-    save_file(Llama3StateDictAdapter(flavors["debug"], None).to_hf(state), file)
     check_job(start())
     only_problem(
         start("--checkpoint.no_initial_load_model_only"), "weights alone", "set it to true"
@@ -341,6 +350,51 @@ def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_
     only_problem(start(), field, file, "can't be read")
     save_file({"lm_head.weight": torch.zeros(384, 64)}, file)
     only_problem(start(), tmp_path, "is not there")
+
+
+def rope(**changes):
+    return {"rope_scaling": llama_config(flavors["debug"])["rope_scaling"] | changes}
+
+
+@pytest.mark.parametrize("spelling", ["exported", "transformers"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 1, "torch_dtype": "bfloat16"}, None),
+        ({"rope_theta": 5e5}, ["rope_theta is 500000.0 there and 10000 here"]),
+        ({"rope_scaling": None}, ["rope_scaling is None there and {'rope_type': 'llama3'"]),
+        (rope(factor=32.0), ["'factor': 32.0", "'factor': 8.0"]),
+        (rope(original_max_position_embeddings=4096), ["4096", "8192"]),
+        ({"rms_norm_eps": 1e-6}, ["rms_norm_eps is 1e-06 there and 1e-05 here"]),
+        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu' there"]),
+        ({"attention_bias": True}, ["attention_bias is True there"]),
+        ({"tie_word_embeddings": True}, ["tie_word_embeddings is True there"]),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}, ["_heads is 4"]),
+    ],
+)
+def test_weights_of_hugging_face_must_be_of_a_model_that_computes_the_same(
+    job, tmp_path, changes, words, spelling
+):
+    """Where their config.json says so, in either spelling of RoPE: the shapes are the same."""
+    start, config = from_hugging_face(tmp_path), llama_config(flavors["debug"]) | changes
+    if spelling == "transformers":
+        LlamaConfig(**config).save_pretrained(tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    if words is None:
+        check_job(job(*start))
+    else:
+        only_problem(job(*start), tmp_path / "config.json", "model.flavor = 'debug'", *words)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"rope_scaling": "llama3"}', "{}", '{"model_type": "qwen2"}']
+)
+def test_a_config_that_is_no_llamas_is_named(job, tmp_path, text):
+    start = from_hugging_face(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    only_problem(job(*start), tmp_path / "config.json")
 
 
 def test_the_section_is_missed_when_its_module_is_not_named():

@@ -21,6 +21,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from .command_line import make_folder, size
 from .model import LighthouseModelArgs, get_train_spec
 from .model.checkpoints import complete_metadata, complete_steps
+from .model.hf_config import llama_config
 from .records import CONFIG_FILE, read_config
 from .runner import import_extension
 
@@ -174,41 +175,6 @@ def export(
         "eos_token_id": tokenizer.eos_id,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def llama_config(args: LighthouseModelArgs) -> dict:
-    """The model's part of transformers' config.json for a LlamaForCausalLM.
-
-    RoPE is in the spelling that every version with rope_type llama3 reads, rope_scaling beside
-    rope_theta, not the rope_parameters that transformers 5 writes.
-    """
-    scaling = args.rope_scaling_args
-    width, _ = _meta_state(args)["layers.0.feed_forward.w1.weight"].shape
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.dim,
-        "intermediate_size": width,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads or args.n_heads,
-        "head_dim": args.dim // args.n_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": args.max_seq_len,
-        "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": scaling.scaling_factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        },
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-    }
 
 
 def _read_job(dump_folder: Path) -> dict:

@@ -27,6 +27,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan_ext.unpickling import load_object, load_plain
 
 from .args import flavors
+from .hf_config import config_problems
 from .model import LighthouseTransformer
 from .optimizer import resume_problems
 
@@ -160,6 +161,7 @@ def _hf_problems(job_config: JobConfig) -> Iterator[str]:
             weights = LighthouseTransformer(args).state_dict()
         adapter = Llama3StateDictAdapter(args, None)
         yield from _other_model(job_config, field, path, adapter.to_hf(weights), shapes)
+        yield from config_problems(args, job_config.model.flavor, field, Path(path))
 
 
 def _mistaken_folders(folder: Path) -> Iterator[str]:

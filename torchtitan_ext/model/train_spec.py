@@ -206,14 +206,11 @@ class LighthouseValidator(Validator):
             counts.append((labels != IGNORE_INDEX).sum())
             with self.validation_context(), self.maybe_enable_amp:
                 if self.pp_schedule:
-                    last, parts = self.pp_has_last_stage, []
-                    self.pp_schedule.eval(
-                        *([inputs] if self.pp_has_first_stage else []),
-                        **(extra if self.pp_has_first_stage else {}),
-                        **settings,
-                        target=labels if last else None,
-                        losses=parts if last else None,
+                    parts: list[torch.Tensor] = []  # of the last stage
+                    args, settings = (
+                        ((inputs,), extra | settings) if self.pp_has_first_stage else ((), settings)
                     )
+                    self.pp_schedule.eval(*args, **settings, target=labels, losses=parts)
                     losses.append(sum(parts, torch.zeros(())).to(device_type))
                 else:
                     losses.append(self.loss_fn(model_parts[0](inputs, **extra, **settings), labels))

@@ -1,0 +1,102 @@
+"""A model as transformers' config.json describes it: written by the export, compared where a training starts from one."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.models.llama3 import Transformer
+
+from .args import LighthouseModelArgs
+
+# What transformers takes where a config.json leaves the field out.
+DEFAULTS = {
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "quantization_config": None,
+}
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def llama_config(args: LighthouseModelArgs) -> dict:
+    """The model's part of transformers' config.json for a LlamaForCausalLM.
+
+    RoPE is in the spelling that every version with rope_type llama3 reads, rope_scaling beside
+    rope_theta, not the rope_parameters that transformers 5 writes.
+    """
+    scaling = args.rope_scaling_args
+    with torch.device("meta"):
+        width = Transformer(args).layers["0"].feed_forward.w1.out_features
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": width,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads or args.n_heads,
+        "head_dim": args.dim // args.n_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": scaling.scaling_factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        },
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def config_problems(
+    args: LighthouseModelArgs, flavor: str, field: str, folder: Path
+) -> Iterator[str]:
+    """Where the model of a folder's config.json computes otherwise than `args`, in what its weights' shapes don't show."""
+    file = folder / "config.json"
+    if not file.exists():
+        return
+    try:
+        there = _computed(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        yield f"{field}: {file} can't be read ({error}); fetch it again, or delete it"
+        return
+    here = _computed(llama_config(args))
+    other = [
+        f"{name} is {there[name]!r} there and {value!r} here"
+        for name, value in here.items()
+        if there[name] != value
+    ]
+    if other:
+        yield (
+            f"model.flavor = {flavor!r}: {file}, which {field} leads to, is of a model that computes something else "
+            f"({'; '.join(other)}); give weights that were trained like this flavor, or add a flavor with their values "
+            "to torchtitan_ext/model/args.py"
+        )
+
+
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the computation, RoPE in either spelling: see `llama_config`."""
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    given = {name: value for name, value in (config | rope).items() if value is not None}
+    computed = {name: given.get(name, default) for name, default in DEFAULTS.items()}
+    computed["num_key_value_heads"] = (
+        config.get("num_key_value_heads") or computed["num_attention_heads"]
+    )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = {"rope_type": kind} | {name: rope.get(name) for name in SCALING}
+    unscaled = kind == "default" or (kind in ("linear", "llama3") and scaling["factor"] == 1)
+    return computed | {"rope_scaling": None if unscaled else scaling}
