@@ -3,7 +3,7 @@
 #     NGPU=8 CONFIG=configs/530m/stage1.toml scripts/train.sh [overrides]
 # CONFIG  the job file
 # NGPU    processes, one a GPU (default: 8)
-# Overrides are torchtitan's: --training.steps 100. On many nodes the same command runs on each of them, with
+# Overrides are torchtitan's: --metrics.log_freq 1. On many nodes the same command runs on each of them, with
 # NNODES        their number (default: 1)
 # RDZV_ENDPOINT host:port at which they meet, the host being one of them
 # RDZV_ID       a name of their own (default: train)

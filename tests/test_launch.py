@@ -189,6 +189,7 @@ def test_two_nodes_meet_train_save_at_the_time_limit_and_continue(launches, tmp_
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoint"
     settings = ["--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"]
     settings += [f"--job.dump_folder={run}", "--checkpoint.interval=1000000"]
+    settings += ["--lr_scheduler.warmup_steps=1"]  # of three steps or more
 
     process = launches.start("train.slurm", *settings, "--training.steps=1000000", **job)
     started = next(line for line in process.stdout if "- step:" in ANSI_COLOR.sub("", line))
