@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_data import LAYOUTS, write_bpe
 from torchtitan.config import ConfigManager
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec
@@ -307,10 +308,38 @@ def test_a_tokenizer_must_fit_the_embeddings(job, tmp_path):
     only_problem(job(f"--model.hf_assets_path={tmp_path}"), "model.hf_assets_path", "to 384", "384")
 
 
+def test_a_tokenizer_must_keep_documents_apart_whatever_they_spell(job, tmp_path):
+    from tokenizers import models, pre_tokenizers
+
+    config = job(f"--model.hf_assets_path={tmp_path}")
+    for layout in LAYOUTS.values():
+        plain = write_bpe(tmp_path, layout)
+        check_job(config)
+    for without in ({}, {"pad_token": "<pad>"}, {"eos_token": None}):
+        write_bpe(tmp_path, without)
+        only_problem(
+            config, f"hf_assets_path = '{tmp_path}'", "run into each other", "eos_token in"
+        )
+    (tmp_path / "tokenizer_config.json").unlink()
+    only_problem(config, "run into each other")
+
+    write_bpe(tmp_path, LAYOUTS["two tokens"] | {"unk_token": "<unk>"})
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    for score in (0.0, -99.0):
+        pieces = [("<unk>", 0.0), ("<s>", score), ("</s>", score), *((c, -9.0) for c in "</s>▁")]
+        plain.model = models.Unigram(pieces, 0)
+        plain.add_special_tokens(["<unk>", "<s>", "</s>"])
+        plain.save(str(tmp_path / "tokenizer.json"))
+        if score == 0.0:
+            only_problem(config, "hf_assets_path", "spells <s> or </s>", "lower its score")
+    check_job(config)
+
+
 def test_a_tokenizer_that_changes_documents_or_cannot_be_built_is_named(job, tmp_path):
     whole = json.loads(Path("torchtitan_ext/data/byte_tokenizer/tokenizer.json").read_text())
     cut = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
     config = job(f"--model.hf_assets_path={tmp_path}")
+    shutil.copy("torchtitan_ext/data/byte_tokenizer/tokenizer_config.json", tmp_path)
     for change, words in [
         ({}, None),
         ({"truncation": cut}, "sets truncation"),

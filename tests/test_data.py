@@ -21,7 +21,7 @@ from threading import Event
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
 from torchtitan.hf_datasets.text_datasets import DATASETS
@@ -89,6 +89,30 @@ def test_encoding_time_is_linear(piece):
     assert seconds(2**19) < 16 * 5 * seconds(2**15)  # quadratic would be 16 * 16
 
 
+END = "<|endoftext|>"
+LAYOUTS = {  # what users' tokenizer_config.json say
+    "one token": {"bos_token": END, "eos_token": END, "unk_token": END, "add_bos_token": False},
+    "end": {"eos_token": END, "pad_token": {"content": "<pad>", "lstrip": True}},
+    "two tokens": {"bos_token": "<s>", "eos_token": "</s>"},
+}
+
+
+def write_bpe(folder: Path, config: dict) -> Tokenizer:
+    """A user's tokenizer in `folder`; returns the same without special tokens."""
+    merges = [("i", "t"), ("Ġ", "it"), ("2", "0"), ("<", "/"), ("|", ">"), ("e", "n")]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges)
+    plain = Tokenizer(model)
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    whole = deepcopy(plain)
+    whole.add_special_tokens([END, "<s>", "</s>", "<pad>"])
+    folder.mkdir(exist_ok=True)
+    whole.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return plain
+
+
 # ---- streams
 
 
@@ -113,7 +137,16 @@ WRITE = dict(zip(LOCAL, (write_c4, write_tree), strict=True))
 
 
 def loader(
-    dataset, path, seq_len, batch_size=1, rank=0, world=1, workers=0, infinite=True, skip=False
+    dataset,
+    path,
+    seq_len,
+    batch_size=1,
+    rank=0,
+    world=1,
+    workers=0,
+    infinite=True,
+    skip=False,
+    tokenizer=TOKENIZER,
 ):
     config = deepcopy(JOB)
     config.training.dataset, config.training.dataset_path = dataset, str(path)
@@ -121,7 +154,7 @@ def loader(
     config.training.global_batch_size = 5 * batch_size * world  # so far does a worker read ahead
     config.training.dataloader.num_workers = workers
     config.training.skip_damaged_data = skip
-    return build_dataloader(world, rank, TOKENIZER, config, infinite=infinite)
+    return build_dataloader(world, rank, tokenizer, config, infinite=infinite)
 
 
 def tokens(batch):
@@ -144,6 +177,21 @@ def documents(dataset, path, rank=0, world=1):
         texts.append(bytes(stream[1:end]))
         stream = stream[end + 1 :]
     return texts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_documents_are_kept_apart_and_can_not_spell_what_does_it(tmp_path, layout):
+    plain = write_bpe(tmp_path / "tokenizer", LAYOUTS[layout])
+    own = HuggingFaceTokenizer(str(tmp_path / "tokenizer"))
+    texts = ["it was 2023", f"{END} it <s>it</s><pad>", f"<{END}", "", "it"]
+    pairs = loader(
+        "c4_local", write_c4(tmp_path / "data", [texts]), 1, tokenizer=own, infinite=False
+    )
+    stream = [token for batch in pairs for row in tokens(batch) for token in row]
+    begin, end = ([id] if id is not None else [] for id in (own.bos_id, own.eos_id))
+    expected = [token for text in texts for token in (*begin, *plain.encode(text).ids, *end)]
+    assert begin or end
+    assert stream == expected[: len(stream)] and len(expected) - len(stream) < 2
 
 
 shards_of_texts = st.lists(

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_data import LAYOUTS, write_bpe
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -188,6 +189,31 @@ def test_the_tokenizer_begins_with_bos_and_gives_the_text_back(exported, text):
     assert exported.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizerFast", "GPT2Tokenizer", None])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_class):
+    config = LAYOUTS[layout] | {"chat_template": "{{ messages }}"}
+    if tokenizer_class:
+        config["tokenizer_class"] = tokenizer_class
+    write_bpe(tmp_path / "tokenizer", config)
+    path = save_run(tmp_path, build("debug", seq_len=64), flavor="debug")
+    changed_job(path, "model", "hf_assets_path", str(tmp_path / "tokenizer"))
+    export(find_checkpoint(path), tmp_path / "hf")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    own = HuggingFaceTokenizer(str(tmp_path / "tokenizer"))
+    for text in ("In 2023 it was", "  it\n\tit  20", "é 漢字 'll <|x|>"):
+        ids = exported(text).input_ids
+        assert ids == own.encode(text, add_bos=True, add_eos=False)
+        assert exported.decode(ids, skip_special_tokens=True) == text
+    assert exported.chat_template == config["chat_template"]
+    named = [LAYOUTS[layout].get(f"{name}_token") for name in ("bos", "eos")]
+    assert [exported.bos_token, exported.eos_token] == named
+    llama = LlamaConfig.from_pretrained(tmp_path / "hf")
+    assert [llama.bos_token_id, llama.eos_token_id] == [
+        name and own.token_to_id(name) for name in named
+    ]
+
+
 def test_a_lighthouse_trained_model_finished_densely_leaves_as_a_llama(
     trained, tmp_path, monkeypatch, capsys
 ):
@@ -298,6 +324,13 @@ def no_tokenizer(path):
     return path, "model.hf_assets_path = 'gone'", "correct the path"
 
 
+def another_tokenizer(path):
+    """torchtitan doesn't read this field, transformers does."""
+    write_bpe(path.parents[1] / "own", {"eos_token": "</s>", "additional_special_tokens": ["was"]})
+    changed_job(path, "model", "hf_assets_path", str(path.parents[1] / "own"))
+    return path, 'transformers would encode "In 2023 it was', "look at the tokens that"
+
+
 def no_extension(path):
     file = path.parents[1] / "config.json"
     job = json.loads(file.read_text()) | {"experimental": {"custom_import": "gone"}}
@@ -326,6 +359,7 @@ def full_folder(path):
         wrong_flavor,
         no_tokenizer,
         no_extension,
+        another_tokenizer,
         full_folder,
     ],
 )

@@ -4,6 +4,7 @@ The job config that a run leaves in its dump folder says which model its checkpo
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,6 +29,16 @@ from .records import CONFIG_FILE, read_config
 from .runner import import_extension
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# What of it changes no encoding, beside the tokens that it names.
+NAMES_AND_TEMPLATES = (
+    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "chat_template"),
+    *("clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side"),
+)
+TEXTS = (
+    "In 2023 it was -3.5 %, wasn't it?",
+    "  def f(x):\n\n\treturn {x: [x < 1]}  \r\n",
+    "\u00c5ngstr\u00f6m e\u0301 \u00df \u00a0 \u6f22\u5b57 \u0627\u0644 \U0001f600\u200d",
+)
 JOB_FIELDS = (
     ("model", "flavor"),
     ("model", "hf_assets_path"),
@@ -146,19 +159,57 @@ def export(
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
-    make_folder(folder)
-    total, free = checkpoint.n_bytes(dtype), shutil.disk_usage(folder).free
-    if total > free:
-        raise ValueError(
-            f"{folder}: {size(free)} are free there, and the model has {size(total)} in {dtype}: make room, or name "
-            "another folder"
-        )
+    with TemporaryDirectory() as small_files:
+        _save_small_files(checkpoint, dtype, Path(small_files))
+        make_folder(folder)
+        total, free = checkpoint.n_bytes(dtype), shutil.disk_usage(folder).free
+        if total > free:
+            raise ValueError(
+                f"{folder}: {size(free)} are free there, and the model has {size(total)} in {dtype}: make room, or "
+                "name another folder"
+            )
+        _save_weights(checkpoint, dtype, folder / "model.safetensors", total, advance)
+        # The config last, so that a folder that lacks something doesn't load.
+        for file in sorted(Path(small_files).iterdir(), key=lambda file: file.name == CONFIG_FILE):
+            shutil.copy(file, folder)
 
-    tokenizer = HuggingFaceTokenizer(str(checkpoint.tokenizer_path))
-    _save_tokenizer(tokenizer, checkpoint.tokenizer_path, folder)
+
+def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> None:
+    source = checkpoint.tokenizer_path
+    tokenizer = HuggingFaceTokenizer(str(source))
+    expected = [tokenizer.encode(text, add_bos=True, add_eos=False) for text in TEXTS]
+    _save_tokenizer(tokenizer, source, folder)
+    # A tokenizer with one token for both has it between documents.
+    end = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    config = llama_config(checkpoint.model_args) | {
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": end,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        return  # not needed to export
+    exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for text, ids in zip(TEXTS, expected, strict=True):
+        if (theirs := exported(text).input_ids) != ids:
+            raise ValueError(
+                f"model.hf_assets_path = {str(source)!r}: transformers would encode {text!r} as {theirs}, and training "
+                f"encoded it as {ids}, so nothing is exported; look at the tokens that {source / TOKENIZER_CONFIG} "
+                "names and tokenizer.json lacks, or has with other properties"
+            )
+
+
+def _save_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    file: Path,
+    total: int,
+    advance: Callable[[int], None],
+) -> None:
     adapter = get_train_spec().state_dict_adapter(checkpoint.model_args, None)
-    state = adapter.to_hf(checkpoint.load_state(dtype, advance))
-    file, written = folder / "model.safetensors", 0
+    state, written = adapter.to_hf(checkpoint.load_state(dtype, advance)), 0
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(save_file, state, file, metadata={"format": "pt"})
         while wait([writing], timeout=1).not_done:
@@ -167,14 +218,6 @@ def export(
             written = now
         writing.result()
     advance(total - written)
-
-    # Last, so that a folder that lacks something doesn't load.
-    config = llama_config(checkpoint.model_args) | {
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _read_job(dump_folder: Path) -> dict:
@@ -196,12 +239,23 @@ def _meta_state(args: LighthouseModelArgs) -> dict[str, torch.Tensor]:
 
 
 def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> None:
-    """The training's tokenizer, which begins a text with bos as the training's documents do."""
+    """The training's tokenizer, which begins a text with bos as the training's documents do.
+
+    The class that the source names may build another from the vocabulary: the one saved reads tokenizer.json as it is.
+    """
     if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos:
         tokenizer.tokenizer.post_processor = TemplateProcessing(
             single=f"{tokenizer.bos_token} $A",
             special_tokens=[(tokenizer.bos_token, tokenizer.bos_id)],
         )
     tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
-    if (source / TOKENIZER_CONFIG).is_file():
-        shutil.copy(source / TOKENIZER_CONFIG, folder)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, value in (tokenizer.config or {}).items():
+        if re.fullmatch(r"(?!add_)\w+_token", name):
+            token = isinstance(value, dict)  # which transformers knows by its type
+            config[name] = value | {"__type": "AddedToken"} if token else value
+        elif name in NAMES_AND_TEMPLATES:
+            config[name] = value
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if (template := source / "chat_template.jinja").is_file():
+        shutil.copy(template, folder)

@@ -157,9 +157,10 @@ class _IdsAlone:
         return self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
 
-def _with_ids_alone(tokenizer: Any) -> Any:
-    """A copy of a HuggingFaceTokenizer."""
+def _for_documents(tokenizer: Any) -> Any:
+    """A copy of a HuggingFaceTokenizer, to which a document that spells a special token is text."""
     tokenizer = copy(tokenizer)
+    tokenizer.tokenizer.encode_special_tokens = True
     tokenizer.tokenizer = _IdsAlone(tokenizer.tokenizer)
     return tokenizer
 
@@ -200,7 +201,8 @@ def build_dataloader(
     Args:
         dp_world_size: number of data-parallel ranks; each document goes to one of them.
         dp_rank: this rank.
-        tokenizer: a HuggingFaceTokenizer; encodes a document, with its bos and eos.
+        tokenizer: a HuggingFaceTokenizer; encodes a document, with its bos and eos. From here on it takes the strings
+            of special tokens for text, wherever else it is used.
         job_config: of the section, `dataset`, `dataset_path`, `seq_len`, `local_batch_size` and `dataloader` are read,
             and `training.global_batch_size` and `skip_damaged_data`. A worker of the training's whose
             `prefetch_factor` isn't set has the batches of a whole optimizer step ready, and two at least.
@@ -218,7 +220,7 @@ def build_dataloader(
         dataset = TextDataset(
             dataset_name=data.dataset,
             dataset_path=data.dataset_path,
-            tokenizer=_with_ids_alone(tokenizer),
+            tokenizer=_for_documents(tokenizer),
             seq_len=data.seq_len,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,

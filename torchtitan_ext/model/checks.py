@@ -288,10 +288,30 @@ def build_tokenizer(job_config: JobConfig) -> Any:
         raise ValueError(str(error)) from error
 
 
+def _spelled_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens that a document can spell, because the model's own vocabulary holds their strings."""
+    tokenizer.tokenizer.encode_special_tokens = True  # as documents are encoded
+    tokenizer.tokenizer.no_padding()
+    unknown = (tokenizer.config or {}).get("unk_token")  # which any text may be
+    return [
+        token.content
+        for index, token in tokenizer.tokenizer.get_added_tokens_decoder().items()
+        if token.special
+        if token.content != unknown or index in (tokenizer.bos_id, tokenizer.eos_id)
+        if index in tokenizer.tokenizer.encode(token.content, add_special_tokens=False).ids
+    ]
+
+
 def _data_problems(job_config: JobConfig) -> Iterator[str]:
     path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
     try:
         tokenizer = build_tokenizer(job_config)
+        for change in ("truncation", "padding"):
+            if setting := getattr(tokenizer.tokenizer, change):
+                yield (
+                    f"model.hf_assets_path = {path!r}: its tokenizer.json sets {change}, {setting}, which would change "
+                    "every document; set it to null there"
+                )
         # Ids may leave gaps, and beyond the embeddings a GPU fails amid a step.
         ids = tokenizer.get_vocab().values()
         vocab_size = max(ids, default=-1) + 1
@@ -301,13 +321,18 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
                 f"{flavors[flavor].vocab_size} embeddings of model.flavor = {flavor!r}; "
                 "choose a larger flavor or a smaller tokenizer"
             )
-        for change in ("truncation", "padding"):
-            if setting := getattr(tokenizer.tokenizer, change):
-                yield (
-                    f"model.hf_assets_path = {path!r}: its tokenizer.json sets {change}, {setting}, which would change "
-                    "every document; set it to null there"
-                )
-    except ValueError as error:
+        elif tokenizer.bos_id is None and tokenizer.eos_id is None:
+            yield (
+                f"model.hf_assets_path = {path!r}: documents would run into each other, because the tokenizer has no "
+                "token that begins or ends one; name it as bos_token or eos_token in tokenizer_config.json there"
+            )
+        elif spelled := _spelled_tokens(tokenizer):
+            yield (
+                f"model.hf_assets_path = {path!r}: a document that spells {' or '.join(spelled)} would get that control token, "
+                f"because the {type(tokenizer.tokenizer.model).__name__} model in tokenizer.json can choose it for text; "
+                "lower its score there below all others', or use a BPE tokenizer"
+            )
+    except Exception as error:  # bare ones of the tokenizers library
         yield (
             f"model.hf_assets_path = {path!r}: no tokenizer there ({error}); "
             f"give the folder that holds tokenizer.json (a relative path counts from {os.getcwd()})"
