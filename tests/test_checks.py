@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pickle
 import re
 import shlex
@@ -123,6 +124,34 @@ def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, ki
     with pytest.raises(ValueError) as error:
         check_job(job(file=tmp_path / "job.toml"))
     assert f"{setting}: must be of type {kind}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "words"),
+    [
+        ({}, "", "set WANDB_API_KEY"),
+        ({"WANDB_API_KEY": "0" * 39}, "", "no whole API key"),
+        ({"WANDB_MODE": "offlin"}, "", "'offlin'"),
+        ({"WANDB_API_KEY": "0" * 40}, "", None),
+        ({"WANDB_MODE": "offline"}, "", None),
+        ({}, "machine api.wandb.ai login user password 0", None),
+    ],
+)
+def test_weights_and_biases_must_be_able_to_start(
+    job, tmp_path, monkeypatch, environment, netrc, words
+):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text(netrc)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_job(job())
+    config = job("--metrics.enable_wandb")
+    if words:
+        only_problem(config, "metrics.enable_wandb = true", words)
+    else:
+        check_job(config)
 
 
 def test_an_unpatched_torchtitan_is_refused(job, monkeypatch):

@@ -27,6 +27,7 @@ COMMON = (
     "--training.dataset=python_source",
     "--metrics.log_freq=1",
 )
+WANDB = ("--metrics.enable_wandb",)
 DEMO = SimpleNamespace(
     configs="configs/demo",
     steps=6,
@@ -89,11 +90,11 @@ def runs(request, tmp_path_factory):
     assert whole.good, whole.output
     runs, killed = {"whole": whole}, None
     if job.repeats or not moved_cp:  # on GPUs once
-        killed = launch("killed", KILL_AT_BATCH=str(job.split + 2))
-        runs["resumed"] = launch("resumed", dump="killed")
+        killed = launch("killed", *WANDB, KILL_AT_BATCH=str(job.split + 2), WANDB_MODE="offline")
+        runs["resumed"] = launch("resumed", *WANDB, dump="killed", WANDB_MODE="offline")
     start = f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}"
     runs["stage2"] = launch(
-        *("stage2", start, "--metrics.enable_wandb"),
+        *("stage2", start, *WANDB),
         stage="stage2",
         steps=job.split + 1,
         WANDB_MODE="offline",
@@ -271,6 +272,14 @@ def test_each_logged_step_says_how_many_devices_made_it(runs):
         assert {e.value for e in logged} == {runs.n_ranks}
 
 
-def test_weights_and_biases_records_offline(runs):
-    [record] = runs.stage2.dump.glob("tb/*/wandb/offline-run-*/run-*.wandb")
-    assert b"loss_metrics/global_avg_loss" in record.read_bytes()
+def test_weights_and_biases_records_every_start_of_a_run_as_one(runs):
+    starts = {runs.stage2.dump: 1} | ({runs.resumed.dump: 2} if runs.killed else {})
+    seen = []
+    for dump, n_starts in starts.items():
+        records = list(dump.glob("tb/*/wandb/offline-run-*/run-*.wandb"))
+        assert len(records) == n_starts
+        assert (
+            b"loss_metrics/global_avg_loss" in max(records).read_bytes()
+        )  # not the killed start's
+        seen += {record.stem for record in records}
+    assert len(seen) == len(set(seen)) == len(starts)

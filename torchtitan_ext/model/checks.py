@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from math import gcd
+from netrc import NetrcParseError, netrc
 from operator import attrgetter
 from typing import Any, get_type_hints
 
@@ -66,6 +68,7 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
         *_model_problems(job_config),
         *optimizer_problems(job_config),
         *_data_problems(job_config),
+        *_wandb_problems(job_config),
     ]
     dims = None
     if n_ranks is not None:
@@ -286,6 +289,29 @@ def build_tokenizer(job_config: JobConfig) -> Any:
         raise
     except BaseException as error:  # the tokenizers library raises bare Exceptions, and panics
         raise ValueError(str(error)) from error
+
+
+def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
+    """Why W&B couldn't start, without which torchtitan trains on. Rank 0 speaks for all."""
+    if not job_config.metrics.enable_wandb or int(os.environ.get("RANK", 0)):
+        return
+    try:
+        import wandb
+
+        settings = wandb.setup().settings  # wandb.login() would ask the server
+        wandb.teardown()
+    except Exception as error:  # whatever its settings spell
+        yield f"metrics.enable_wandb = true: W&B can't start ({error}); correct that, or set it to false"
+        return
+    has_key = settings.identity_token_file or len(settings.api_key or "") >= 40
+    with suppress(OSError, NetrcParseError):
+        logins = netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).hosts.values()
+        has_key = has_key or "user" in {name for name, *_ in logins}  # as W&B's are called
+    if not has_key and settings.mode not in ("offline", "dryrun", "disabled"):
+        yield (
+            "metrics.enable_wandb = true: W&B has no whole API key on this machine; call `wandb login`, set "
+            "WANDB_API_KEY, or set WANDB_MODE=offline to record locally"
+        )
 
 
 def _spelled_tokens(tokenizer: Any) -> list[str]:

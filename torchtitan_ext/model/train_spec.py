@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.distributed.tensor.experimental._context_parallel._attention import s
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
+from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger, _get_metrics_rank
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
@@ -101,10 +102,25 @@ def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     return build_hf_tokenizer(job_config)
 
 
+def _continue_wandb_run(job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    """Has each start of a run record the same W&B run, whose id its folder keeps."""
+    rank, all_ranks = torch.distributed.get_rank(), job_config.metrics.save_for_all_ranks
+    records = all_ranks or rank == _get_metrics_rank(parallel_dims, job_config)
+    if not records or os.environ.keys() & {"WANDB_RESUME_FROM", "WANDB_FORK_FROM"}:
+        return
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    file = Path(job_config.job.dump_folder, f"wandb_run_id{f'_{rank}' * all_ranks}.txt")
+    if not (file.exists() and file.read_text().strip()):
+        file.write_text(uuid4().hex + "\n")
+    os.environ.setdefault("WANDB_RUN_ID", file.read_text().strip())
+
+
 class LighthouseMetricsProcessor(MetricsProcessor):
     """Logs the number of devices, `metrics.log_freq` and the gathered length too, and no logged step is lost in a kill."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
+        if job_config.metrics.enable_wandb:
+            _continue_wandb_run(job_config, parallel_dims)
         super().__init__(job_config, parallel_dims, tag)
         self.first_step = True
         self.constants = {
