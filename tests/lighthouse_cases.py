@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torchtitan_ext.lighthouse import LighthouseConfig
 from torchtitan_ext.lighthouse.config import SCORERS
 
-SCORES = ("random", "constant", "tied", "clustered", "zero", "infinite", "minus_infinite")
+SCORES = ("random", "constant", "tied", "clustered", "zero", "infinite", "minus_infinite", "nan")
 
 
 def adversarial_scores(kind, shape, seed=0):
-    """Score arrays that try a selection: ties, zeros, infinities of both signs, clusters."""
+    """Score arrays that try a selection: ties, zeros, infinities of both signs, clusters, NaN."""
     g = torch.Generator().manual_seed(seed)
     random = torch.rand(shape, generator=g)
     match kind:
@@ -31,6 +31,9 @@ def adversarial_scores(kind, shape, seed=0):
             return torch.where(random < 0.5, torch.inf, random)
         case "minus_infinite":
             return torch.where(random < 0.9, -torch.inf, random)
+        case "nan":
+            sign = torch.where(random < 0.1, -1.0, 1.0)
+            return torch.where(random < 0.2, torch.nan, (random - 0.2) / (random > 0.3)) * sign
 
 
 @st.composite

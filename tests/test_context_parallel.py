@@ -88,14 +88,16 @@ def compare(config, group, load_balance):
         return shards(x.detach(), load_balance)[dist.get_rank()]
 
     own = [mine(x).requires_grad_() for x in whole]
-    out = context_parallel_attention(
-        *own,
-        config,
+    attend = partial(
+        context_parallel_attention,
+        config=config,
         mesh=mesh(),
         load_balance=load_balance,
         attention=UlyssesAttention(causal_sdpa, mesh(), load_balance),
         freqs_cis=table,
     )
+    out = attend(*own)
+    assert attend(*(x[:0] for x in own)).shape == (0, *out.shape[1:])
     got = torch.autograd.grad((out * mine(weights)).sum(), own)
     pairs = zip((out, *got), (expected, *gradients), strict=True)
     return [(a - mine(b)).abs().max().item() for a, b in pairs]
@@ -338,3 +340,24 @@ def test_what_an_error_proposes_is_legal(top_k, degree, load_balance, seq_len):
         proposed = [int(k) for k in proposed.split(" or ")] if proposed != "none" else []
         assert all(legal(replace(config, top_k=k), degree) is True for k in proposed)
         assert best == min((abs(k - top_k) for k in proposed), default=None)
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_the_device_of_their_inputs():
+    config = LighthouseConfig(levels=3, top_k=16, tile_winners=4)
+
+    def run(device):
+        inputs = [x.detach().to(device).requires_grad_() for x in qkv(512, dtype=torch.float32)]
+        table = rotary_table(512, 4, torch.complex64).to(device)
+        out = lighthouse_attention(*inputs, config, freqs_cis=table)
+        return [x.cpu() for x in (out, *torch.autograd.grad(out.sin().sum(), inputs))]
+
+    with torch.cuda.device(0):
+        assert all(torch.equal(*pair) for pair in zip(run("cuda:0"), run("cuda:1"), strict=True))
+
+
+def test_heads_that_ranks_cannot_share_are_named():
+    mesh = Mock(**{"size.return_value": 2})
+    q, k, v = (x.transpose(1, 2) for x in qkv(8, n_kv_heads=3))
+    with pytest.raises(ValueError, match=r"3 heads and 3 KV heads .* to 2 ranks, but to 1, 3"):
+        UlyssesAttention(causal_sdpa, mesh, False)(q, k, v)

@@ -13,9 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
+from torch.export import Dim, export
 from torch.utils.checkpoint import checkpoint
 
-from torchtitan_ext.lighthouse import LighthouseConfig, kernels, lighthouse_attention, operators
+from torchtitan_ext.lighthouse import (
+    LighthouseAttention,
+    LighthouseConfig,
+    kernels,
+    lighthouse_attention,
+    operators,
+)
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.oracle import oracle_attention
@@ -68,6 +75,13 @@ def triton_everywhere(monkeypatch):
     monkeypatch.setattr(layer, "_operators_for", lambda _: kernels)
 
 
+@pytest.fixture(params=[operators, kernels], ids=["torch", "triton"])
+def either_path(request, monkeypatch):
+    """The layer takes the torch operators, or the Triton ones, on any device."""
+    monkeypatch.setattr(layer, "_operators_for", lambda _: request.param)
+    return request.param
+
+
 @pytest.fixture
 def poisoned():
     """Memory that nothing wrote reads as NaN, or as the largest integer."""
@@ -113,6 +127,16 @@ def test_scores_are_the_norms_and_their_maxima(shape, dtype):
     assert torch.equal(scores, operators.score_pyramid(scores[..., :seq_len], config))
 
 
+@pytest.mark.parametrize("shape", [GROUPED, LONG], ids=str)
+def test_nan_scores_are_kept_by_every_entry_over_them(shape):
+    (q, k, v), _, config = inputs_of(shape)
+    q, k = q.detach(), k.detach()
+    q[:, 5, -1, 0], k[:, 20, 0, 1], q[:, -3:, 0] = torch.nan, -torch.nan, torch.inf
+    scores = kernels.score(q, k, v, config)
+    torch.testing.assert_close(scores, operators.score(q, k, v, config), equal_nan=True)
+    assert scores.isnan().sum() == 2 * shape[5] * config.levels
+
+
 @shapes
 @pytest.mark.parametrize("kinds", zip(SCORES, SCORES[1:] + SCORES[:1], strict=True), ids=str)
 def test_selection_is_exactly_that_of_the_torch_path(shape, kinds, poisoned):
@@ -150,12 +174,12 @@ def assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts=(0,)):
     expected = operators.gather(*exact, freqs_cis, slots, config, starts)
     for quartet in zip(gathered, expected, tensors, exact, strict=True):
         check(*quartet)
-    rows = gathered[0].detach().requires_grad_()
-    carry = torch.randn(len(slots), config.levels - 1, *rows.shape[1::2], device=DEVICE)
-    for given in ((rows,), (rows, carry.to(dtype).requires_grad_())):
+    rows, chunks = gathered[0].detach().requires_grad_(), (len(gathered[0]), len(starts))
+    carry = torch.randn(*chunks, config.levels - 1, *rows.shape[1::2], device=DEVICE)
+    for given in [(rows, carry.to(dtype).requires_grad_())] + [(rows,)] * (len(starts) == 1):
         exact = [x.detach().float().requires_grad_() for x in given]
         ours, reference = (
-            ops.scatter(operators.with_carry(*x) if x[1:] else x[0], slots, config)
+            ops.scatter(x[0], slots, config, *x[1:])
             for ops, x in ((kernels, given), (operators, exact))
         )
         check(ours, reference, given, exact)
@@ -294,6 +318,90 @@ def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(triton_
     plain = torch.autograd.grad(run(*tensors), tensors)
     recomputed = torch.autograd.grad(checkpoint(run, *tensors, use_reentrant=False), tensors)
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "returned"),
+    [
+        (lambda out: out.transpose(1, 2), r"\(2, 22, 4, 24\)"),
+        (lambda out: out[:, :, :-1], r"\(2, 4, 21, 24\)"),
+        (lambda out: torch.cat([out, out[:, :, :2]], 2), r"\(2, 4, 24, 24\)"),
+        (lambda out: (out, None), "tuple"),
+    ],
+    ids=["transposed", "short", "long", "tuple"],
+)
+def test_what_attention_returns_is_checked(either_path, change, returned):
+    tensors, _, config = inputs_of(GROUPED)
+    expected = rf"returned {returned}: must return \[B, H, S, D\] = \(2, 4, 22, 24\)"
+    with pytest.raises(ValueError, match=expected):
+        lighthouse_attention(*tensors, config, attention=lambda *x, **kw: change(attend(*x, **kw)))
+
+
+def test_output_has_the_dtype_of_q_under_autocast(either_path):
+    tensors, freqs_cis, config = inputs_of(GROUPED)
+    seen = []
+
+    def attention(*tensors, **kwargs):
+        seen.append(causal_sdpa(*tensors, **kwargs))
+        return seen[0]
+
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = lighthouse_attention(*tensors, config, freqs_cis=freqs_cis, attention=attention)
+    assert seen[0].dtype == torch.bfloat16 and out.dtype == torch.float32
+    assert error(out, lighthouse_attention(*tensors, config, freqs_cis=freqs_cis)) < 2e-2
+
+
+def test_attention_may_change_its_inputs_in_place(either_path):
+    tensors, freqs_cis, config = inputs_of(GROUPED)
+
+    def in_place(q, k, v, **kwargs):
+        return attend(q.mul_(2), k.add_(1), v.neg_(), **kwargs)
+
+    def by_copies(q, k, v, **kwargs):
+        return attend(q * 2, k + 1, -v, **kwargs)
+
+    ours, expected = (
+        lighthouse_attention(*tensors, config, freqs_cis=freqs_cis, attention=attention)
+        for attention in (in_place, by_copies)
+    )
+    assert torch.equal(ours, expected)
+    grads = (torch.autograd.grad(x.sin().sum(), tensors) for x in (ours, expected))
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_forward_mode_differentiation_is_refused(triton_everywhere):
+    (q, k, v), freqs_cis, config = inputs_of(GROUPED)
+    one = torch.ones((), device=DEVICE)
+    for function in (
+        lambda x: lighthouse_attention(q * x, k, v, config),
+        lambda x: lighthouse_attention(q, k, v * x, config),
+        lambda x: lighthouse_attention(q, k, v, config, freqs_cis=freqs_cis * x),
+        lambda x: lighthouse_attention(q, k, v, config, attention=lambda q, *_, **__: q * x),
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (one,), (one,))
+
+
+@pytest.mark.parametrize("rope", ["selected", "base"])
+def test_an_empty_batch_gives_an_empty_output(either_path, rope):
+    tensors, freqs_cis, config = inputs_of(GROUPED, rope=rope)
+    out = lighthouse_attention(*(x[:0] for x in tensors), config, freqs_cis=freqs_cis)
+    assert out.shape == (0, *tensors[0].shape[1:])
+    assert not any(x.any() for x in torch.autograd.grad(out.sum(), tensors))
+
+
+def test_exports_with_a_dynamic_batch_and_length(either_path):
+    tensors, _, config = inputs_of(GROUPED)
+    tensors = [x.detach() for x in tensors]
+    table = rotary_table(1024, 24, torch.complex64).to(DEVICE)
+    dims = {0: Dim("batch", max=9), 1: 8 * Dim("parts", min=3, max=128)}
+    program = export(
+        LighthouseAttention(config), (*tensors, table), dynamic_shapes=(dims, dims, dims, None)
+    )
+    batch, n_kv_heads, group, head_dim = 3, *GROUPED[6:]
+    others = qkv(64, batch, n_kv_heads, group, head_dim, torch.float32, 1, DEVICE)
+    expected = LighthouseAttention(config)(*others, table)
+    torch.testing.assert_close(program.module()(*others, table), expected)
 
 
 @pytest.mark.gpu

@@ -40,24 +40,41 @@ def _check_inputs(
     degree: int = 1,
 ) -> None:
     """Raise ValueError unless the inputs of one of `degree` ranks fit each other and `config`."""
-    if q.ndim != 4 or k.shape != v.shape or k.shape != (*q.shape[:2], *k.shape[2:3], q.shape[3]):
+    if (
+        q.ndim != 4
+        or k.shape != v.shape
+        or k.shape != (*q.shape[:2], *k.shape[2:3], q.shape[3])
+        or 0 in (*q.shape[2:], k.shape[2])
+    ):
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}:"
-            " must be [B, N, H, D] and twice [B, N, H_kv, D]"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be [B, N, H, D]"
+            " and twice [B, N, H_kv, D], with H, H_kv and D at least 1"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads: must be a multiple of {k.shape[2]} KV heads")
-    seq_len = q.shape[1] * degree
+    seq_len, head_dim = q.shape[1] * degree, q.shape[3]
     config.check_seq_len(seq_len)
-    if freqs_cis is not None and (
-        freqs_cis.shape[0] < seq_len
-        or freqs_cis.shape[1:] != (q.shape[3] // 2,)
+    for name, x in (("k", k), ("v", v), ("freqs_cis", freqs_cis)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} on {x.device}: must be on q's device, {q.device}")
+    if freqs_cis is None:
+        return
+    if head_dim % 2:
+        raise ValueError(
+            f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs"
+        )
+    if (
+        freqs_cis.ndim != 2
+        or freqs_cis.shape[0] < seq_len
+        or freqs_cis.shape[1] != head_dim // 2
         or not freqs_cis.is_complex()
     ):
         raise ValueError(
             f"freqs_cis {tuple(freqs_cis.shape)}, {freqs_cis.dtype}: must be complex"
-            f" [at least N = {seq_len}, D/2 = {q.shape[3] // 2}]"
+            f" [at least N = {seq_len}, D/2 = {head_dim // 2}]"
         )
+    if freqs_cis.requires_grad:
+        raise ValueError("freqs_cis requires a gradient, but gets none: pass freqs_cis.detach()")
 
 
 @torch.no_grad()
@@ -82,12 +99,21 @@ def _slots(
 def _attend(
     attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
-    """Attention on gathered rows: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D]."""
+    """Attention on gathered rows: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D] in q's dtype.
+
+    Raises ValueError if `attention` returns another shape."""
+    shape, dtype = q.shape, q.dtype
     # A branch, because under dynamic shapes the comparison alone is no bool.
     enable_gqa = False
     if q.shape[1] > k.shape[1]:
         enable_gqa = True
-    return attention(q, k, v, enable_gqa=enable_gqa)
+    out = attention(q, k, v, enable_gqa=enable_gqa)
+    if not isinstance(out, torch.Tensor) or out.shape != shape:
+        returned = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise ValueError(
+            f"attention returned {returned}: must return [B, H, S, D] = {tuple(shape)}, as q"
+        )
+    return out.to(dtype)  # autocast's, or another of attention's own
 
 
 def select_entries(
@@ -124,15 +150,17 @@ def lighthouse_attention(
         k: [B, N, H_kv, D] key projections, not rotated; H is a multiple of H_kv.
         v: [B, N, H_kv, D] value projections.
         config: the layer's settings; they must be legal for N.
-        freqs_cis: complex [at least N, D/2] rotary table of adjacent pairs; None for no rotation.
+        freqs_cis: complex [at least N, D/2] rotary table of adjacent pairs, without a gradient; None for
+            no rotation.
         attention: what attends on the gathered rows, causally: `attention(q, k, v, enable_gqa=...)`
-            on [B, H, S, D] and twice [B, H_kv, S, D].
+            on [B, H, S, D] and twice [B, H_kv, S, D]; it returns [B, H, S, D].
 
     Returns:
         [B, N, H, D] in q's dtype.
 
     Raises:
         ValueError: shapes that don't fit each other or the settings; the message says what would be right.
+        NotImplementedError: inputs with tangents of forward-mode differentiation, on a GPU.
     """
     _check_inputs(q, k, v, config, freqs_cis)
     ops = _operators_for(q)

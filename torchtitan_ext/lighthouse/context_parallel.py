@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
 from .config import LighthouseConfig
-from .operators import with_carry
 from .ulysses import chunk_order, chunks_of_ranks
 
 
@@ -51,17 +50,19 @@ def _is_legal(config: LighthouseConfig, top_k: int, seq_len: int) -> bool:
     return True
 
 
-def _spill(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def _spill(
+    out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig, n_chunks: int
+) -> torch.Tensor:
     """Rows of each chunk's last entry of each pooled level, 0 where it has no slot.
 
     [B, H, chunks x S, D] and slots [B x chunks, H_kv, M] -> [chunks, B, L - 1, H, D].
     """
-    batch, n_heads, _, head_dim = out.shape
+    n_heads, head_dim = out.shape[1], out.shape[3]
     offsets = config.level_offsets(config.seq_len_of(slots.shape[-1]))
     last = torch.stack([slots[..., end - 1] for end in offsets[2:]], -1)
-    last = last.unflatten(0, (batch, -1)).transpose(0, 1)  # [chunks, B, H_kv, L - 1]
+    last = last.unflatten(0, (-1, n_chunks)).transpose(0, 1)  # [chunks, B, H_kv, L - 1]
     last = last.repeat_interleave(n_heads // last.shape[2], 2).unsqueeze(-1)
-    chunks = out.unflatten(2, (len(last), -1)).movedim(2, 0)
+    chunks = out.unflatten(2, (n_chunks, -1)).movedim(2, 0)
     rows = chunks.gather(3, last.clamp(min=0).long().expand(*last.shape[:-1], head_dim))
     return rows.masked_fill(last < 0, 0).transpose(2, 3)
 
@@ -113,11 +114,11 @@ def context_parallel_attention(
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config, starts)
     out = _attend(attention, q, k, v)
 
-    spill = DTensor.from_local(_spill(out, slots, config), mesh, [Shard(0)])
+    spill = DTensor.from_local(_spill(out, slots, config, per_rank), mesh, [Shard(0)])
     spill = spill.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     # What nothing spills to takes a row of zeros: a rank that used no row would be missing in backward.
     spill = torch.cat([spill, torch.zeros_like(spill[:1])])
     before = [order.index(chunk - 1) if chunk else -1 for chunk in chunks]
-    carry = torch.stack([spill[i] for i in before], 1).flatten(0, 1)
-    out = ops.scatter(with_carry(out, carry), slots, config)
+    carry = torch.stack([spill[i] for i in before], 1)
+    out = ops.scatter(out, slots, config, carry)
     return out.unflatten(0, (batch, per_rank)).flatten(1, 2)

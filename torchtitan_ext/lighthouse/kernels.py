@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import forward_ad
 
 from . import operators
 from .config import LighthouseConfig
@@ -27,22 +28,22 @@ _NO_ROPE, _ROPE_SELECTED, _ROPE_BASE = 0, 1, 2
 
 @triton.jit
 def _row_norm(x, row, ok, d, D):
-    """L2 norms of rows of one head, fp32 [R]."""
+    """L2 norms of rows of one head, the bits of fp32 [R]: as integers they keep their order, a NaN the greatest."""
     values = tl.load(x + row[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
     values = values.to(tl.float32)
-    return tl.sqrt_rn(tl.sum(values * values, axis=1))
+    return tl.sqrt_rn(tl.sum(values * values, axis=1)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _store_levels(out, score, block, N, P: tl.constexpr, LEVELS: tl.constexpr, R: tl.constexpr):
-    """Write R base scores and the maxima over their spans, level after level."""
+    """Write R base scores, given as bits, and the maxima over their spans, level after level."""
     offset = 0
     length = N
     for level in tl.static_range(LEVELS):
         if level > 0:
             score = tl.max(tl.reshape(score, (R // P**level, P)), axis=1)
         index = block * (R // P**level) + tl.arange(0, R // P**level)
-        tl.store(out + offset + index, score, mask=index < length)
+        tl.store(out + offset + index, score.to(tl.float32, bitcast=True), mask=index < length)
         offset += length
         length = length // P
 
@@ -131,7 +132,7 @@ def _select_kernel(
             dropped = tl.max(tl.where(weakest, r, -1))
             first_tile = (tile == 0) & (head // n_kv_heads % CHUNKS == 0)
             missing = first_tile & (tl.sum((won & (r == 0)).to(tl.int32)) == 0)
-            won = (won & ~(missing & (r == dropped))) | (missing & (r == 0))
+            won = tl.where(missing, (won & (r != dropped)) | (r == 0), won)
         count = tl.cumsum(won.to(tl.int32))
         tl.store(winner + count - 1, index, mask=won)
         tl.store(rank + count - 1, r, mask=won)
@@ -422,6 +423,12 @@ def _spread_kernel(
     )  # fmt: skip
 
 
+def _launch(kernel, n_programs, x, *args, **settings):
+    """Run the kernel on the device of x, its first argument; the current one may be another."""
+    with torch.cuda.device_of(x):
+        kernel[(n_programs,)](x, *args, **settings)
+
+
 def _n_entries(seq_len: int, p: int, levels: int) -> int:
     return sum(seq_len // p**level for level in range(levels))
 
@@ -439,7 +446,7 @@ def _cos_and_sin(freqs_cis: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _pair_launch(x, slots, gathered_len, levels, p, shift, carry, starts):
-    """Grid and common arguments of the reduce and the spread kernel for heads-last `x` [B, N, H, D]."""
+    """Programs and common arguments of the reduce and the spread kernel for heads-last `x` [B, N, H, D]."""
     batch, seq_len, n_heads, head_dim = x.shape
     block_d = triton.next_power_of_2(head_dim)
     entries = max(32 * 8 // block_d, 1)  # one warp, 8 adjacent elements a thread
@@ -465,7 +472,7 @@ def _pair_launch(x, slots, gathered_len, levels, p, shift, carry, starts):
         "BLOCK_D": block_d,
         "num_warps": 1,
     }
-    return (batch * n_blocks * n_heads,), (*sizes, starts[0], starts[-1]), constants
+    return batch * n_blocks * n_heads, (*sizes, starts[0], starts[-1]), constants
 
 
 @torch.library.custom_op("lighthouse::score", mutates_args=())
@@ -475,7 +482,8 @@ def _score_op(q: torch.Tensor, k: torch.Tensor, levels: int, p: int) -> torch.Te
     n_entries = _n_entries(seq_len, p, levels)
     scores = q.new_empty(2, batch, n_kv_heads, n_entries, dtype=torch.float32)
     fit = next(n for n in range(levels, 0, -1) if p ** (n - 1) <= _SCORE_ROWS)
-    _score_kernel[(batch * triton.cdiv(seq_len, _SCORE_ROWS) * n_kv_heads,)](
+    _launch(
+        _score_kernel, batch * triton.cdiv(seq_len, _SCORE_ROWS) * n_kv_heads,
         q, k, scores, seq_len, n_entries, n_kv_heads, head_dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         scores.stride(0),
         GROUP=q.shape[2] // n_kv_heads, P=p, LEVELS=fit, R=_SCORE_ROWS, BLOCK_D=triton.next_power_of_2(head_dim),
@@ -506,8 +514,8 @@ def _select_op(
     programs = batch * n_kv_heads * tiles
     slots = scores.new_empty(batch, n_kv_heads, n_entries, dtype=torch.int32)
     scratch = slots.new_empty(programs, levels, 2 * tile_winners + block + 1)
-    _select_kernel[(programs,)](
-        scores, slots, scratch, seq_len, n_entries, scores.stride(0), n_kv_heads,
+    _launch(
+        _select_kernel, programs, scores, slots, scratch, seq_len, n_entries, scores.stride(0), n_kv_heads,
         P=p, LEVELS=levels, WINNERS=tile_winners, TILES=tiles, COARSEST=coarsest,
         STARTS_SEQUENCE=starts[0] == 0, CHUNKS=len(starts), BLOCK=block,
         num_warps=min(max(block // 128, 4), 16),
@@ -520,10 +528,15 @@ def _(scores, seq_len, levels, p, top_k, tile_winners, starts):
     return scores.new_empty(scores.shape[1:], dtype=torch.int32)
 
 
-def _gathered_shape(x, gathered_len, starts):
-    """In memory, [batch, chunks x S, H, D], of what is gathered from x [B, N, H, D]."""
-    n_chunks = len(starts)
-    return x.shape[0] // n_chunks, n_chunks * gathered_len, *x.shape[2:]
+def _empty_rows(x, gathered_len, starts):
+    """For what is gathered from x [B, N, H, D]: [batch, H, chunks x S, D], in memory [batch, chunks x S, H, D].
+
+    Not a view, which autograd would not let `attention` change in place."""
+    n_rows, n_heads, head_dim = len(starts) * gathered_len, *x.shape[2:]
+    return x.new_empty_strided(
+        (x.shape[0] // len(starts), n_heads, n_rows, head_dim),
+        (n_rows * n_heads * head_dim, head_dim, n_heads * head_dim, 1),
+    )
 
 
 @torch.library.custom_op("lighthouse::reduce", mutates_args=())
@@ -532,18 +545,20 @@ def _reduce_op(
     levels: int, p: int, gathered_len: int, shift: int, mean: bool, rope: int, carry: bool, starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     x = _rows_of_heads(x)
-    gathered = x.new_empty(_gathered_shape(x, gathered_len, starts))
-    grid, sizes, constants = _pair_launch(x, slots, gathered_len, levels, p, shift, carry, starts)
-    _reduce_kernel[grid](
-        x, slots, _cos_and_sin(freqs_cis), gathered, *sizes,
+    gathered = _empty_rows(x, gathered_len, starts)
+    n_programs, sizes, constants = _pair_launch(
+        x, slots, gathered_len, levels, p, shift, carry, starts
+    )
+    _launch(
+        _reduce_kernel, n_programs, x, slots, _cos_and_sin(freqs_cis), gathered, *sizes,
         MEAN=mean, ROPE=rope, AT_ONCE=_REDUCE_AT_ONCE, **constants,
     )  # fmt: skip
-    return gathered.transpose(1, 2)
+    return gathered
 
 
 @_reduce_op.register_fake
 def _(x, slots, freqs_cis, levels, p, gathered_len, shift, mean, rope, carry, starts):
-    return x.new_empty(_gathered_shape(x, gathered_len, starts)).transpose(1, 2)
+    return _empty_rows(x, gathered_len, starts)
 
 
 @torch.library.custom_op("lighthouse::spread", mutates_args=())
@@ -552,11 +567,13 @@ def _spread_op(
     levels: int, p: int, seq_len: int, shift: int, mean: bool, rope: int, carry: bool, starts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     gathered = gathered.transpose(1, 2).contiguous()
-    out = gathered.new_empty(len(slots), seq_len, *gathered.shape[2:])
+    out = gathered.new_empty(slots.shape[0], seq_len, *gathered.shape[2:])
     gathered_len = gathered.shape[1] // len(starts)
-    grid, sizes, constants = _pair_launch(out, slots, gathered_len, levels, p, shift, carry, starts)
-    _spread_kernel[grid](
-        gathered, slots, _cos_and_sin(freqs_cis), out, *sizes,
+    n_programs, sizes, constants = _pair_launch(
+        out, slots, gathered_len, levels, p, shift, carry, starts
+    )
+    _launch(
+        _spread_kernel, n_programs, gathered, slots, _cos_and_sin(freqs_cis), out, *sizes,
         MEAN=mean, ROPE=rope, AT_ONCE=_SPREAD_AT_ONCE, **constants,
     )  # fmt: skip
     return out
@@ -564,7 +581,7 @@ def _spread_op(
 
 @_spread_op.register_fake
 def _(gathered, slots, freqs_cis, levels, p, seq_len, shift, mean, rope, carry, starts):
-    return gathered.new_empty(len(slots), seq_len, *gathered.shape[1::2])
+    return gathered.new_empty(slots.shape[0], seq_len, *gathered.shape[1::2])
 
 
 def _setup(ctx, inputs, output):
@@ -586,6 +603,16 @@ def _spread_backward(ctx, grad):
 
 _reduce_op.register_autograd(_reduce_backward, setup_context=_setup)
 _spread_op.register_autograd(_spread_backward, setup_context=_setup)
+
+
+def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError in forward-mode differentiation, for which custom operators give zeros."""
+    for x in tensors:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "forward-mode differentiation (torch.func.jvp): the Triton operators of Lighthouse"
+                " have a backward pass only; use torch.autograd.grad"
+            )
 
 
 def score(
@@ -625,6 +652,7 @@ def gather(
     starts: Sequence[int] = (0,),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `operators.gather`."""
+    _refuse_tangents(q, k, v, freqs_cis)
     geometry = config.levels, config.pooling_factor, config.gathered_len(q.shape[1])
     rope = _NO_ROPE
     if freqs_cis is not None:
@@ -636,10 +664,17 @@ def gather(
     )
 
 
-def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def scatter(
+    out: torch.Tensor,
+    slots: torch.Tensor,
+    config: LighthouseConfig,
+    carry: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See `operators.scatter`."""
-    seq_len = config.seq_len_of(slots.shape[-1])
-    geometry = config.levels, config.pooling_factor, seq_len
-    starts = (0,) * (len(slots) // len(out))
-    carry = out.shape[2] // len(starts) > config.gathered_len(seq_len)
-    return _spread_op(out, slots, None, *geometry, 1, False, _NO_ROPE, carry, starts)
+    _refuse_tangents(out, carry)
+    geometry = config.levels, config.pooling_factor, config.seq_len_of(slots.shape[-1])
+    starts = (0,)
+    if carry is not None:
+        out, starts = operators.with_carry(out, carry), starts * carry.shape[1]
+    has_carry = carry is not None
+    return _spread_op(out, slots, None, *geometry, 1, False, _NO_ROPE, has_carry, starts)

@@ -154,12 +154,14 @@ def gather(
         rows_of_head = rows.repeat_interleave(x.shape[2] // n_kv_heads, 1)
         pyramid = pool(x, config)
         flat = _flat_rows(rows_of_head, pyramid.shape[1], heads_last=True)
-        return pyramid.flatten(0, 2).index_select(0, flat.flatten()).view(*flat.shape, -1)
+        return pyramid.flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, flat.shape)
 
     q, k, v = take(q), take(k), take(v)
     if freqs_cis is not None and config.rope == "selected":
         level, index = entries(rows, config, seq_len)
-        start = torch.tensor(starts, device=q.device).repeat(len(q) // len(starts)).view(-1, 1, 1)
+        start = (
+            torch.tensor(starts, device=q.device).repeat(q.shape[0] // len(starts)).view(-1, 1, 1)
+        )
         table = freqs_cis[start + (index + 1) * config.pooling_factor**level - 1]
         q = rotate(q, table.repeat_interleave(q.shape[1] // n_kv_heads, 1))
         k = rotate(k, table)
@@ -171,35 +173,40 @@ def gather(
 
 
 def with_carry(out: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
-    """`carry` [B, L - 1, H, D], behind the gathered rows of each chunk of `out` [batch, H, chunks x S, D]."""
-    carry = carry.unflatten(0, (len(out), -1))
+    """`carry`, as in `scatter`, behind the gathered rows of each chunk of `out` [batch, H, chunks x S, D]."""
     out = out.transpose(1, 2).unflatten(1, (carry.shape[1], -1))
     return torch.cat([out, carry], 2).flatten(1, 2).transpose(1, 2)
 
 
-def scatter(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def scatter(
+    out: torch.Tensor,
+    slots: torch.Tensor,
+    config: LighthouseConfig,
+    carry: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Add each entry's output to the positions `end ... end + p**level - 1`: [B, H, S, D] -> [B, N, H, D].
 
     Read as a gather: position t looks up, at each level, the one entry that can reach it. To the first positions of a
-    chunk those are the last entries of the chunk before it; their L - 1 rows, level 1 first, stand behind its own where
-    `with_carry` put them.
+    chunk those are the last entries of the chunk before it; `carry` [batch, chunks, L - 1, H, D] has their rows, level 1
+    first, for each chunk of a sequence that is only partly here.
     """
-    out = out.unflatten(2, (len(slots) // len(out), -1)).transpose(1, 2).flatten(0, 1)
-    batch, heads, n_rows, _ = out.shape
+    if carry is not None:
+        out = with_carry(out, carry).unflatten(2, (carry.shape[1], -1)).transpose(1, 2)
+        out = out.flatten(0, 1)
+    batch, heads, n_rows, head_dim = out.shape
     seq_len = config.seq_len_of(slots.shape[-1])
-    gathered_len = config.gathered_len(seq_len)
     slots = slots.repeat_interleave(heads // slots.shape[1], 1)
-    padded = torch.cat([out.flatten(0, 2), out.new_zeros(1, out.shape[-1])])
+    padded = torch.cat([out.flatten(0, 2), out.new_zeros(1, head_dim)])
     positions = torch.arange(seq_len, device=out.device)
     total = torch.zeros((), dtype=accumulator(out), device=out.device)
     for level, offset in enumerate(config.level_offsets(seq_len)[:-1]):
         index = (positions + 1) // config.span(level) - 1
-        before = gathered_len + level - 1 if n_rows > gathered_len and level else -1
+        before = n_rows - config.levels + level if carry is not None and level else -1
         slot = slots[..., offset + index.clamp(min=0)].where(index >= 0, before)
         flat = _flat_rows(slot, n_rows, heads_last=False)
-        flat = flat.masked_fill(slot < 0, len(padded) - 1).transpose(1, 2)
+        flat = flat.masked_fill(slot < 0, padded.shape[0] - 1).transpose(1, 2)
         total = total + padded.index_select(0, flat.flatten()).to(total.dtype)
-    return total.to(out.dtype).view(batch, seq_len, heads, -1)
+    return total.to(out.dtype).view(batch, seq_len, heads, head_dim)
 
 
 def entries(rows: torch.Tensor, config: LighthouseConfig, seq_len: int) -> Selection:

@@ -14,11 +14,14 @@ def oracle_select(
     p, m, n_tiles = config.pooling_factor, config.tile_winners, config.n_tiles
     seq_len = len(q_score)
 
-    def score_of(scores: torch.Tensor, level: int, index: int) -> float:
-        return max(scores[index * p**level : (index + 1) * p**level].tolist())
+    def score_of(scores: torch.Tensor, level: int, index: int) -> tuple[bool, float]:
+        span = scores[index * p**level : (index + 1) * p**level].tolist()
+        return max((True, 0.0) if math.isnan(score) else (False, score) for score in span)
 
     def best(scores: torch.Tensor, level: int, among: list[int]) -> list[int]:
-        return sorted(among, key=lambda index: (-score_of(scores, level, index), index))[: m // 2]
+        return sorted(among, key=lambda index: score_of(scores, level, index), reverse=True)[
+            : m // 2
+        ]
 
     entries = []
     coarsest = seq_len // p ** (config.levels - 1)
@@ -60,8 +63,8 @@ def oracle_scores(
     scores = []
     for t in range(len(k)):
         heads = [q[:, g] for g in range(q.shape[1])]
-        q_score = max(output(t, head, k).norm() for head in heads)
-        k_score = max(output(t, k, head).norm() for head in heads)
+        q_score = torch.stack([output(t, head, k).norm() for head in heads]).amax()
+        k_score = torch.stack([output(t, k, head).norm() for head in heads]).amax()
         scores.append(torch.stack([q_score, k_score]))
     q_score, k_score = torch.stack(scores, 1)
     return q_score, k_score

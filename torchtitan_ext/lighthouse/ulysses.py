@@ -16,9 +16,9 @@ from .attention import Attention, _attend
 def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
     """Places in the sequence of the chunks that each of `degree` ranks holds.
 
-    One chunk a rank; with `load_balance` two, one from the sequence's head and its mirror from the tail.
+    One chunk a rank; with `load_balance` two if there are several ranks, one from the sequence's head and its mirror from the tail.
     """
-    if not load_balance:
+    if not load_balance or degree == 1:
         return [[rank] for rank in range(degree)]
     return [[rank, 2 * degree - 1 - rank] for rank in range(degree)]
 
@@ -73,6 +73,7 @@ class UlyssesAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
         """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, one after another -> [B, H, S, D]."""
+        check_heads(q.shape[1], k.shape[1], self.degree)
         return self._heads_for_rows(_attend(self.attention, *self._rows_for_heads(q, k, v)))
 
     def _all_to_all(self, x: torch.Tensor) -> torch.Tensor:
