@@ -36,6 +36,12 @@ def adversarial_scores(kind, shape, seed=0):
             return torch.where(random < 0.2, torch.nan, (random - 0.2) / (random > 0.3)) * sign
 
 
+def proposals_of(message):
+    """What an error of the settings proposes: {field: values, each of which alone should be legal}."""
+    fields = [part.rpartition(": ")[2].split(" = ") for part in message.split("; ")[1:]]
+    return {field: values.split(" or ") for field, values in fields}
+
+
 @st.composite
 def cases(draw, max_seq_len=256):
     """A legal (config, seq_len) with ragged budgets: tiles at their minimum and well above it."""

@@ -182,7 +182,7 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         ),
         (
             "--lighthouse.scorer dilated --lighthouse.dilation 3",
-            ["[training]", "dilation = 3", "seq_len = 4096", "for example 2"],
+            ["[training]", "dilation = 3", "seq_len = 4096", "dilation = 2 or 4"],
         ),
         ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
         ("--lighthouse.dense_layers -1", ["lighthouse.dense_layers = [-1]", "0 to 1"]),
@@ -207,14 +207,14 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
                 "top_k = 64",
                 "32 x 4 = 128",
                 "degree of 2",
-                "seq_len = 4096: 128 or 256;",
-                "degrees 1",
+                "nearest: top_k = 128 or 256;",
+                "context_parallel_degree = 1",
             ],
         ),
         (
             "--parallelism.context_parallel_degree 4 --parallelism.context_parallel_rotate_method alltoall"
             " --lighthouse.top_k 96 --training.seq_len 6144",
-            ["top_k = 96", "16 x 4 = 64", "seq_len = 6144: 64 or 128;", "degrees 1, 2, 3, 6"],
+            ["top_k = 96", "16 x 4 = 64", "top_k = 64 or 128;", "degree = 1 or 2 or 3 or 6"],
         ),
         (
             "--parallelism.context_parallel_degree 4 --lighthouse.no_enable",

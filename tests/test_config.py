@@ -1,13 +1,15 @@
 """Every rule of the settings names the field, the value and what would be right."""
 
-import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lighthouse_cases import proposals_of
 
 from torchtitan_ext.lighthouse import LighthouseConfig
+from torchtitan_ext.lighthouse.config import SCORERS
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,7 @@ from torchtitan_ext.lighthouse import LighthouseConfig
         (dict(pooling_factor=3), "pooling_factor = 3: must be a power of two"),
         (dict(pooling_factor=1), "pooling_factor = 1: must be a power of two"),
         (dict(top_k=1500), "top_k = 1500: must be a multiple of tile_winners = 128.*1536"),
+        (dict(top_k=1500, rope="none"), "rope = 'none': must be one of"),
         (dict(top_k=0), "top_k = 0: must be a multiple of tile_winners = 128.*128"),
         (dict(tile_winners=127), "tile_winners = 127: must be even"),
         (dict(tile_winners=0), "tile_winners = 0: must be even and at least 2"),
@@ -41,33 +44,39 @@ def test_the_published_lengths():
 
 
 @given(
-    st.integers(2, 4),
-    st.sampled_from((2, 4)),
-    st.sampled_from((2, 8, 32)),
-    st.integers(1, 6),
-    st.integers(0, 20_000),
+    levels=st.integers(2, 4),
+    p=st.sampled_from((2, 4)),
+    m=st.sampled_from((2, 8, 48)),
+    tiles=st.integers(1, 32),
+    scorer=st.sampled_from(SCORERS),
+    dilation=st.integers(1, 12),
+    seq_len=st.integers(-9, 20_000) | st.integers(0, 20).map(lambda n: 1024 * n),
 )
-def test_a_refused_length_names_a_remedy_and_an_accepted_one_is_legal(levels, p, m, tiles, seq_len):
-    config = LighthouseConfig(levels, p, m * tiles, tile_winners=m)
+def test_a_length_is_legal_or_refused_with_values_that_are(
+    levels, p, m, tiles, scorer, dilation, seq_len
+):
+    config = LighthouseConfig(levels, p, m * tiles, scorer, dilation, tile_winners=m)
+    span = p ** (levels - 1)
     try:
         config.check_seq_len(seq_len)
     except ValueError as error:
-        message = str(error)
+        proposals = proposals_of(str(error))
     else:
-        coarsest = seq_len // p ** (levels - 1)
-        assert seq_len % (p ** (levels - 1) * tiles) == 0
-        assert coarsest // tiles >= m
+        assert seq_len % (span * tiles) == 0
+        assert seq_len // span // tiles >= m
         assert config.gathered_len(seq_len) < seq_len
+        assert scorer != "dilated" or seq_len % dilation == 0
         return
-    if message.startswith("seq_len"):
-        for nearest in map(int, re.search("nearest: (.*)", message).group(1).split(" or ")):
-            assert nearest % (p ** (levels - 1) * tiles) == 0
-    else:
-        most = re.search(r"at most (\d+)", message)
-        assert f"seq_len = {seq_len}" in message
-        assert most or "lower tile_winners" in message
-        if most:
-            assert 0 <= int(most.group(1)) < config.top_k
+    lengths = [int(n) for n in proposals.pop("seq_len")]
+    for n in lengths:
+        config.check_seq_len(n)
+    lower = lengths[0] if lengths[0] < seq_len else seq_len // span * span
+    assert not any(config.allows(n) for n in range(lower + span, lengths[-1], span))
+    for field, values in proposals.items():
+        for value in values:
+            replace(config, **{field: int(value)}).check_seq_len(seq_len)
+    others = [replace(config, top_k=k) for k in range(m, seq_len // span + 1, m)]
+    assert ("top_k" in proposals) == any(other.allows(seq_len) for other in others)
 
 
 @given(st.integers(1, 64), st.sampled_from((2, 4, 8)), st.integers(2, 5))

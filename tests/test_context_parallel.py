@@ -5,7 +5,7 @@ on two GPUs.
 """
 
 import os
-import re
+from ast import literal_eval
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from launches import start_ranks
-from lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_table
+from lighthouse_cases import SCORES, adversarial_scores, proposals_of, qkv, rotary_table
 from test_model import args, build, parse
 from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.distributed import ParallelDims
@@ -310,36 +310,41 @@ def test_inputs_that_do_not_fit_are_named_on_every_rank():
 
 @given(
     top_k=st.integers(1, 40).map(lambda tiles: 4 * tiles),
-    degree=st.integers(2, 9),
+    scorer=st.sampled_from(("norm", "norm", "dilated")),
+    degree=st.integers(1, 9),
     load_balance=st.booleans(),
-    seq_len=st.sampled_from([2048, 3072, 5120]),
+    seq_len=st.sampled_from([2048, 3072, 5120, 5000]),
 )
-def test_what_an_error_proposes_is_legal(top_k, degree, load_balance, seq_len):
-    config = LighthouseConfig(top_k=top_k, tile_winners=4)
-    try:
-        config.check_seq_len(seq_len)
-    except ValueError:
-        return  # illegal on one device too
+def test_what_an_error_proposes_is_legal(top_k, scorer, degree, load_balance, seq_len):
+    asked = dict(top_k=top_k, scorer=scorer, dilation=3, tile_winners=4)
+    asked |= dict(seq_len=seq_len, context_parallel_degree=degree)
 
-    def legal(config, degree):
+    def refusal(**changes):
+        *fields, seq_len, degree = (asked | changes).items()
         try:
-            check_context_parallel(config, seq_len, degree, load_balance)
+            check_context_parallel(
+                LighthouseConfig(**dict(fields)), seq_len[1], degree[1], load_balance
+            )
         except ValueError as error:
             return str(error)
-        return True
 
-    answer = legal(config, degree)
-    if answer is not True:
-        proposed, degrees = re.search(
-            r"nearest for seq_len = \d+: (.*); .* degrees (.*)$", answer
-        ).groups()
-        degrees = [int(n) for n in degrees.split(", ")]
-        assert degree not in degrees and all(legal(config, n) is True for n in degrees[1:])
-        others = [replace(config, top_k=k) for k in range(4, seq_len, 4)]
-        best = min((abs(c.top_k - top_k) for c in others if legal(c, degree) is True), default=None)
-        proposed = [int(k) for k in proposed.split(" or ")] if proposed != "none" else []
-        assert all(legal(replace(config, top_k=k), degree) is True for k in proposed)
-        assert best == min((abs(k - top_k) for k in proposed), default=None)
+    def legal(field, values):
+        return [value for value in values if not refusal(**{field: value})]
+
+    if message := refusal():
+        proposals = {
+            field: list(map(literal_eval, values))
+            for field, values in proposals_of(message).items()
+        }
+        assert all(values == legal(field, values) for field, values in proposals.items())
+        for field, values in (
+            ("top_k", range(4, 324, 4)),
+            ("context_parallel_degree", range(1, 2 * degree)),
+        ):
+            best = min((abs(n - asked[field]) for n in legal(field, values)), default=None)
+            assert best == min(
+                (abs(n - asked[field]) for n in proposals.get(field, [])), default=None
+            )
 
 
 @pytest.mark.gpu

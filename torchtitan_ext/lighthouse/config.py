@@ -1,6 +1,8 @@
 """The settings of a Lighthouse layer, their rules, and every length derived from them."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from itertools import compress
 
 SCORERS = ("norm", "dilated", "gla")
 ROPE_PLACEMENTS = ("selected", "base")
@@ -49,16 +51,17 @@ class LighthouseConfig:
         require(p >= 2 and p & (p - 1) == 0, "pooling_factor", "must be a power of two, 2 or more")
         m = self.tile_winners
         require(m >= 2 and m % 2 == 0, "tile_winners", "must be even and at least 2")
-        nearest = max(m, round(self.top_k / m) * m)
-        require(
-            self.top_k >= m and self.top_k % m == 0,
-            "top_k",
-            f"must be a multiple of tile_winners = {m}, for example {nearest}",
-        )
         require(self.scorer in SCORERS, "scorer", f"must be one of {', '.join(SCORERS)}")
         require(self.dilation >= 1, "dilation", "must be at least 1")
         require(
             self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}"
+        )
+        # The last rule, so that what it proposes is legal.
+        nearest = max(m, (self.top_k + m // 2) // m * m)
+        require(
+            self.top_k >= m and self.top_k % m == 0,
+            "top_k",
+            f"must be a multiple of tile_winners = {m}, for example {nearest}",
         )
 
     @property
@@ -91,35 +94,64 @@ class LighthouseConfig:
         coarsest = seq_len // self.span(self.levels - 1)
         return coarsest + (self.levels - 1) * self.pooling_factor * self.top_k
 
-    def check_seq_len(self, seq_len: int) -> None:
-        """Raise ValueError, naming what would be right, unless sequences of `seq_len` are legal."""
-        span = self.span(self.levels - 1)
+    def allows(self, seq_len: int, n_chunks: int = 1) -> bool:
+        """Whether sequences of `seq_len` are legal, `n_chunks` of which end where tiles do."""
+        coarsest = seq_len // self.span(self.levels - 1)
+        return (
+            seq_len == coarsest * self.span(self.levels - 1)
+            and coarsest % self.n_tiles == 0
+            and self.n_tiles % n_chunks == 0
+            and coarsest >= self.top_k
+            and self.gathered_len(seq_len) < seq_len
+            and (self.scorer != "dilated" or seq_len % self.dilation == 0)
+        )
+
+    def check_seq_len(self, seq_len: int, n_chunks: int = 1) -> None:
+        """Raise ValueError unless `allows` is true, naming the nearest values, each of which alone makes it so."""
+        if self.allows(seq_len, n_chunks):
+            return
+        span, m = self.span(self.levels - 1), self.tile_winners
         unit = span * self.n_tiles
+        coarsest = max(seq_len // span, 0)
         if seq_len < unit or seq_len % unit:
-            below = seq_len // unit * unit
-            nearest = f"{below} or {below + unit}" if below else f"{unit}"
-            raise ValueError(
+            problem = (
                 f"seq_len = {seq_len}: must be a multiple of pooling_factor^(levels - 1) x tiles"
-                f" = {span} x {self.n_tiles} = {unit}; nearest: {nearest}"
+                f" = {span} x {self.n_tiles} = {unit}"
             )
-        if self.scorer == "dilated" and seq_len % self.dilation:
-            nearest = max(n for n in range(1, self.dilation) if seq_len % n == 0)
-            raise ValueError(
-                f"dilation = {self.dilation}: must divide seq_len = {seq_len}, for example {nearest}"
+        elif self.n_tiles % n_chunks:
+            problem = (
+                f"top_k = {self.top_k}: must be a multiple of tile_winners x chunks"
+                f" = {m} x {n_chunks} = {m * n_chunks}, so that tiles end at the chunks' borders"
             )
-        m = self.tile_winners
-        coarsest = seq_len // span
-        if coarsest // self.n_tiles < m:
-            raise ValueError(
+        elif coarsest < self.top_k:
+            problem = (
                 f"top_k = {self.top_k}: a tile of seq_len = {seq_len} has {coarsest // self.n_tiles}"
-                f" entries at the coarsest level, fewer than tile_winners = {m};"
-                f" top_k may be at most {coarsest // m * m}"
-                + ("" if coarsest >= m else ": lower tile_winners, levels or pooling_factor")
+                f" entries at the coarsest level, fewer than tile_winners = {m}"
             )
-        gathered = self.gathered_len(seq_len)
-        if gathered >= seq_len:
-            most = (seq_len - coarsest - 1) // ((self.levels - 1) * self.pooling_factor) // m * m
-            raise ValueError(
-                f"top_k = {self.top_k}: gathers {gathered} rows, no fewer than seq_len = {seq_len};"
-                + (f" top_k may be at most {most}" if most else " lower tile_winners")
+        elif self.gathered_len(seq_len) >= seq_len:
+            problem = (
+                f"top_k = {self.top_k}: gathers {self.gathered_len(seq_len)} rows,"
+                f" no fewer than seq_len = {seq_len}"
             )
+        else:
+            problem = f"dilation = {self.dilation}: must divide seq_len = {seq_len}"
+
+        # Legal lengths are the multiples of `step` with at least `least` entries at the coarsest level.
+        step = math.lcm(unit, self.dilation) if self.scorer == "dilated" else unit
+        children = (self.levels - 1) * self.pooling_factor * self.top_k
+        least = max(self.top_k, children // (span - 1) + 1)
+        below = seq_len // step * step
+        above = max(below + step, -(-least * span // step) * step)
+        legal = {"seq_len": [n for n in (below, above) if self.allows(n, n_chunks)]}
+        top_ks = [tiles * m for tiles in _divisors(coarsest)]
+        for field, values in (("top_k", top_ks), ("dilation", _divisors(seq_len))):
+            fits = [replace(self, **{field: n}).allows(seq_len, n_chunks) for n in values]  # type: ignore[arg-type]
+            legal[field] = list(compress(values, fits))
+            legal[field].sort(key=lambda n: abs(n - getattr(self, field)))
+        proposals = [f"{name} = {' or '.join(map(str, n[:2]))}" for name, n in legal.items() if n]
+        raise ValueError("; nearest: ".join(filter(None, [problem, "; ".join(proposals)])))
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(max(n, 0)) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})

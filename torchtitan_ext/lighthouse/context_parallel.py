@@ -20,34 +20,29 @@ def check_context_parallel(
     config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool
 ) -> None:
     """Raise ValueError, naming what would be right, unless `degree` ranks can share `seq_len` tokens."""
-    if config.scorer != "norm":
-        raise ValueError(
+
+    def allowed(config: LighthouseConfig, degree: int) -> bool:
+        n_chunks = len(chunk_order(degree, load_balance))
+        return (degree == 1 or config.scorer == "norm") and config.allows(seq_len, n_chunks)
+
+    if allowed(config, degree):
+        return
+    if degree > 1 and config.scorer != "norm":
+        problem = (
             f"scorer = {config.scorer!r}: scores a token by all tokens before it, which lie on other ranks "
-            f"under a context-parallel degree of {degree}; set scorer to 'norm', or the degree to 1"
+            f"under a context-parallel degree of {degree}"
         )
-    config.check_seq_len(seq_len)
-    n_chunks = len(chunk_order(degree, load_balance))
-    m = config.tile_winners
-    unit = m * n_chunks
-    if config.top_k % unit:
-        legal = [k for k in range(unit, seq_len, unit) if _is_legal(config, k, seq_len)]
-        nearest = sorted(sorted(legal, key=lambda k: abs(k - config.top_k))[:2])
-        tiles = config.n_tiles
-        degrees = [n for n in range(2, tiles + 1) if tiles % len(chunk_order(n, load_balance)) == 0]
-        raise ValueError(
-            f"top_k = {config.top_k}: must be a multiple of tile_winners x chunks = {m} x {n_chunks} = {unit}"
-            f" at a context-parallel degree of {degree}, so that tiles end at the chunks' borders;"
-            f" nearest for seq_len = {seq_len}: {' or '.join(map(str, nearest)) or 'none'};"
-            f" this top_k allows the degrees {', '.join(map(str, [1, *degrees]))}"
-        )
-
-
-def _is_legal(config: LighthouseConfig, top_k: int, seq_len: int) -> bool:
-    try:
-        replace(config, top_k=top_k).check_seq_len(seq_len)
-    except ValueError:
-        return False
-    return True
+        if allowed(replace(config, scorer="norm"), degree):
+            problem += "; nearest: scorer = 'norm'"
+    else:
+        try:
+            config.check_seq_len(seq_len, len(chunk_order(degree, load_balance)))
+        except ValueError as error:
+            problem = f"at a context-parallel degree of {degree}, {error}"
+    degrees = [n for n in range(1, 2 * degree) if allowed(config, n)]
+    if degrees:
+        problem += f"; allowed: context_parallel_degree = {' or '.join(map(str, degrees))}"
+    raise ValueError(problem)
 
 
 def _spill(
