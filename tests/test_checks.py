@@ -5,12 +5,14 @@ import json
 import os
 import pickle
 import re
-import shlex
 import shutil
 import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_data import LAYOUTS, write_bpe
+from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.config import ConfigManager
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec
@@ -30,7 +33,6 @@ from torchtitan_ext.model.checkpoints import (
     checkpoint_to_load,
     complete_metadata,
     excluded_states,
-    step_of,
 )
 from torchtitan_ext.model.checks import parallel_dims
 from torchtitan_ext.model.hf_config import llama_config
@@ -80,6 +82,11 @@ def save(folder, step=10, degree=1, without=(), rate=None, **changes):
 
 def start_from(path):
     return f"--checkpoint.initial_load_path={path}", "--checkpoint.no_initial_load_model_only"
+
+
+def start(config):
+    """What a launch does before it builds anything but a tokenizer."""
+    return get_train_spec("llama3_lighthouse").build_tokenizer_fn(config)
 
 
 def problems(config):
@@ -461,13 +468,15 @@ def test_the_section_is_missed_when_its_module_is_not_named():
 
 
 def test_the_train_spec_checks_before_it_builds_or_saves(job, tmp_path):
-    spec = get_train_spec("llama3_lighthouse")
-    assert spec.build_tokenizer_fn(job()).get_vocab_size() >= 256
-    saved = [path.read_text() for path in tmp_path.glob("run/*")]
-    assert len(saved) == 1  # the config
     with pytest.raises(ValueError, match="seq_len = 4100"):
-        spec.build_tokenizer_fn(job("--training.seq_len=4100"))
-    assert [path.read_text() for path in tmp_path.glob("run/*")] == saved
+        start(job("--training.seq_len=4100"))
+    assert not (tmp_path / "run").exists()
+    assert start(job()).get_vocab_size() >= 256
+    saved = {path.name: path.read_text() for path in tmp_path.glob("run/*")}
+    assert sorted(saved) == ["checkpoint.lock", "config.json", "run.lock"]
+    with pytest.raises(ValueError, match="seq_len = 4100"):
+        start(job("--training.seq_len=4100"))
+    assert {path.name: path.read_text() for path in tmp_path.glob("run/*")} == saved
 
 
 def test_lighthouse_rules_do_not_bind_a_dense_job(job):
@@ -499,8 +508,8 @@ def test_a_step_to_load_of_a_run_that_is_not_there_is_an_error(job, tmp_path):
 def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
     old, other = save(tmp_path / "old"), save(tmp_path / "other")
     config, own = job(*start_from(old)), tmp_path / "run" / "checkpoint"
-    check_job(config)  # the start
-    check_job(config)  # killed before its first checkpoint
+    start(config)
+    start(config)  # killed before its first checkpoint
 
     own.mkdir()
     only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
@@ -515,7 +524,7 @@ def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
 
 def test_a_run_from_scratch_is_not_taken_for_one_with_an_initial_checkpoint(job, tmp_path):
     old = save(tmp_path / "old")
-    check_job(job())
+    start(job())
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     check_job(job())  # nothing saved yet, so from scratch is right
     save(tmp_path / "run", step=20)
@@ -525,14 +534,14 @@ def test_a_run_from_scratch_is_not_taken_for_one_with_an_initial_checkpoint(job,
 
 def test_an_exclusion_holds_for_the_checkpoint_for_which_it_was_set(job, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    start = start_from(save(tmp_path / "old"))
+    old = start_from(save(tmp_path / "old"))
     exclude = "--checkpoint.exclude_from_loading=optimizer,dataloader"
     both = ["dataloader", "optimizer"]
 
     def left_out(*overrides):
-        config = job(*start, *overrides)
+        config = job(*old, *overrides)
         foreseen = excluded_states(config, parallel_dims(config, 1))
-        get_train_spec("llama3_lighthouse").build_tokenizer_fn(config)
+        start(config)
         assert config.checkpoint.exclude_from_loading == foreseen
         return foreseen
 
@@ -610,11 +619,12 @@ def test_a_checkpoint_of_another_model_is_an_error(job, tmp_path):
 
 def test_a_degree_is_compared_with_the_checkpoint_that_will_be_loaded(job, tmp_path, monkeypatch):
     save(tmp_path / "run", step=10, degree=1)
-    save(tmp_path / "run", step=20, degree=2)
+    later = save(tmp_path / "run", step=20, degree=2)
     monkeypatch.setenv("WORLD_SIZE", "1")
     only_problem(job(), "step-20")
-    check_job(job("--checkpoint.load_step=10"))
     only_problem(job("--checkpoint.load_step=30"), "checkpoint.load_step = 30", "[10, 20]")
+    shutil.rmtree(later)
+    check_job(job("--checkpoint.load_step=10"))
 
 
 @pytest.mark.parametrize("missing", ["optimizer", "lr_scheduler", "dataloader", "train_state"])
@@ -648,23 +658,23 @@ def cut_short(path):
     data.write_bytes(data.read_bytes()[:-1])
 
 
-def test_a_broken_checkpoint_is_named_and_another_is_loaded_when_that_is_asked_for(job, tmp_path):
+def put_aside(problem):
+    [command] = re.findall(r"\((mkdir .* && mv .*?)\)", problem)
+    subprocess.run(command, shell=True, check=True)
+
+
+def test_a_broken_checkpoint_is_named_and_another_is_loaded_when_it_is_put_aside(job, tmp_path):
     older, newer, newest = (save(tmp_path / "run", step=step) for step in (9, 10, 100))
     cut_short(newest)
     size = next(newest.glob("*.distcp")).stat().st_size
     problem = only_problem(job(), newest, f"holds {size:,} of {size + 1:,} bytes", newer.name)
-    check_job(job("--checkpoint.load_step=10"))
-    cut_short(newer)
-    only_problem(
-        job("--checkpoint.load_step=10"), newer, f"--checkpoint.load_step {step_of(older)}"
-    )
-    assert older.name in only_problem(job())
-    save(tmp_path / "run", step=10)
-
-    [command] = re.findall(r"\((mv .*)\)", problem)
-    subprocess.run(shlex.split(command), check=True)
-    assert checkpoint_to_load(job()) == newer
+    put_aside(problem)
     check_job(job())
+    assert checkpoint_to_load(job()) == newer
+    cut_short(newer)
+    put_aside(only_problem(job("--checkpoint.load_step=10"), newer, older.name))
+    check_job(job())
+    assert checkpoint_to_load(job()) == older
 
 
 def test_where_no_checkpoint_is_complete_there_is_none_to_fall_back_to(job, tmp_path):
@@ -696,20 +706,82 @@ def test_a_checkpoint_that_is_not_there_yet_is_to_be_trained(job, tmp_path):
     only_problem(job(*start_from(missing)), missing, "does not exist; train it first")
 
 
-@pytest.mark.parametrize("name", ["step-30.broken", "old-step-30", "step-030", "step-30"])
-@pytest.mark.parametrize("index", [".metadata", "model.safetensors.index.json"])
-def test_a_folder_that_torchtitan_would_mistake_for_a_checkpoint_is_named(
-    job, tmp_path, name, index
-):
-    path = save(tmp_path / "run", step=20)
+INDICES = [".metadata", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_only_what_is_named_step_n_and_nothing_more_is_a_checkpoint(job, tmp_path, index):
+    folder = save(tmp_path / "run", step=20).parent
+    names = ["step-30.broken", "old-step-30", "step-030", "step-10-hf", "step-", "step-\u0663"]
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / index).touch()
+    for step in (10, 15, 16):
+        save(tmp_path / "run", step=step)
+    (folder / "step-16" / ".interrupted").touch()
+    start(job())
+    assert checkpoint_to_load(job()) == folder / "step-20"
+
+    manager = SimpleNamespace(folder=str(folder), keep_latest_k=2, purge_queue=Queue())
+    with patch("torchtitan_ext.model.checkpointer.get_rank", return_value=0):
+        CheckpointManager._purge_stale_checkpoints(manager)
+    assert CheckpointManager._find_load_step(manager) == 20
+    assert [*manager.purge_queue.queue] == [str(folder / f"step-{step}") for step in (10, 16)]
+
+
+@pytest.mark.parametrize("index", INDICES)
+@pytest.mark.parametrize(
+    "setting", ["load_step=16", "create_seed_checkpoint", "exclude_from_loading=train_state"]
+)
+def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
+    paths = [save(tmp_path / "run", step=step) for step in (12, 16, 20, 24)]
+    folder, written = paths[0].parent, paths if "load" not in setting else paths[2:]
+    for path in paths[2:]:
+        (path / ".metadata").rename(path / index)
+    if index == ".metadata" or "load_step" in setting:
+        check_job(job(f"--checkpoint.{setting}", "--checkpoint.load_only"))
+    words = [setting.replace("=", " = ").partition(" ")[0], *(path.name for path in written)]
+    problem = only_problem(job(f"--checkpoint.{setting}"), *words)
+    if "exclude" in setting:
+        newest = folder / ("step-24" if index == ".metadata" else "step-16")
+        assert f"checkpoint.initial_load_path = '{newest}'" in problem
+        return
+    put_aside(problem)
+    assert not any(path.exists() for path in written)
     check_job(job())
-    stray = path.with_name(name)
-    stray.mkdir()
-    (stray / index).touch()
-    if (name, index) == ("step-30", ".metadata"):  # it is one, broken
-        only_problem(job(), stray, "not a complete checkpoint", path.name)
-    else:
-        only_problem(job(), stray, "step 30", f"move it out of {path.parent}")
+    assert checkpoint_to_load(job()) == (folder / "step-16" if "load" in setting else None)
+    check_job(job(f"--checkpoint.{setting}"))
+
+
+def test_weights_alone_of_a_later_step_are_not_written_over(job, tmp_path):
+    path = save(tmp_path / "run", step=20)
+    later = path.with_name("step-30")
+    later.mkdir()
+    (later / "model.safetensors.index.json").touch()
+    put_aside(only_problem(job(), "checkpoint.load_step = -1", "step-30"))
+    check_job(job())
+
+
+def test_what_a_killed_save_left_is_gone_before_the_step_is_saved_again(job, tmp_path):
+    folder = save(tmp_path / "run", step=20).parent
+    for left in (
+        "__0_0.distcp",
+        "__7_0.distcp",
+        ".metadata.tmp",
+        "sharded/shard-00007.safetensors",
+    ):
+        file = folder / "step-30" / left
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (folder / "step-40").mkdir()
+    start(job("--checkpoint.load_only"))
+    assert (folder / "step-40").exists()
+    start(job("--checkpoint.load_step=20"))
+    assert [path.name for path in folder.iterdir()] == ["step-20"]
+    export = folder / "step-50" / "model.safetensors"
+    export.parent.mkdir()
+    export.touch()
+    only_problem(job(), "step-50", "put them aside")
 
 
 def test_a_seed_checkpoint_is_weights_alone_and_must_be_complete(job, tmp_path):
@@ -759,10 +831,10 @@ def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path
 def test_only_the_first_rank_notes_the_start(job, tmp_path, monkeypatch):
     config = job(*start_from(save(tmp_path / "old")))
     monkeypatch.setenv("RANK", "1")
-    check_job(config)
+    start(config)
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("RANK", "0")
-    check_job(config)
+    start(config)
     assert any((tmp_path / "run").iterdir())
 
 

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from test_resume import COMMON, losses
 
 from torchtitan_ext import runner
 from torchtitan_ext.model.checkpoints import complete_steps
+from torchtitan_ext.outlook import job_outlook
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(900)  # of the launches that the first test waits for
@@ -60,17 +63,21 @@ def runs(tmp_path_factory):
             text=True,
             timeout=120,  # whatever happens, it ends
         )
+        first_step = re.search(r"Training starts at step (\d+)", done.stdout)
         return SimpleNamespace(
             dump=folder / dump,
             checkpoints=folder / dump / "checkpoint",
             code=done.returncode,
             output=done.stdout,
-            first_step=int(re.search(r"Training starts at step (\d+)", done.stdout)[1]),
+            first_step=first_step and int(first_step[1]),
             complete=sorted(complete_steps(folder / dump / "checkpoint")),
             half_written=[path.name for path in folder.glob(f"{dump}/checkpoint/step-4/*")],
         )
 
-    runs = {"whole": start("whole")}
+    with ThreadPoolExecutor() as at_once:
+        both = [at_once.submit(start, "whole") for _ in range(2)]
+        whole, rival = sorted((run.result() for run in both), key=lambda run: run.code)
+    runs = {"whole": whole, "rival": rival}
     for name, (rank, step) in FAULTS.items():
         runs[name] = start(
             "suffering",
@@ -98,6 +105,21 @@ def test_all_starts_together_make_the_curve_of_the_undisturbed_run_bit_for_bit(r
     assert {(step, whole[step]) for step, value in suffering if value != whole[step]} <= (
         {(5, whole[5])} if "loss" in tag else set()
     )
+
+
+def test_of_two_launches_into_a_folder_one_is_refused_with_the_process_of_the_other(runs):
+    holder = (runs["whole"].dump / "run.lock").read_text()
+    assert f"on host {socket.gethostname()}, since" in holder
+    assert f"a launch that is still running writes there ({holder})" in last_lines(runs["rival"])
+    assert not re.search(r"step: +1 ", runs["rival"].output)
+
+
+def test_the_preflight_finds_no_fault_in_a_run_to_be_continued(runs, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = [*SETTINGS, "--experimental.custom_import=torchtitan_ext.model"]
+    settings += [f"--job.dump_folder={runs['completed'].dump}", f"--training.steps={STEPS + 2}"]
+    facts, problems = job_outlook("configs/demo/stage1.toml", settings, 2, None, None)
+    assert problems == [] and facts["steps"].startswith(f"{STEPS} to {STEPS + 2}")
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_the_report_names_it(runs):

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +27,10 @@ from typing import IO
 from torchtitan.config import ConfigManager, JobConfig
 
 from .command_line import CommandFailed, Display, duration, make_folder
-from .model.checkpoints import complete_steps
+from .model.checkpoints import complete_steps, remove_half_saved
 from .model.checks import check_job
 from .model.config import JobConfig as OwnSections
+from .model.folder_lock import LOCK, lock
 from .records import CONFIG_FILE, read_config
 
 STAGES = ("dense", "stage1", "stage2")
@@ -379,11 +379,10 @@ def _execute(run: PlannedRun, command: list[str], on_line: Callable[[str], None]
         # what a kill left half-saved: torchtitan would take its folder for the run's own
         # checkpoints and pass over the one to start from
         folder = run.checkpoint(0).parent
-        for saved in folder.glob("step-*"):
-            if not (saved / ".metadata").is_file():
-                shutil.rmtree(saved)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        with lock("--output", run.folder / LOCK):
+            remove_half_saved(folder)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
     log_file = run.folder / "log.txt"
     last: deque[str] = deque(maxlen=60)
     with training(command, log_file) as (child, lines):

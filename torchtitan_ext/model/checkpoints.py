@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMetadata
 from torchtitan.components.checkpoint import (
     DATALOADER,
+    INTERRUPTED,
     LR_SCHEDULER,
     MODEL,
     OPTIMIZER,
@@ -35,7 +38,7 @@ from .optimizer import resume_problems
 def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
     """What keeps a launch from its checkpoint: field, value and remedy. Without dims, not what depends on ranks."""
     checkpoint = job_config.checkpoint
-    folder, initial = _folder(job_config), checkpoint.initial_load_path
+    folder, initial = checkpoint_folder(job_config), checkpoint.initial_load_path
     if not checkpoint.enable:
         if initial:
             yield (
@@ -99,7 +102,6 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
         return
 
     # From here on torchtitan loads from the run's own folder and ignores initial_load_path.
-    yield from _mistaken_folders(folder)
     steps = complete_steps(folder)
     if initial and not steps:
         yield (
@@ -122,6 +124,8 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
             f"checkpoint.load_step = {step}: {folder} holds no complete checkpoint of that step, "
             f"only of {sorted(steps)}; choose one of them, or -1 for the newest"
         )
+    elif rewritten := list(_rewrite_problems(job_config, dims, step)):
+        yield from rewritten
     elif step > job_config.training.steps:
         yield (
             f"training.steps = {job_config.training.steps}: {folder} holds a run that is past it, at "
@@ -164,19 +168,33 @@ def _hf_problems(job_config: JobConfig) -> Iterator[str]:
         yield from config_problems(args, job_config.model.flavor, field, Path(path))
 
 
-def _mistaken_folders(folder: Path) -> Iterator[str]:
-    """What torchtitan takes for a checkpoint of the run's own, and couldn't load."""
-    steps = complete_steps(folder)
-    for path in sorted(folder.iterdir()):
-        found = re.search(r"step-(\d+)", path.name)
-        has_index = [
-            (path / name).is_file() for name in (".metadata", "model.safetensors.index.json")
-        ]
-        if found and any(has_index) and path.name not in {f"step-{step}" for step in steps}:
-            yield (
-                f"{path}: torchtitan takes this folder for the run's checkpoint of step {int(found[1])}, which "
-                f"it is not; move it out of {folder}"
-            )
+def _rewrite_problems(job_config: JobConfig, dims: ParallelDims | None, step: int) -> Iterator[str]:
+    """That a launch which goes on from the run's own `step` would reach checkpoints that are there."""
+    checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
+    cause, first = f"checkpoint.load_step = {checkpoint.load_step}", step
+    if checkpoint.create_seed_checkpoint:
+        cause, first = "checkpoint.create_seed_checkpoint = true", -1
+    anew = step != -1 and TRAIN_STATE in excluded_states(job_config, dims)
+    if anew:
+        cause, first = "checkpoint.exclude_from_loading, with 'train_state', counts from 0 again", 0
+    saved = _step_folders(folder)
+    later = [path for number, path in saved.items() if number > first and not _is_half_saved(path)]
+    if not later or checkpoint.load_only:
+        return
+    names = ", ".join(path.name for path in later)
+    yield f"{cause}: {folder} holds {names}, which this launch would write over; " + (
+        f"choose another job.dump_folder, and checkpoint.initial_load_path = {str(folder / f'step-{step}')!r}"
+        if anew
+        else f"to give them up, put them aside ({_put_aside(folder, later)}) and launch again, without "
+        "checkpoint.load_step"
+    )
+
+
+def _put_aside(folder: Path, checkpoints: list[Path]) -> str:
+    """A shell command that moves checkpoints out of their folder, into a new one beside it."""
+    places = (folder.with_name(f"{folder.name}-aside-{number}") for number in count(1))
+    place = str(next(place for place in places if not place.exists()))
+    return f"{shlex.join(['mkdir', place])} && {shlex.join(['mv', *map(str, checkpoints), place])}"
 
 
 def _state_problems(
@@ -193,7 +211,7 @@ def _state_problems(
     saved = metadata.state_dict_metadata
     if job_config.model.flavor in flavors:
         yield from _weight_problems(job_config, field, path, saved)
-    if path == _folder(job_config) / "step-0":
+    if path == checkpoint_folder(job_config) / "step-0":
         return  # torchtitan's seed checkpoint: weights alone
     yield from resume_problems(job_config, field, path, objects)
     wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
@@ -270,13 +288,10 @@ def _way_on(job_config: JobConfig, field: str, path: Path) -> str:
         return ""
     if newest is None:
         return f"; no other in {folder} is complete: to start anew, choose another job.dump_folder"
-    this_launch = f"--checkpoint.load_step {step_of(newest)}"
-    if job_config.checkpoint.load_step != -1:
-        return f"; the newest complete one is {newest.name}: {this_launch}"
-    aside = shlex.join(["mv", str(path), str(folder.with_name(f"broken-{path.name}"))])
+    later = [path for step, path in _step_folders(folder).items() if step > step_of(newest)]
     return (
-        f"; the newest complete one is {newest.name}: to go on from that, now and in every later launch, put "
-        f"the broken one aside ({aside}) and launch again; for one launch alone, add {this_launch}"
+        f"; the newest complete one is {newest.name}: to go on from that, put what is later aside "
+        f"({_put_aside(folder, later)}) and launch again, without checkpoint.load_step"
     )
 
 
@@ -310,13 +325,13 @@ def _other_model(
         )
 
 
-def _folder(job_config: JobConfig) -> Path:
+def checkpoint_folder(job_config: JobConfig) -> Path:
     return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
 
 
 def checkpoint_to_load(job_config: JobConfig) -> Path | None:
     """What a launch without problems starts from; None from scratch."""
-    checkpoint, folder = job_config.checkpoint, _folder(job_config)
+    checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
     if not checkpoint.enable:
         return None
     if folder.exists():
@@ -411,10 +426,47 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
+def _step_folders(folder: Path) -> dict[int, Path]:
+    """What is named step-N, from the first character to the last, in a folder of checkpoints."""
+    paths = {path.name[5:]: path for path in folder.glob("step-*") if path.is_dir()}
+    numbers = sorted(int(name) for name in paths if re.fullmatch("0|[1-9][0-9]*", name))
+    return {number: paths[str(number)] for number in numbers}
+
+
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that torchtitan would consider: the metadata is written last."""
-    names = [path.parent.name for path in folder.glob("step-*/.metadata")]
-    return [int(name[5:]) for name in names if re.fullmatch(r"step-(0|[1-9]\d*)", name)]
+    """Steps of the checkpoints that a run can go on from: the metadata is written last."""
+    saved = _step_folders(folder)
+    return [step for step, path in saved.items() if (path / ".metadata").is_file()]
+
+
+def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
+    """The complete checkpoints that are to go after a save.
+
+    What SIGTERM has saved between two intervals bridges to the next: it pushes out none that is to be kept, and goes
+    when a later one is complete.
+    """
+    steps = complete_steps(folder)
+    bridges = [step for step in steps if (folder / f"step-{step}" / INTERRUPTED).exists()]
+    regular = [step for step in steps if step not in bridges]
+    stale = [*regular[:-keep_latest_k], *(step for step in bridges if step < steps[-1])]
+    return [folder / f"step-{step}" for step in stale]
+
+
+def _is_half_saved(path: Path) -> bool:
+    """Whether a step's folder holds what a save that was killed leaves, and nothing else."""
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:  # rank 0 is deleting it
+        return True
+    left = {".metadata.tmp", "sharded", INTERRUPTED}
+    return not path.is_symlink() and all(n.endswith(".distcp") or n in left for n in names)
+
+
+def remove_half_saved(folder: Path) -> None:
+    """Deletes what killed saves left, whose shards would lie among those of the next save of that step."""
+    for path in _step_folders(folder).values():
+        if _is_half_saved(path):
+            shutil.rmtree(path)
 
 
 def _resolved(path: str | None) -> str | None:
@@ -454,7 +506,7 @@ def note_start(job_config: JobConfig) -> None:
     excluded = job_config.checkpoint.exclude_from_loading if path else []
     now = {state: noted.get(state, _resolved(str(path))) for state in excluded}
     _write_or_remove(exclusion_note(job_config), json.dumps(now) if now else None)
-    if not complete_steps(_folder(job_config)):
+    if not complete_steps(checkpoint_folder(job_config)):
         initial = job_config.checkpoint.initial_load_path
         _write_or_remove(_start_note(job_config), _resolved(initial))
 

@@ -22,21 +22,18 @@ from torchtitan_ext.lighthouse.ulysses import check_heads
 from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
 
 from .args import LighthouseModelArgs, flavors
-from .checkpoints import checkpoint_problems, data_parallel_degree, note_start
+from .checkpoints import checkpoint_problems, data_parallel_degree
 from .optimizer import optimizer_problems
 
 
 def check_job(job_config: JobConfig) -> None:
     """Raise one ValueError that lists every problem of this launch: field, value and remedy.
 
-    Every rank reads the same files and comes to the same answer. Rank 0 also notes which
-    checkpoint a new run starts from, so that a later launch can tell whether it continues that run.
+    Every rank reads the same files and comes to the same answer.
     """
     problems = [*patch_problems(), *job_problems(job_config, launched_ranks())]
     if problems:
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
-    if job_config.checkpoint.enable and int(os.environ.get("RANK", 0)) == 0:
-        note_start(job_config)
 
 
 def launched_ranks() -> int | None:

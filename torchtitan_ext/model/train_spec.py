@@ -37,8 +37,16 @@ from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 from torchtitan_ext.records import CONFIG_FILE, LOG_FREQ, N_DEVICES
 
 from .args import flavors
-from .checkpoints import excluded_states, exclusion_note
+from .checkpointer import use_step_folders
+from .checkpoints import (
+    checkpoint_folder,
+    excluded_states,
+    exclusion_note,
+    note_start,
+    remove_half_saved,
+)
 from .checks import check_job, launched_ranks, parallel_dims
+from .folder_lock import lock_folders
 from .loss import build_loss
 from .model import LighthouseSelfAttention, LighthouseTransformer
 from .optimizer import build_launch_schedulers
@@ -85,11 +93,16 @@ def build_checked_tokenizer(job_config: JobConfig) -> BaseTokenizer:
         # Ranks whose torchrun was killed would train on, into the folder where the next launch goes on: they
         # hear of it as of a SIGTERM, save and end.
         _prctl_pr_set_pdeathsig(signal.SIGTERM)
+    use_step_folders()
     if int(os.environ.get("RANK", 0)) == 0:
+        lock_folders(job_config)
+        if job_config.checkpoint.enable:
+            note_start(job_config)
+            if not job_config.checkpoint.load_only:
+                remove_half_saved(checkpoint_folder(job_config))
         # torchtitan's job.save_config_file comes before the check: a refused job would replace the
         # config of the run that its folder holds.
         file = Path(job_config.job.dump_folder, CONFIG_FILE)
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(job_config.to_dict(), indent=2) + "\n")
     checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
     excluded = excluded_states(job_config, n_ranks and parallel_dims(job_config, n_ranks))
