@@ -18,12 +18,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_data import LAYOUTS, write_bpe
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from torchtitan_ext import runner
 from torchtitan_ext.export_hf import export, find_checkpoint, llama_config
 from torchtitan_ext.model import LighthouseTransformer, flavors, get_train_spec
+from torchtitan_ext.niah import find_candidate
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "export_hf.py"
@@ -267,6 +269,37 @@ def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
     assert find_checkpoint(tmp_path).path == tmp_path / "checkpoint" / "step-10"
 
 
+def save_last_in_hf(dump_folder, model):
+    """What torchtitan leaves as step 12 under checkpoint.last_save_in_hf."""
+    path = dump_folder / "checkpoint" / "step-12"
+    adapter = get_train_spec().state_dict_adapter(model.model_args, None)
+    writer = HuggingFaceStorageWriter(str(path), save_distributed=True, enable_consolidation=True)
+    dcp.save(adapter.to_hf(model.state_dict()), storage_writer=writer, no_dist=True)
+    return path
+
+
+def test_a_last_step_in_hugging_faces_format_is_the_newest(tmp_path):
+    older, newest = build("debug", seq_len=64), build("debug", seq_len=64)
+    newest.output.weight.data += 1
+    save_run(tmp_path, older, flavor="debug")
+    path = save_last_in_hf(tmp_path, newest)
+    for place in (tmp_path, path):
+        found = find_checkpoint(place)
+        assert found.path == path
+        for dtype in (torch.float32, torch.bfloat16):
+            state, expected = found.load_state(dtype), newest.state_dict()
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[key], expected[key].to(dtype)) for key in state)
+    assert find_candidate(tmp_path).name == f"{tmp_path.name}-step-12"
+
+
+def cut_short_in_hf(path):
+    path = save_last_in_hf(path.parents[1], build("debug", seq_len=64))
+    [file] = path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    return path.parents[1], f"{path} is not a complete checkpoint", "restore it"
+
+
 def no_checkpoint(path):
     shutil.rmtree(path.parent)
     return path.parents[1], "no complete checkpoint", "checkpoint.interval"
@@ -352,6 +385,7 @@ def full_folder(path):
         not_there,
         no_metadata,
         cut_short,
+        cut_short_in_hf,
         no_job,
         another_config,
         broken_config,

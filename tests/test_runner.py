@@ -186,6 +186,16 @@ def test_a_seed_checkpoint_is_started_from(plan, output):
     assert seed.is_dir()
 
 
+def test_a_run_whose_last_step_is_in_hugging_faces_format_is_done(plan, output):
+    [dense] = plan(output, only=["dense"])
+    dense.checkpoint(160).mkdir(parents=True)
+    assert not dense.done
+    (dense.checkpoint(160) / "model.safetensors.index.json").touch()
+    assert dense.done
+    runner.run_all([dense])
+    assert launches(output) == []
+
+
 def test_a_run_that_ends_early_without_an_error_has_failed(plan, output, monkeypatch):
     monkeypatch.setenv("SAVE", "0")
     with pytest.raises(runner.RunFailed, match=r"dense failed .*checkpoint of step 160"):

@@ -19,11 +19,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
+from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from .command_line import make_folder, size
 from .model import LighthouseModelArgs, get_train_spec
-from .model.checkpoints import complete_metadata, complete_steps
+from .model.checkpoints import HF_INDEX, METADATA, complete_metadata, complete_steps, is_saved
 from .model.hf_config import llama_config
 from .records import CONFIG_FILE, read_config
 from .runner import import_extension
@@ -61,6 +63,35 @@ class Checkpoint:
     tokenizer_path: Path
     lighthouse: bool
 
+    @property
+    def _in_hugging_face(self) -> bool:
+        return not (self.path / METADATA).is_file()
+
+    @property
+    def _adapter(self) -> BaseStateDictAdapter:
+        return get_train_spec().state_dict_adapter(self.model_args, None)
+
+    @property
+    def _reader(self) -> FileSystemReader:
+        if self._in_hugging_face:
+            return self._adapter.get_hf_storage_reader(str(self.path))
+        return FileSystemReader(self.path)
+
+    def as_saved(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors in the checkpoint's names and shapes."""
+        return self._adapter.to_hf(state) if self._in_hugging_face else state
+
+    def metadata(self) -> Metadata:
+        """Raises ValueError where the checkpoint isn't complete."""
+        if not self._in_hugging_face:
+            return complete_metadata(self.path)
+        try:
+            return self._reader.read_metadata()
+        except Exception as error:  # of safetensors
+            raise ValueError(
+                f"{self.path} is not a complete checkpoint ({error}); restore it, or use another"
+            ) from error
+
     def n_bytes(self, dtype: torch.dtype) -> int:
         """Of all weights in `dtype`."""
         return sum(t.numel() for t in _meta_state(self.model_args).values()) * dtype.itemsize
@@ -79,8 +110,9 @@ class Checkpoint:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what we want
             for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
-                part = {key: state[key] for key in keys}
-                dcp.load(part, checkpoint_id=self.path, no_dist=True)
+                part = self.as_saved({key: state[key] for key in keys})
+                dcp.load(part, storage_reader=self._reader, no_dist=True)
+                state |= self._adapter.from_hf(part) if self._in_hugging_face else part
                 advance(sum(tensor.nbytes for tensor in part.values()))
         return state
 
@@ -96,21 +128,19 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
         dump_folder = step_folder
         job = _read_job(dump_folder)
         folder = dump_folder / job["checkpoint"]["folder"]
-        steps = complete_steps(folder)
+        steps = [*complete_steps(folder), *complete_steps(folder, HF_INDEX)]
         if not steps:
             raise ValueError(
                 f"{folder} holds no complete checkpoint: train with checkpoint.enable = true until the "
                 "first is saved (checkpoint.interval)"
             )
         step_folder = folder / f"step-{max(steps)}"
-        metadata = complete_metadata(step_folder)
-    elif not (step_folder / ".metadata").is_file():
+    elif not is_saved(step_folder):
         raise ValueError(
             f"{step_folder} is not a complete checkpoint or a run's folder: it has no .metadata and no {CONFIG_FILE}; "
             "give the step-N folder of a checkpoint that was saved to its end, or its run's folder"
         )
     else:
-        metadata = complete_metadata(step_folder)
         dump_folder = step_folder.parents[1]
         job = _read_job(dump_folder)
 
@@ -121,10 +151,14 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             f"version of this package that trained it; this one has {', '.join(flavors)}"
         )
     model_args = replace(flavors[flavor], max_seq_len=job["training"]["seq_len"])
-    saved = metadata.state_dict_metadata
+    checkpoint = Checkpoint(
+        step_folder, model_args, Path(job["model"]["hf_assets_path"]), job["lighthouse"]["enable"]
+    )
+    expected = checkpoint.as_saved(_meta_state(model_args))
+    saved = checkpoint.metadata().state_dict_metadata
     unfit = [
         key
-        for key, tensor in _meta_state(model_args).items()
+        for key, tensor in expected.items()
         if getattr(saved.get(key), "size", None) != tensor.shape
     ]
     if unfit:
@@ -133,7 +167,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             f"missing or of another shape: correct model.flavor in {dump_folder / CONFIG_FILE}"
         )
 
-    tokenizer_path = Path(job["model"]["hf_assets_path"])
+    tokenizer_path = checkpoint.tokenizer_path
     try:
         HuggingFaceTokenizer(str(tokenizer_path))
     except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -141,7 +175,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
             f"model.hf_assets_path = {str(tokenizer_path)!r} in {dump_folder / CONFIG_FILE}: no tokenizer "
             f"there ({error}); call from the folder that the training was launched from, or correct the path"
         ) from error
-    return Checkpoint(step_folder, model_args, tokenizer_path, job["lighthouse"]["enable"])
+    return checkpoint
 
 
 def export(
@@ -188,9 +222,10 @@ def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) 
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, logging
     except ImportError:
         return  # not needed to export
+    logging.set_verbosity_error()  # it warns of a RoPE that a short training doesn't reach the end of
     exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text, ids in zip(TEXTS, expected, strict=True):
         if (theirs := exported(text).input_ids) != ids:

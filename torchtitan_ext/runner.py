@@ -27,7 +27,7 @@ from typing import IO
 from torchtitan.config import ConfigManager, JobConfig
 
 from .command_line import CommandFailed, Display, duration, make_folder
-from .model.checkpoints import complete_steps, remove_half_saved
+from .model.checkpoints import complete_steps, is_saved, remove_half_saved
 from .model.checks import check_job
 from .model.config import JobConfig as OwnSections
 from .model.folder_lock import LOCK, lock
@@ -59,8 +59,8 @@ class PlannedRun:
         return self.folder / self.config.checkpoint.folder / f"step-{step}"
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is complete: its metadata is written last."""
-        return (self.checkpoint(step) / ".metadata").is_file()
+        """Whether the checkpoint of `step` is complete."""
+        return is_saved(self.checkpoint(step))
 
     @property
     def newest(self) -> int:

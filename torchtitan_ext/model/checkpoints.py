@@ -34,6 +34,13 @@ from .hf_config import config_problems
 from .model import LighthouseTransformer
 from .optimizer import resume_problems
 
+METADATA, HF_INDEX = ".metadata", "model.safetensors.index.json"  # each is written last
+
+
+def is_saved(path: Path) -> bool:
+    """Whether the folder holds a checkpoint, which may be weights alone (checkpoint.last_save_in_hf)."""
+    return any((path / name).is_file() for name in (METADATA, HF_INDEX))
+
 
 def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
     """What keeps a launch from its checkpoint: field, value and remedy. Without dims, not what depends on ranks."""
@@ -433,10 +440,10 @@ def _step_folders(folder: Path) -> dict[int, Path]:
     return {number: paths[str(number)] for number in numbers}
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that a run can go on from: the metadata is written last."""
+def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
+    """Steps of the checkpoints that a run can go on from; with HF_INDEX, of those in Hugging Face's format."""
     saved = _step_folders(folder)
-    return [step for step, path in saved.items() if (path / ".metadata").is_file()]
+    return [step for step, path in saved.items() if (path / written_last).is_file()]
 
 
 def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
