@@ -522,6 +522,31 @@ def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
     only_problem(job(), f"started from {old}", f"set it to {old}")
 
 
+def test_a_run_whose_folder_was_moved_goes_on_as_it_would_have_there(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    old, other = save(tmp_path / "outputs/stage1"), save(tmp_path / "other")
+    start(job(*start_from(old), dump="outputs/whole"))
+    save(tmp_path / "outputs/whole", step=20)
+    without_data = "--checkpoint.exclude_from_loading=dataloader"
+    start(job(*start_from(old), without_data, dump="outputs/over"))
+
+    (tmp_path / "outputs").rename(tmp_path / "moved")
+    moved = start_from(tmp_path / "moved/stage1/checkpoint/step-10")
+    check_job(job(*moved, dump="moved/whole"))
+    config = job(*moved, without_data, dump="moved/over")  # killed before its first checkpoint
+    assert excluded_states(config, parallel_dims(config, 1)) == ["dataloader"]
+    note = tmp_path / "moved/whole/started_from.txt"
+    for wrong in (start_from(other), ()):
+        said = only_problem(job(*wrong, dump="moved/whole"), f"started from {old}", f"into {note}")
+        assert f"set it to {old}" not in said
+
+    # what has no digest, or is gone itself
+    shutil.rmtree(tmp_path / "moved/stage1")
+    only_problem(job(*moved, dump="moved/whole"), f"into {note}")
+    note.write_text(moved[0].partition("=")[2] + "\n")
+    check_job(job(*moved, dump="moved/whole"))
+
+
 def test_a_run_from_scratch_is_not_taken_for_one_with_an_initial_checkpoint(job, tmp_path):
     old = save(tmp_path / "old")
     start(job())

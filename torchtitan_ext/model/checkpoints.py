@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -116,13 +117,18 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
             f"folder {folder} exists, without a complete checkpoint: delete {folder}"
         )
         return
-    started_from = _started_from(job_config)
-    if steps and started_from != _resolved(initial):
+    note = _start_note(job_config)
+    noted = note.read_text().strip() if note.exists() else ""
+    if steps and not _is_same(noted, _names(initial)):
+        origin, remedy = noted.partition("\n")[0], "drop the path"
+        if os.path.exists(origin):
+            remedy = f"set it to {origin}"
+        elif origin:
+            remedy = f"set it to where that lies now, and write that path into {note}"
         yield (
             f"checkpoint.initial_load_path = {initial!r} would be ignored, because {folder} holds "
-            f"a run that started from {started_from or 'scratch'}: to continue that one, "
-            + (f"set it to {started_from}" if started_from else "drop the path")
-            + f"; to start anew, choose another job.dump_folder or delete {folder}"
+            f"a run that started from {origin or 'scratch'}: to continue that one, {remedy}; to start anew, choose "
+            f"another job.dump_folder or delete {folder}"
         )
         return
     step = _step_to_load(job_config, steps)
@@ -358,8 +364,8 @@ def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[st
     excluded, path = job_config.checkpoint.exclude_from_loading, checkpoint_to_load(job_config)
     if path is None:
         return excluded
-    noted, now = _noted_exclusions(job_config), _resolved(str(path))
-    left_out = {state for state in excluded if noted.get(state, now) == now}
+    noted, now = _noted_exclusions(job_config), _names(path)
+    left_out = {state for state in excluded if _is_same(noted.get(state, now), now)}
     if dims and DATALOADER in excluded:
         with suppress(ValueError):  # of an incomplete one, named by checkpoint_problems
             if data_parallel_degree(dims) != _saved_degree(complete_metadata(path)):
@@ -476,17 +482,19 @@ def remove_half_saved(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def _resolved(path: str | None) -> str | None:
-    return os.path.realpath(path) if path else None
+def _names(path: str | Path | None) -> str:
+    """Lines by which a checkpoint is known: its path, and a digest that stays when it is moved; none without a path."""
+    metadata = Path(path or "", METADATA)  # it holds a random id
+    digest = [sha256(metadata.read_bytes()).hexdigest()] if path and metadata.is_file() else []
+    return "\n".join([os.path.realpath(path), *digest]) if path else ""
+
+
+def _is_same(one: str, other: str) -> bool:
+    return one == other or not set(one.splitlines()).isdisjoint(other.splitlines())
 
 
 def _start_note(job_config: JobConfig) -> Path:
     return Path(job_config.job.dump_folder, "started_from.txt")
-
-
-def _started_from(job_config: JobConfig) -> str | None:
-    note = _start_note(job_config)
-    return note.read_text().strip() if note.exists() else None
 
 
 def exclusion_note(job_config: JobConfig) -> Path:
@@ -511,11 +519,10 @@ def note_start(job_config: JobConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, noted = checkpoint_to_load(job_config), _noted_exclusions(job_config)
     excluded = job_config.checkpoint.exclude_from_loading if path else []
-    now = {state: noted.get(state, _resolved(str(path))) for state in excluded}
+    now = {state: noted.get(state, _names(path)) for state in excluded}
     _write_or_remove(exclusion_note(job_config), json.dumps(now) if now else None)
     if not complete_steps(checkpoint_folder(job_config)):
-        initial = job_config.checkpoint.initial_load_path
-        _write_or_remove(_start_note(job_config), _resolved(initial))
+        _write_or_remove(_start_note(job_config), _names(job_config.checkpoint.initial_load_path))
 
 
 def _write_or_remove(file: Path, text: str | None) -> None:
