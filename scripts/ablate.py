@@ -14,7 +14,7 @@ from pathlib import Path
 
 import _start
 
-from torchtitan_ext.command_line import at_least
+from torchtitan_ext.command_line import at_least, local_path
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -53,21 +53,21 @@ def main() -> None:
     parser.add_argument(
         "--grid",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         default=CONFIGS / "published.toml",
         help="TOML with [[ablations]], each a run and its settings (default: configs/published.toml)",
     )
     parser.add_argument(
         "--configs",
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         default=CONFIGS / "530m",
         help="folder of dense, stage1 and stage2.toml (default: configs/530m)",
     )
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         default=Path("outputs/ablations"),
         help="folder of the cells' runs (default: outputs/ablations)",
     )

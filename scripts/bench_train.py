@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import _start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from torchtitan_ext.command_line import CommandFailed, Display, at_least, make_folder
+from torchtitan_ext.command_line import CommandFailed, Display, at_least, local_path, make_folder
 from torchtitan_ext.records import CONFIG_FILE, LOSS, SECONDS, TOKENS_PER_SECOND
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def main() -> int:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         help="the records; each run's log goes beside them (default: bench_train.json in results on a GPU, else in "
         "outputs)",
     )

@@ -9,11 +9,10 @@ Exit code: 0 if exported, 2 with the reason where that can't be.
 
 import argparse
 import sys
-from pathlib import Path
 
 import _start
 
-from torchtitan_ext.command_line import Display, size
+from torchtitan_ext.command_line import Display, local_path, size
 
 
 def main() -> None:
@@ -21,9 +20,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "checkpoint", type=Path, help="a step-N folder, or a dump folder for its newest step"
+        "checkpoint", type=local_path, help="a step-N folder, or a dump folder for its newest step"
     )
-    parser.add_argument("folder", type=Path, help="where to; must be new or empty")
+    parser.add_argument("folder", type=local_path, help="where to; must be new or empty")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

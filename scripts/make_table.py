@@ -9,6 +9,8 @@ from pathlib import Path
 
 import _start
 
+from torchtitan_ext.command_line import local_path
+
 PUBLISHED = Path(__file__).parents[1] / "configs" / "published.toml"
 
 
@@ -16,13 +18,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="the experiment: dense/, stage1/, stage2-*/")
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, help="where table and plot go (default: the folder)"
+        "folder", type=local_path, help="the experiment: dense/, stage1/, stage2-*/"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=local_path,
+        help="where table and plot go (default: the folder)",
     )
     parser.add_argument(
         "--other-seeds",
-        type=Path,
+        type=local_path,
         nargs="+",
         default=[],
         metavar="FOLDER",
@@ -30,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--ablations",
-        type=Path,
+        type=local_path,
         nargs="+",
         default=[],
         metavar="FOLDER",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import _start
 
-from torchtitan_ext.command_line import Display, at_least, make_folder
+from torchtitan_ext.command_line import Display, at_least, local_path, make_folder
 
 RESULTS = Path("outputs/niah")
 
@@ -24,7 +24,7 @@ def main() -> None:
     )
     parser.add_argument(
         "checkpoint",
-        type=Path,
+        type=local_path,
         help="a step-N folder, a dump folder for its newest step, or a Hugging Face folder",
     )
     parser.add_argument(
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         help=f"(default: {RESULTS}/ and the checkpoint's name)",
     )
     args = parser.parse_args()

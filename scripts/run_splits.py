@@ -11,7 +11,7 @@ from pathlib import Path
 
 import _start
 
-from torchtitan_ext.command_line import at_least
+from torchtitan_ext.command_line import at_least, local_path
 
 STAGES = ("dense", "stage1", "stage2")
 
@@ -23,14 +23,14 @@ def main() -> None:
     parser.add_argument(
         "--configs",
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         required=True,
         help="folder of dense, stage1 and stage2.toml",
     )
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        type=Path,
+        type=local_path,
         help="folder of the runs (default: outputs/<name of configs>)",
     )
     parser.add_argument(

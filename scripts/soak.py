@@ -18,7 +18,7 @@ from pathlib import Path
 
 import _start
 
-from torchtitan_ext.command_line import CommandFailed, Display, at_least, make_folder
+from torchtitan_ext.command_line import CommandFailed, Display, at_least, local_path, make_folder
 
 CONFIG = "configs/demo/stage1.toml"
 SETTINGS = (
@@ -44,7 +44,13 @@ def main() -> int:
         ("--kills", "N", at_least(1), 20, "of the second run"),
         ("--nproc", "N", at_least(1), 2, "ranks of each run"),
         ("--seed", "N", int, 0, "of the kills' moments"),
-        ("--output", "FOLDER", Path, Path("outputs/soak"), "of runs, tables and plot; must be new"),
+        (
+            "--output",
+            "FOLDER",
+            local_path,
+            Path("outputs/soak"),
+            "of runs, tables and plot; must be new",
+        ),
     ):
         parser.add_argument(
             name,

@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import train
 from safetensors.torch import save_file
 from test_data import LAYOUTS, write_bpe
 from torchtitan.components.checkpoint import CheckpointManager
@@ -131,6 +132,26 @@ def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, ki
     with pytest.raises(ValueError) as error:
         check_job(job(file=tmp_path / "job.toml"))
     assert f"{setting}: must be of type {kind}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("job.dump_folder", "checkpoint.folder", "checkpoint.initial_load_path"),
+        *("model.hf_assets_path", "training.dataset_path", "metrics.save_tb_folder"),
+    ],
+)
+@pytest.mark.parametrize("path", ["s3://bucket/run", "gs:/bucket", "hf://datasets/me/mine"])
+def test_a_path_with_a_scheme_is_refused(job, field, path):
+    only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is no path on this machine: mount")
+
+
+def test_a_launch_into_a_path_with_a_scheme_makes_no_folder_of_that_name():
+    good, output = train(
+        1, ["--job.config_file=configs/demo/dense.toml", "--job.dump_folder=s3://b/c"]
+    )
+    assert not good and "job.dump_folder = 's3://b/c' is no path on this machine" in output
+    assert not (ROOT / "s3:").exists()
 
 
 @pytest.mark.parametrize(

@@ -408,6 +408,13 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(tmp_path, monkeypatch,
     assert sorted(tmp_path.rglob("*")) == before  # nothing was written
 
 
+def test_no_folder_is_named_by_a_scheme(tmp_path, monkeypatch, capsys):
+    for paths in ((tmp_path, "s3://bucket/hf"), ("gs://bucket/run", tmp_path / "hf")):
+        assert run_script(monkeypatch, *paths) == 2
+        assert "bucket" in (message := capsys.readouterr().err) and "is no path on this" in message
+    assert not Path("s3:").exists()
+
+
 def test_a_disk_that_is_too_full_is_told_in_units_that_say_how_full(tmp_path, monkeypatch, capsys):
     path = save_run(tmp_path, build("debug", seq_len=64), flavor="debug")
     needed = find_checkpoint(path).n_bytes(torch.float32)

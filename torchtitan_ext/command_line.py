@@ -7,6 +7,7 @@ is imported here that takes time or may be missing, so that --help and a wrong e
 import argparse
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+MOUNT = "mount what lies there, or copy it, and give its path"
 SECONDS_BETWEEN_LINES = 10
 REMEDIES = {
     errno.ENOENT: "give one that exists",
@@ -42,6 +44,18 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def is_address(path: str) -> bool:
+    """Whether a path begins with a scheme, as s3://bucket: it would become a folder of that name here."""
+    return bool(re.match(r"[A-Za-z][\w+.-]+:/", path))
+
+
+def local_path(text: str) -> Path:
+    """An argparse type."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path on this machine: {MOUNT}")
+    return Path(text)
 
 
 def make_folder(folder: Path) -> Path:

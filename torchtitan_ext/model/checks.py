@@ -16,6 +16,7 @@ from torchtitan.config.job_config import Training, Validation
 from torchtitan.distributed import ParallelDims
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
+from torchtitan_ext.command_line import MOUNT, is_address
 from torchtitan_ext.data import check_dataset
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.ulysses import check_heads
@@ -33,6 +34,9 @@ def check_job(job_config: JobConfig) -> None:
     """
     problems = [*patch_problems(), *job_problems(job_config, launched_ranks())]
     if problems:
+        if is_address(folder := job_config.job.dump_folder):
+            with suppress(OSError):  # torchtitan has made it for its traces already
+                os.removedirs(os.path.join(folder, job_config.comm.save_traces_folder))
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
 
 
@@ -53,7 +57,7 @@ def patch_problems() -> Iterator[str]:
 
 def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
     """Every problem of a launch on `n_ranks` processes; None leaves out what depends on their number."""
-    if problems := list(_type_problems(job_config)):
+    if problems := list(_type_problems(job_config)) or list(_address_problems(job_config)):
         return problems
     if not hasattr(job_config, "lighthouse"):
         return [
@@ -92,6 +96,16 @@ def _type_problems(settings: Any, section: str = "") -> Iterator[str]:
         except TypeCheckError:
             kind = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
             yield f"{name} = {value!r}: must be of type {kind}"
+
+
+def _address_problems(settings: Any, section: str = "") -> Iterator[str]:
+    """The paths in a dataclass, and in those in it, that lead to no place on this machine."""
+    for field in fields(settings):
+        name, value = f"{section}{field.name}", getattr(settings, field.name)
+        if is_dataclass(value):
+            yield from _address_problems(value, f"{name}.")
+        elif isinstance(value, str) and name.endswith(("folder", "path")) and is_address(value):
+            yield f"{name} = {value!r} is no path on this machine: {MOUNT}"
 
 
 def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
