@@ -293,7 +293,7 @@ def runs(tmp_path_factory):
     shard = stopped.dump / "checkpoint/step-4/__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
     refused = start("faulty", skip)
-    moved = re.search(r"\((mv .*?)\) and launch again", refused.output)
+    moved = re.search(r"\((mkdir .*?)\) and launch again", refused.output)
     subprocess.run(["bash", "-c", moved[1]], check=True)
     resumed = start("faulty", skip)
     return SimpleNamespace(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from launches import start_ranks
 from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
+from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.config import ConfigManager
 from torchtitan.config import JobConfig as TorchtitanJobConfig
 from torchtitan.config.job_config import Job, Metrics
@@ -270,8 +271,8 @@ def validators(rank, n_ranks, store):
 
     def batches(*overrides):
         job = parse("configs/demo/dense.toml", "--validation.enable", *overrides)
-        tokenizer = get_train_spec("llama3_lighthouse").build_tokenizer_fn(job)
-        return LighthouseValidator(job, n_ranks, rank, tokenizer, **unused).validation_dataloader
+        source = n_ranks, rank, build_hf_tokenizer(job)
+        return LighthouseValidator(job, *source, **unused).validation_dataloader
 
     sources = "--validation.dataset=python_source_validation", "--validation.steps=-1"
     n_batches = [None] * n_ranks
