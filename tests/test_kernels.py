@@ -365,8 +365,9 @@ def test_attention_may_change_its_inputs_in_place(either_path):
         for attention in (in_place, by_copies)
     )
     assert torch.equal(ours, expected)
+    # On a GPU, attention's own backward pass does not repeat bitwise.
     grads = (torch.autograd.grad(x.sin().sum(), tensors) for x in (ours, expected))
-    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+    assert all(error(x, y) < TOLERANCE[torch.float32] for x, y in zip(*grads, strict=True))
 
 
 def test_forward_mode_differentiation_is_refused(triton_everywhere):
