@@ -17,6 +17,10 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from torchtitan_ext.train.spec import register
+
+register()  # as a run's start does
+
 # An example's milliseconds say how busy the machine is.
 settings.register_profile("any-speed", deadline=None)
 settings.load_profile("any-speed")

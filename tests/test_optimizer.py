@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import LRScheduler, Optimizer
 
-from torchtitan_ext.model.optimizer import build_launch_schedulers
+from torchtitan_ext.train.optimizer import build_launch_schedulers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -2,7 +2,7 @@
 
 from .attention import LighthouseAttention, lighthouse_attention, select_entries
 from .config import LighthouseConfig
-from .operators import Selection
+from .torch_ops import Selection
 
 __all__ = [
     "LighthouseAttention",

@@ -7,31 +7,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import operators
+from . import torch_ops
 from .config import LighthouseConfig
-from .operators import Selection, entries, gathered_rows
+from .torch_ops import Selection, entries, gathered_rows
 
 try:
-    from . import kernels
+    from . import triton_ops
 except ImportError:  # no Triton on this platform: the torch path serves it
-    kernels = None  # type: ignore[assignment]
+    triton_ops = None  # type: ignore[assignment]
 
 Attention = Callable[..., torch.Tensor]
 
 
-def causal_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
-) -> torch.Tensor:
+def causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False) -> torch.Tensor:
     """The stock kernel, causal: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D]."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
-def _operators_for(x: torch.Tensor) -> ModuleType:
+def ops_for(x: torch.Tensor) -> ModuleType:
     """The Triton operators where they run, else the torch ones."""
-    return kernels if kernels and x.is_cuda and x.dtype != torch.float64 else operators
+    return triton_ops if triton_ops and x.is_cuda and x.dtype != torch.float64 else torch_ops
 
 
-def _check_inputs(
+def check_inputs(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -60,9 +58,7 @@ def _check_inputs(
     if freqs_cis is None:
         return
     if head_dim % 2:
-        raise ValueError(
-            f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs"
-        )
+        raise ValueError(f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs")
     if (
         freqs_cis.ndim != 2
         or freqs_cis.shape[0] < seq_len
@@ -78,7 +74,7 @@ def _check_inputs(
 
 
 @torch.no_grad()
-def _slots(
+def select_slots(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -88,17 +84,15 @@ def _slots(
 ) -> torch.Tensor:
     """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw.
 
-    For chunks of a sequence, which only the scorer `norm` can score, `starts` is as in `operators`."""
-    ops = _operators_for(q)
+    For chunks of a sequence, which only the scorer `norm` can score, `starts` is as in `torch_ops`."""
+    ops = ops_for(q)
     if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":
         table = freqs_cis[: q.shape[1]].unsqueeze(1)  # norms don't change under rotation
-        q, k = operators.rotate(q, table), operators.rotate(k, table)
+        q, k = torch_ops.rotate(q, table), torch_ops.rotate(k, table)
     return ops.select(ops.score(q, k, v, config), config, starts)
 
 
-def _attend(
-    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
+def call_attention(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention on gathered rows: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D] in q's dtype.
 
     Raises ValueError if `attention` returns another shape."""
@@ -110,9 +104,7 @@ def _attend(
     out = attention(q, k, v, enable_gqa=enable_gqa)
     if not isinstance(out, torch.Tensor) or out.shape != shape:
         returned = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise ValueError(
-            f"attention returned {returned}: must return [B, H, S, D] = {tuple(shape)}, as q"
-        )
+        raise ValueError(f"attention returned {returned}: must return [B, H, S, D] = {tuple(shape)}, as q")
     return out.to(dtype)  # autocast's, or another of attention's own
 
 
@@ -125,9 +117,9 @@ def select_entries(
     freqs_cis: torch.Tensor | None = None,
 ) -> Selection:
     """The entries that `lighthouse_attention` gathers for these arguments, in gathered order."""
-    _check_inputs(q, k, v, config, freqs_cis)
+    check_inputs(q, k, v, config, freqs_cis)
     seq_len = q.shape[1]
-    slots = _slots(q, k, v, config, freqs_cis)
+    slots = select_slots(q, k, v, config, freqs_cis)
     return entries(gathered_rows(slots, config.gathered_len(seq_len)), config, seq_len)
 
 
@@ -162,15 +154,15 @@ def lighthouse_attention(
         ValueError: shapes that don't fit each other or the settings; the message says what would be right.
         NotImplementedError: inputs with tangents of forward-mode differentiation, on a GPU.
     """
-    _check_inputs(q, k, v, config, freqs_cis)
-    ops = _operators_for(q)
-    slots = _slots(q, k, v, config, freqs_cis)
+    check_inputs(q, k, v, config, freqs_cis)
+    ops = ops_for(q)
+    slots = select_slots(q, k, v, config, freqs_cis)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config)
-    return ops.scatter(_attend(attention, q, k, v), slots, config)
+    return ops.scatter(call_attention(attention, q, k, v), slots, config)
 
 
 class LighthouseAttention(nn.Module):
-    """`lighthouse_attention` as a module without parameters, so that it can stand for an attention layer.
+    """`lighthouse_attention` as a module without parameters, in place of an attention layer.
 
     Args:
         config: the layer's settings.
@@ -190,6 +182,4 @@ class LighthouseAttention(nn.Module):
         freqs_cis: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `lighthouse_attention`: [B, N, H, D] and 2 x [B, N, H_kv, D] -> [B, N, H, D]."""
-        return lighthouse_attention(
-            q, k, v, self.config, freqs_cis=freqs_cis, attention=self.attention
-        )
+        return lighthouse_attention(q, k, v, self.config, freqs_cis=freqs_cis, attention=self.attention)

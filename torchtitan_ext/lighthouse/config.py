@@ -24,7 +24,7 @@ class LighthouseConfig:
     """Entries of one level that one entry of the next level summarises (a power of two)."""
 
     top_k: int = 1536
-    """Winners a head and level: a multiple of `tile_winners`."""
+    """Winners per head and level: a multiple of `tile_winners`."""
 
     scorer: str = "norm"
     """What makes an entry matter: its norms (norm), or those of attention's outputs, softmax within residue
@@ -37,7 +37,7 @@ class LighthouseConfig:
     """Rotate each gathered row at its entry's end (selected), or every token before pooling (base)."""
 
     tile_winners: int = 128
-    """Winners a tile, half by query score and half by key score (even)."""
+    """Winners per tile, half by query score and half by key score (even)."""
 
     def __post_init__(self) -> None:
         def require(legal: bool, field: str, rule: str) -> None:
@@ -53,9 +53,7 @@ class LighthouseConfig:
         require(m >= 2 and m % 2 == 0, "tile_winners", "must be even and at least 2")
         require(self.scorer in SCORERS, "scorer", f"must be one of {', '.join(SCORERS)}")
         require(self.dilation >= 1, "dilation", "must be at least 1")
-        require(
-            self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}"
-        )
+        require(self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}")
         # The last rule, so that what it proposes is legal.
         nearest = max(m, (self.top_k + m // 2) // m * m)
         require(
@@ -130,8 +128,7 @@ class LighthouseConfig:
             )
         elif self.gathered_len(seq_len) >= seq_len:
             problem = (
-                f"top_k = {self.top_k}: gathers {self.gathered_len(seq_len)} rows,"
-                f" no fewer than seq_len = {seq_len}"
+                f"top_k = {self.top_k}: gathers {self.gathered_len(seq_len)} rows, no fewer than seq_len = {seq_len}"
             )
         else:
             problem = f"dilation = {self.dilation}: must divide seq_len = {seq_len}"

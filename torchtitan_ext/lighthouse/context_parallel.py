@@ -11,14 +11,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
+from .attention import Attention, call_attention, check_inputs, ops_for, select_slots
 from .config import LighthouseConfig
 from .ulysses import chunk_order, chunks_of_ranks
 
 
-def check_context_parallel(
-    config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool
-) -> None:
+def check_context_parallel(config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool) -> None:
     """Raise ValueError, naming what would be right, unless `degree` ranks can share `seq_len` tokens."""
 
     def allowed(config: LighthouseConfig, degree: int) -> bool:
@@ -45,9 +43,7 @@ def check_context_parallel(
     raise ValueError(problem)
 
 
-def _spill(
-    out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig, n_chunks: int
-) -> torch.Tensor:
+def _spill(out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig, n_chunks: int) -> torch.Tensor:
     """Rows of each chunk's last entry of each pooled level, 0 where it has no slot.
 
     [B, H, chunks x S, D] and slots [B x chunks, H_kv, M] -> [chunks, B, L - 1, H, D].
@@ -94,20 +90,20 @@ def context_parallel_attention(
             be right.
     """
     degree, rank = mesh.size(), mesh.get_local_rank()
-    _check_inputs(q, k, v, config, freqs_cis, degree)
+    check_inputs(q, k, v, config, freqs_cis, degree)
     check_context_parallel(config, q.shape[1] * degree, degree, load_balance)
     order = chunk_order(degree, load_balance)
     chunks = chunks_of_ranks(degree, load_balance)[rank]
     per_rank = len(chunks)
     config = replace(config, top_k=config.top_k // len(order))
-    ops = _operators_for(q)
+    ops = ops_for(q)
 
     batch, chunk_len = q.shape[0], q.shape[1] // per_rank
     starts = [chunk * chunk_len for chunk in chunks]
     q, k, v = (x.unflatten(1, (per_rank, chunk_len)).flatten(0, 1) for x in (q, k, v))
-    slots = _slots(q, k, v, config, freqs_cis, starts)
+    slots = select_slots(q, k, v, config, freqs_cis, starts)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config, starts)
-    out = _attend(attention, q, k, v)
+    out = call_attention(attention, q, k, v)
 
     spill = DTensor.from_local(_spill(out, slots, config, per_rank), mesh, [Shard(0)])
     spill = spill.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])

@@ -1,4 +1,4 @@
-"""The scorers: one query score and one key score a token and KV head, without parameters (paper, section 3).
+"""The scorers: one query score and one key score per token and KV head, without parameters (paper, section 3).
 
 With grouped queries a KV head's score is the largest of its group. No score carries a gradient.
 """
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .config import LighthouseConfig
 
 LOG_GATE = math.log(0.5) / 16
-"""Log of what `gla` keeps of its state a token: log(sigmoid(0)) / 16, for every head."""
+"""Log of what `gla` keeps of its state per token: log(sigmoid(0)) / 16, for every head."""
 
 _SDPA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -33,9 +33,7 @@ def accumulator(x: torch.Tensor) -> torch.dtype:
 def _norms(of_query: torch.Tensor, of_key: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
     """L2 norms of rows [B, N, H or H_kv, D], the largest of each group: [2, B, H_kv, N]."""
     norms = [
-        torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x))
-        .unflatten(2, (n_kv_heads, -1))
-        .amax(-1)
+        torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x)).unflatten(2, (n_kv_heads, -1)).amax(-1)
         for x in (of_query, of_key)
     ]
     return torch.stack(norms).transpose(2, 3)
@@ -100,17 +98,13 @@ def norm_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return _norms(q, k, k.shape[2])
 
 
-def dilated_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dilation: int
-) -> torch.Tensor:
+def dilated_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dilation: int) -> torch.Tensor:
     """Norms of causal softmax attention's outputs within each residue class of the positions.
 
     q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32; N is a multiple of `dilation`.
     """
     classes = (
-        x.unflatten(1, (-1, dilation))
-        .transpose(1, 2)
-        .flatten(0, 1)  # [B * dilation, N / dilation, ...]
+        x.unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1)  # [B * dilation, N / dilation, ...]
         for x in (q, k, v)
     )
     scores = _output_norms(softmax_attention, *classes)
@@ -127,9 +121,7 @@ def gla_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 
 # One operator, so that torch.compile sees no graph break and activation checkpointing one output to keep.
 @torch.library.custom_op("lighthouse::attention_scores", mutates_args=())
-def _attention_scores_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scorer: str, dilation: int
-) -> torch.Tensor:
+def _attention_scores_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scorer: str, dilation: int) -> torch.Tensor:
     with torch.autocast(q.device.type, enabled=False):
         scores = dilated_scores(q, k, v, dilation) if scorer == "dilated" else gla_scores(q, k, v)
         return scores.contiguous()
@@ -141,9 +133,7 @@ def _(q, k, v, scorer, dilation):
     return k.new_empty(2, batch, n_kv_heads, seq_len, dtype=accumulator(k))
 
 
-def base_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
-) -> torch.Tensor:
+def base_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     """Each token's scores by `config.scorer`: q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32."""
     if config.scorer == "norm":
         return norm_scores(q, k)

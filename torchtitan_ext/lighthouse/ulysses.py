@@ -10,13 +10,13 @@ from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
-from .attention import Attention, _attend
+from .attention import Attention, call_attention
 
 
 def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
     """Places in the sequence of the chunks that each of `degree` ranks holds.
 
-    One chunk a rank; with `load_balance` two if there are several ranks, one from the sequence's head and its mirror from the tail.
+    One chunk per rank. With `load_balance` and several ranks two: one from the head, its mirror from the tail.
     """
     if not load_balance or degree == 1:
         return [[rank] for rank in range(degree)]
@@ -42,7 +42,7 @@ def check_heads(n_heads: int, n_kv_heads: int, degree: int) -> None:
 
 
 def _in_order(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
-    """Rows [B, S, ...] with their chunks in this order, an empty one for that in which they are."""
+    """Rows [B, S, ...] with their chunks in `order`; an empty one leaves them as they are."""
     if not order:
         return rows
     chunks = rows.unflatten(1, (len(order), -1))
@@ -69,19 +69,17 @@ class UlyssesAttention(nn.Module):
         self.order = order if order != sorted(order) else []
         self.places = sorted(range(len(self.order)), key=self.order.__getitem__)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
-    ) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False) -> torch.Tensor:
         """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, one after another -> [B, H, S, D]."""
         check_heads(q.shape[1], k.shape[1], self.degree)
-        return self._heads_for_rows(_attend(self.attention, *self._rows_for_heads(q, k, v)))
+        return self._heads_for_rows(call_attention(self.attention, *self._rows_for_heads(q, k, v)))
 
     def _all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """The i-th part of dimension 0 goes to rank i; what comes, rank after rank."""
+        """Send the i-th part of dimension 0 to rank i; return what the ranks sent, in their order."""
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
     def _rows_for_heads(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """All heads of own rows for all rows of own heads: of each [B, H, S, D], [B, H / ranks, S x ranks, D]."""
+        """Exchange all heads of own rows for all rows of own heads: [B, H, S, D] -> [B, H / ranks, S x ranks, D]."""
         parts = []
         for x in tensors:
             if x.shape[1] < self.degree:

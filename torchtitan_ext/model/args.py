@@ -4,7 +4,7 @@ from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
-from .config import Lighthouse
+from .settings import Lighthouse
 
 
 @dataclass

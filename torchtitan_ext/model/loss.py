@@ -35,9 +35,7 @@ class ProjectionForLoss(nn.Linear):
         return hidden, self.weight
 
 
-def _loss_and_gradient(
-    logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross entropy of [T, vocab_size] logits, fp32, and its gradient in their dtype."""
     kept = labels != IGNORE_INDEX
     log_p = logits.float().log_softmax(-1)
@@ -55,9 +53,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for h, grad_h, y in zip(
-            hidden.split(_CHUNK), grad_hidden.split(_CHUNK), labels.split(_CHUNK), strict=True
-        ):
+        for h, grad_h, y in zip(hidden.split(_CHUNK), grad_hidden.split(_CHUNK), labels.split(_CHUNK), strict=True):
             chunk_loss, grad = _loss_and_gradient(h @ weight.T, y)
             loss += chunk_loss
             torch.mm(grad, weight, out=grad_h)
@@ -85,9 +81,7 @@ def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
     return min(chunk, n_tokens), multiple
 
 
-def linear_cross_entropy_loss(
-    pred: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor
-) -> torch.Tensor:
+def linear_cross_entropy_loss(pred: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Summed cross entropy: torchtitan's `cross_entropy_loss` of the logits, without the logits.
 
     On a CUDA device Liger-Kernel's, elsewhere a chunk of tokens at a time in torch. torch's own
@@ -118,9 +112,7 @@ def linear_cross_entropy_loss(
     return _ChunkedLoss.apply(hidden, weight, labels)
 
 
-def _loss_under_ddp(
-    loss_fn: LossFunction, n_ranks: int, pred: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def _loss_under_ddp(loss_fn: LossFunction, n_ranks: int, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """DDP averages gradients over ranks, but the trainer has divided each loss by the tokens of all ranks."""
     loss = loss_fn(pred, labels)
     if loss.requires_grad:
@@ -132,9 +124,7 @@ def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any
     """torchtitan's loss, or the one above where `loss.fuse_output` asks for it."""
     if job_config.loss.fuse_output:
         if device_type == "cuda" and not liger_fused_linear_cross_entropy:
-            logger.warning(
-                "Liger-Kernel can't be imported: the loss takes more time and memory without it"
-            )
+            logger.warning("Liger-Kernel can't be imported: the loss takes more time and memory without it")
         loss_fn = linear_cross_entropy_loss
     else:
         loss_fn = build_cross_entropy_loss(job_config, **kwargs)

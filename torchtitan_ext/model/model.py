@@ -49,9 +49,7 @@ class LighthouseSelfAttention(Attention):
         assert attention_masks is None and (positions is None) == (not self.context_parallel)
         bs, seqlen, _ = x.shape
         # -1 instead of the number of heads: tensor parallelism shards them.
-        xq, xk, xv = (
-            proj(x).view(bs, seqlen, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv)
-        )
+        xq, xk, xv = (proj(x).view(bs, seqlen, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv))
         attend = context_parallel_attention if self.context_parallel else lighthouse_attention
         output = attend(
             *(xq, xk, xv, self.config),
@@ -75,3 +73,9 @@ class LighthouseTransformer(Transformer):
             self.layers[str(layer)].attention = LighthouseSelfAttention(model_args)
         if model_args.fuse_output:
             self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size, bias=False)
+
+
+def meta_model(args: LighthouseModelArgs) -> LighthouseTransformer:
+    """The model without memory for its weights: their names, shapes and number."""
+    with torch.device("meta"):
+        return LighthouseTransformer(args)

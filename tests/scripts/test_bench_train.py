@@ -1,0 +1,148 @@
+"""The training benchmark records what ran, reports what failed and goes on, and refuses what can't run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.commands import ROOT, call, load_script, run_command
+from torch.utils.tensorboard import SummaryWriter
+
+from torchtitan_ext.arguments import parse
+from torchtitan_ext.experiment import records
+from torchtitan_ext.experiment.runner import load_job
+from torchtitan_ext.jobs.launch import child_environment
+from torchtitan_ext.jobs.plan import plan_report
+from torchtitan_ext.jobs.recorded import CONFIG_FILE
+
+CONFIG = "configs/text/stage1.toml"
+SMALL = ("training.seq_len=1024", "lighthouse.top_k=16", "loss.fuse_output=true")
+
+
+def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path):
+    output = tmp_path / "bench.json"
+    done = call(
+        *(sys.executable, "scripts/bench_train.py"),
+        *("--steps", "4", "--window", "2", "--output", str(output)),
+        *("--run", "broken", CONFIG, "parallelism.data_parallel_shard_degree=3"),
+        *("--run", "small", CONFIG, *SMALL),
+        *("--run", "stage2", "configs/text/stage2.toml", *SMALL, "compile.enable=true"),
+        **child_environment(),
+    )
+    assert done.returncode == 1 and "failed: broken" in done.stderr
+    assert "the degrees' product must be the number of ranks" in done.stderr  # the job's own words
+    broken, row, compiled = json.loads(output.read_text())["rows"]
+    assert broken["name"] == "broken" and "failed" in broken["error"]
+    assert row["name"] == "small" and row["seq_len"] == 1024 and row["n_gpus"] == 1
+    assert row["tok_s_gpu"] > 0 and row["step_s"] > 0 and row["peak_gib"] > 0
+    assert row["loss_last"] < row["loss_first"]
+    assert row["losses"][0] == row["loss_first"] and len(row["losses"]) == 3  # steps 1, 2 and 4
+    assert f"| 1 | {row['loss_first']:.4f} | {compiled['loss_first']:.4f} |" in done.stdout
+    assert f"| small | 1 | 1,024 | {row['tok_s_gpu']:,.0f} |" in done.stdout
+    assert compiled["loss_last"] < compiled["loss_first"]
+    log = (tmp_path / "bench_train_small_1.log").read_text()
+    assert "Mixed precision training is handled by fully_shard" in log  # on one device too
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--steps", "6"], ["--steps 6", "multiple of --window 4", "at least 8"]),
+        (["--window", "0"], ["--window", "'0': give a whole number, 1 or more"]),
+        (["--nproc", "-1"], ["--nproc", "'-1': give a whole number, 1 or more"]),
+        (["--run", "one"], ["--run one", "give a name and the path of a job file"]),
+        (["--run", "a/b", CONFIG], ["--run a/b", "letters, digits"]),
+        (["--run", "a", CONFIG, "--run", "a", CONFIG], ["--run a", "a name of its own"]),
+        (["--run", "a", "README.md"], ["README.md: no TOML"]),
+        (["--run", "a", CONFIG, "training.seq_len=100"], ["seq_len = 100", "nearest"]),
+        (["--profile"], ["--profile", "no CUDA device"]),
+        (
+            ["--run", "a", CONFIG, "--append", "--output", "README.md"],
+            ["--append", "README.md is no record"],
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_time_is_spent(arguments, words, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "bench.json"
+    assert run_command(monkeypatch, "bench_train", "--output", output, *arguments) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" not in message
+    assert all(word in message for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def bench_train():
+    return load_script("bench_train")
+
+
+def write_events(folder, bench_train, points):
+    """What a run leaves: for each (step, seconds) a loss, speed, MFU and memory, and its settings."""
+    with SummaryWriter(folder) as writer:
+        for step, seconds in points:
+            writer.add_scalar(records.LOSS, 10 - step / 10, step)
+            writer.add_scalar(records.SECONDS, seconds, step)
+            writer.add_scalar(records.TOKENS_PER_SECOND, 1000 / seconds, step)
+            writer.add_scalar(bench_train.MFU, 10 / seconds, step)
+            writer.add_scalar(bench_train.PEAK, step, step)
+    (folder / CONFIG_FILE).write_text(json.dumps({"training": {"seq_len": 64}}))
+
+
+def test_warm_up_is_not_timed(tmp_path, bench_train):
+    write_events(tmp_path, bench_train, [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)])
+    row = bench_train.measured(tmp_path, bench_train.timed_windows(window=4, profile=False))
+    assert row["step_s"] == 3 and row["tok_s_gpu"] == pytest.approx(1000 / 3)
+    assert row["peak_gib"] == 16 and (row["loss_first"], row["loss_last"]) == pytest.approx((9.9, 8.4))
+    row = bench_train.measured(tmp_path, bench_train.timed_windows(window=4, profile=True))
+    assert row["step_s"] == 3  # of 2 and 4: the last window holds the profile
+    row = bench_train.measured(tmp_path, bench_train.timed_windows(window=1, profile=False))
+    assert row["step_s"] == pytest.approx((3 + 4) / 2)  # of 50, 2, 4, 3
+
+
+def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(tmp_path, bench_train, monkeypatch, capsys):
+    stand_in = tmp_path / "bin" / "python3"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n")
+    stand_in.chmod(0o755)
+    output = tmp_path / "eight.json"
+    for part in ("fsdp", "cp", "one"):
+        subprocess.run(
+            ["bash", str(ROOT / "scripts/bench_eight.sh"), part],
+            env={"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "OUTPUT": str(output)},
+            check=True,
+        )
+    calls = (tmp_path / "calls").read_text().split("END\0")[:-1]
+
+    jobs = []
+
+    def train(self, nproc, run, folder, on_step):
+        overrides = self.job_arguments(run.settings)
+        _, problems = plan_report(run.config, overrides, nproc, gpu_memory=139, tok_s=None)
+        assert problems == []
+        jobs.append(load_job(Path(run.config), overrides))
+        write_events(folder, bench_train, [(n, 10 / nproc) for n in (1, 2, 4, 6, 8)])
+        (folder / "log.txt").touch()
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(bench_train.BenchTrain, "train", train)
+    for arguments in calls:
+        parse(bench_train.BenchTrain, arguments.split("\0")[1:-1], "bench_train").run()
+    table = capsys.readouterr().out.rsplit("| run |", 1)[-1]
+
+    rows = json.loads(output.read_text())["rows"]
+    by_run = {(row["name"], row["n_gpus"]): job for row, job in zip(rows, jobs, strict=True)}
+    assert len(by_run) == len(rows)  # each run once
+    on_one, on_eight = ({name for name, n in by_run if n == number} for number in (1, 8))
+    assert on_one < on_eight and len(by_run) == len(on_one) + len(on_eight)
+    for name in on_one:
+        one, eight = by_run[name, 1], by_run[name, 8]
+        assert one.activation_checkpoint == eight.activation_checkpoint
+        # the same sequence, or a rank's share of it that attends to as many rows a token
+        lens = [job.training.seq_len for job in (one, eight)]
+        assert lens[1] / lens[0] in (1, eight.parallelism.context_parallel_degree)
+        attended = [job.lighthouse.gathered_len(n) ** 2 / n for job, n in zip((one, eight), lens, strict=True)]
+        assert attended[0] == pytest.approx(attended[1], rel=1e-3)
+        assert f"| {name} | 8 | 64 | 800 | 800.0 % |" in table
+    assert output.with_suffix(".png").stat().st_size > 0

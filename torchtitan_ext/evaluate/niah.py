@@ -1,0 +1,274 @@
+"""Retrieve a needle from a haystack: a digit hidden at a depth of a context, asked for at its end.
+
+Protocol (the retrieval experiment of the paper). A prompt is
+
+    <bos> filler[:a] needle filler[a:] question
+
+with the needle " The pass key is 7.", the question " The pass key is " and 62 equally likely letters and digits,
+without spaces, as filler. Filler holds digits too, so a model has to find the one after the marker. Lengths are in
+tokens of the model's own tokenizer: the whole prompt is exactly `context` of them, and a = depth percent of the filler,
+so that at depth 0 the needle follows bos (if the tokenizer has one), and at depth 100 the question follows the needle.
+The question's tokens are those that " The pass key is 0" to "... 9" share, before the answer's one token each.
+
+The model answers with the likeliest of these ten tokens, under dense attention whatever it was trained with. Trial t
+asks for the digit t mod 10, and trials come in tens: a constant answer scores exactly 0.1. A prompt depends only on
+seed, context, depth and trial.
+"""
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+
+import torch
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from torchtitan_ext.data.passkey import FILLER, QUESTION, encode, needle, question_and_answers
+from torchtitan_ext.data.tokenizer import load_tokenizer
+from torchtitan_ext.figures import markdown_table, new_figure
+from torchtitan_ext.jobs.recorded import CONFIG_FILE
+from torchtitan_ext.model import LighthouseTransformer
+
+from .export_hf import Advance, find_checkpoint
+
+DEPTHS = (0, 15, 30, 50, 70, 85, 100)  # percent
+CONTEXTS = (4096, 8192, 16384, 32768, 65536, 98304)  # tokens
+
+# [B, N] tokens, int64, on the CPU -> [B, vocab_size] logits of the token that follows the last
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint to evaluate, its weights not read yet.
+
+    name: a short one, for a folder. max_context: tokens that it was trained for, as `max_context_field` says.
+    lighthouse: whether its run had Lighthouse on. load: its logits on a device, with weights in a dtype.
+    """
+
+    path: Path
+    name: str
+    tokenizer: HuggingFaceTokenizer
+    max_context: int
+    max_context_field: str
+    lighthouse: bool
+    load: Callable[[torch.device, torch.dtype], Logits] = field(repr=False)
+
+
+def find_candidate(path: Path) -> Candidate:
+    """The checkpoint at `path`: torchtitan's, as `find_checkpoint` takes it, or a Hugging Face folder.
+
+    Raises ValueError where there is none, or what it needs is missing.
+    """
+    path = path.resolve()
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        config = {}  # for find_checkpoint to judge
+    if "model_type" in config:
+        return _hugging_face(path, config)
+
+    checkpoint = find_checkpoint(path)
+    path, args = checkpoint.path, checkpoint.model_args
+
+    def load(device: torch.device, dtype: torch.dtype) -> Logits:
+        with torch.device(device):
+            model = LighthouseTransformer(args)
+        state = {key: value.to(device) for key, value in checkpoint.load_state(dtype).items()}
+        # Assigned, not copied: so the parameters take on dtype, and RoPE's table keeps its own.
+        model.load_state_dict(state, assign=True)
+        _only_last(model.output)
+        return lambda tokens: model(tokens.to(device))[:, -1]
+
+    name, limit = f"{path.parents[1].name}-{path.name}", "training.seq_len"
+    return Candidate(path, name, checkpoint.tokenizer, args.max_seq_len, limit, checkpoint.lighthouse, load)
+
+
+def _hugging_face(path: Path, config: dict) -> Candidate:
+    limit = "max_position_embeddings"
+    if not isinstance(config.get(limit), int):
+        raise ValueError(f"{path / CONFIG_FILE} has no whole number {limit}: add it, the longest context in training")
+    tokenizer = load_tokenizer(path, str(path), "put the model's tokenizer.json beside its weights")
+    from transformers import AutoModelForCausalLM
+
+    def load(device: torch.device, dtype: torch.dtype) -> Logits:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+        torch.nn.Module.to(model, device)
+        _only_last(model.get_output_embeddings())
+        return lambda tokens: model(tokens.to(device), use_cache=False).logits[:, -1]
+
+    return Candidate(path, path.name, tokenizer, config[limit], limit, False, load)
+
+
+def _only_last(projection: torch.nn.Module) -> None:
+    """Logits only of the last position: those of a long context would be its largest tensor by far."""
+    projection.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, -1:],))
+
+
+class Prompts:
+    """Builds prompts in a tokenizer's tokens. Raises ValueError where a digit after the question is not one token.
+
+    answers: the ids of the ten digits' tokens. shortest: tokens of a prompt without filler.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer):
+        self._tokenizer = tokenizer
+        self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self._question, self.answers = question_and_answers(tokenizer)
+        self._needle_end = encode(tokenizer, needle("").removeprefix(QUESTION))
+        self.shortest = len(self._start) + 2 * len(self._question) + 1 + len(self._needle_end)
+
+    def __call__(self, context: int, depth: int, trial: int, seed: int) -> list[int]:
+        """The prompt's `context` tokens; `context` must be `shortest` at least."""
+        rng = random.Random(f"{seed} {context} {depth} {trial}")
+        n_filler = context - self.shortest
+        filler: list[int] = []
+        while len(filler) < n_filler:  # at most one token per character
+            filler += encode(self._tokenizer, "".join(rng.choices(FILLER, k=n_filler - len(filler))))
+        at = round(n_filler * depth / 100)
+        hidden = [*self._question, self.answers[trial % 10], *self._needle_end]
+        return [*self._start, *filler[:at], *hidden, *filler[at:], *self._question]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to evaluate: contexts in tokens, depths in percent of the filler, trials per context and depth."""
+
+    contexts: tuple[int, ...]
+    depths: tuple[int, ...] = DEPTHS
+    trials: int = 10
+    seed: int = 0
+    batch_size: int = 10
+
+    def check(self, prompts: Prompts, candidate: Candidate) -> None:
+        """Raises ValueError for settings that can't be evaluated."""
+        longest, limit, shortest = candidate.max_context, candidate.max_context_field, prompts.shortest
+        if not self.contexts:
+            protocol = ", ".join(map(str, CONTEXTS))
+            raise ValueError(f"{limit} = {longest} of {candidate.path} is below all of {protocol}: give --contexts")
+        unequal = [self.trials] if self.trials % 10 else []
+        for option, wrong, reason in (
+            ("contexts", [n for n in self.contexts if n > longest], f"exceed {limit} = {longest}: leave them out"),
+            ("contexts", [n for n in self.contexts if n < shortest], f"hold no question: give {shortest} or more"),
+            ("depths", [depth for depth in self.depths if not 0 <= depth <= 100], "are no percentages: give 0 to 100"),
+            ("trials", unequal, "don't hide each digit equally often: give a multiple of 10"),
+        ):
+            if wrong:
+                raise ValueError(f"--{option}: {', '.join(map(str, wrong))} {reason}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The trials of a context and a depth; answers: the digit given in each, in the trials' order."""
+
+    context: int
+    depth: int
+    answers: str
+
+    @property
+    def correct(self) -> int:
+        return sum(int(answer) == trial % 10 for trial, answer in enumerate(self.answers))
+
+
+@torch.inference_mode()
+def evaluate(
+    logits: Logits, prompts: Prompts, settings: Settings, advance: Advance = lambda n_tokens: None
+) -> list[Cell]:
+    """Every cell, by context and depth as `settings` has them. `advance` gets the tokens of each batch.
+
+    Raises ValueError where the device's memory doesn't hold a batch, or the logits aren't finite.
+    """
+    cells = []
+    trials = list(product(settings.depths, range(settings.trials)))
+    # The longest first: if it is too long for the device, that shows at once.
+    for context in sorted(settings.contexts, reverse=True):
+        digits = ""
+        for start in range(0, len(trials), settings.batch_size):
+            batch = trials[start : start + settings.batch_size]
+            tokens = torch.tensor([prompts(context, *trial, settings.seed) for trial in batch])
+            try:
+                of_digits = logits(tokens)[:, prompts.answers]  # [B, 10]
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"out of memory with --batch-size = {settings.batch_size} at context {context}: give a smaller "
+                    "--batch-size, or leave it out of --contexts"
+                ) from error
+            if not of_digits.isfinite().all():
+                raise ValueError(
+                    f"the model's logits at context {context} are not finite: its training diverged, or the "
+                    "checkpoint is damaged"
+                )
+            digits += "".join(map(str, of_digits.argmax(-1).tolist()))
+            advance(tokens.numel())
+        for i, depth in enumerate(settings.depths):
+            cells.append(Cell(context, depth, digits[i * settings.trials : (i + 1) * settings.trials]))
+    return sorted(cells, key=lambda cell: settings.contexts.index(cell.context))
+
+
+def write(
+    folder: Path, candidate: Candidate, settings: Settings, cells: Sequence[Cell], dtype: torch.dtype
+) -> tuple[str, list[Path]]:
+    """table.md, niah.json and heatmap.png in `folder`; returns the table and the paths written."""
+    accuracy = {(cell.context, cell.depth): cell.correct / settings.trials for cell in cells}
+    mean = sum(accuracy.values()) / len(accuracy)
+    record = {
+        "checkpoint": os.path.relpath(candidate.path),
+        "trained_with_lighthouse": candidate.lighthouse,
+        candidate.max_context_field: candidate.max_context,
+        "dtype": str(dtype).removeprefix("torch."),
+        **asdict(settings),
+        "mean": mean,
+        "standard_error": math.sqrt(mean * (1 - mean) / (len(cells) * settings.trials)),
+        "cells": [asdict(cell) | {"correct": cell.correct, "mean": cell.correct / settings.trials} for cell in cells],
+    }
+    paths = [folder / name for name in ("table.md", "niah.json", "heatmap.png")]
+    text = _table(record, accuracy)
+    paths[0].write_text(text)
+    paths[1].write_text(json.dumps(record, indent=2) + "\n")
+    _save_heat_map(record, accuracy, paths[2])
+    return text, paths
+
+
+def _table(record: dict, accuracy: dict[tuple[int, int], float]) -> str:
+    contexts, depths = record["contexts"], record["depths"]
+
+    def mean(contexts: Sequence[int], depths: Sequence[int]) -> str:
+        values = [accuracy[place] for place in product(contexts, depths)]
+        return f"{sum(values) / len(values):.2f}"
+
+    def row(title: str, depths: Sequence[int]) -> list[str]:
+        return [title, *(mean([context], depths) for context in contexts), mean(contexts, depths)]
+
+    *columns, total = row("mean", depths)
+    rows = [*(row(f"{depth} %", [depth]) for depth in depths), [*columns, f"**{total}**"]]
+    head = ["depth", *(f"{context:,}" for context in contexts), "mean"]
+    return (
+        f"Retrieval under dense attention, {record['checkpoint']}: mean {record['mean']:.3f} "
+        f"± {record['standard_error']:.3f} (standard error), {record['trials']} trials per cell, seed "
+        f"{record['seed']}, {record['dtype']}. Context in tokens; chance is 0.1.\n\n"
+        + markdown_table(head, rows, "r" * len(head))
+        + "\n"
+    )
+
+
+def _save_heat_map(record: dict, accuracy: dict[tuple[int, int], float], path: Path) -> None:
+    contexts, depths = record["contexts"], record["depths"]
+    figure = new_figure(2.5 + 0.8 * len(contexts), 1.5 + 0.45 * len(depths))
+    axes = figure.subplots()
+    values = [[accuracy[context, depth] for context in contexts] for depth in depths]
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for row, column in product(range(len(depths)), range(len(contexts))):
+        value = values[row][column]
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    axes.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts])
+    axes.set_yticks(range(len(depths)), depths)
+    axes.set(xlabel="context (tokens)", ylabel="depth (%)")
+    axes.set_title(f"{record['checkpoint']}\nmean {record['mean']:.3f}", fontsize="medium")
+    figure.colorbar(image, label="share of digits retrieved (chance 0.1)")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,412 @@
+"""Report a split-point experiment: its table and its plot, made from the runs' own records.
+
+An experiment is a folder that holds one run each for `dense` (from scratch), `stage1` (Lighthouse) and
+`stage2-<split>` (dense, from stage 1's checkpoint at step <split>).
+
+Definitions, the same for every run. T is the step at which stage 2 and dense end. The window W is T // 100 steps, but
+no fewer than 5 and no fewer than metrics.log_freq, so that it always holds a logged step. Means are over the logged
+steps of a window.
+
+- before: mean loss of stage 1 over the steps in (split - W, split].
+- jump: loss at stage 2's first logged step, minus before. Nats.
+- recovery: the smallest number n of steps after the switch for which stage 2's mean loss over
+  (split + n - W, split + n] is at most before. The window lies in stage 2, so n is at least W; there is none where the
+  run ends first.
+- final loss: mean loss over the steps in (T - W, T]. Difference: final loss minus dense's.
+- validation loss: the last one of a finished run, on documents held out; difference as above. Only where the runs
+  validate (validation.enable).
+- dense at equal hours: dense's validation loss at the moment when it had spent the split's device-hours; linear
+  between two points. Training losses are of other batches at other times, so they don't compare.
+- device-hours: seconds x devices / 3600 over a run's logged steps; for a split, stage 1's up to the split and stage
+  2's (records.Run.device_hours).
+- tok/s per device: median over the logged steps, the first one of each process start left out. For a split, of
+  stage 1 up to the split.
+"""
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchtitan_ext import figures
+from torchtitan_ext.console import make_folder
+from torchtitan_ext.figures import markdown_table
+
+from .records import Run, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILES = ("table.md", "table.csv", "curves.csv", "loss.png")
+# columns of curves.csv, the logged points that everything is made of
+CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
+TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
+
+
+def _column(title: str, form: Callable[[Any], str], optional: bool = False) -> Any:
+    """A field of Row that is a column of the Markdown table; an optional one only if a row has a value."""
+    return field(default=None, metadata={"title": title, "form": form, "optional": optional})
+
+
+def _number(x: float) -> str:
+    return f"{x:.1f}" if x >= 10 else f"{x:#.3g}"
+
+
+_loss, _signed, _count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
+
+
+@dataclass
+class Row:
+    """A row of the table. A field is None where the records don't (yet) say, a string where a range is published."""
+
+    run: str = _column("run", str)
+    device_hours: float | None = _column("device-hours", _number)
+    ktok_s: float | None = _column("stage-1 tok/s per device (k)", _number)
+    final_loss: float | None = _column("final loss", _loss)
+    jump: float | str | None = _column("jump (nats)", _signed)
+    recovery: int | str | None = _column("steps to recover", _count)
+    difference: float | None = _column("difference from dense", _signed)
+    validation_loss: float | None = _column("validation loss", _loss, optional=True)
+    validation_difference: float | None = _column("difference from dense", _signed, optional=True)
+    dense_at_equal_hours: float | None = _column("dense at equal hours", _loss, optional=True)
+    steps_after_switch: int | None = None
+    status: str = "finished"
+
+    def compare(self, dense: "Row") -> None:
+        self.difference = _minus(self.final_loss, dense.final_loss)
+        self.validation_difference = _minus(self.validation_loss, dense.validation_loss)
+
+    @property
+    def deciding_loss(self) -> float | None:
+        """On the validation documents if there are any."""
+        return self.final_loss if self.validation_loss is None else self.validation_loss
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """The Markdown table's cells, by field."""
+        cells = {}
+        for column in COLUMNS:
+            value = getattr(self, column.name)
+            cells[column.name] = value if isinstance(value, str) else _cell(value, column.metadata["form"])
+        if self.recovery is None and self.jump is not None:
+            cells["recovery"] = f"not within {self.steps_after_switch:,}"
+        return cells
+
+
+COLUMNS = [column for column in fields(Row) if column.metadata]
+
+
+def _cell(value: float | None, form: Callable[[Any], str]) -> str:
+    return "-" if value is None else form(value)
+
+
+def _minus(loss: float | None, other: float | None) -> float | None:
+    return None if loss is None or other is None else loss - other
+
+
+def markdown_rows(rows: Sequence[Row]) -> str:
+    body = [row.cells for row in rows]
+    shown = [c for c in COLUMNS if not c.metadata["optional"] or any(cells[c.name] != "-" for cells in body)]
+    return markdown_table([c.metadata["title"] for c in shown], [[cells[c.name] for c in shown] for cells in body])
+
+
+@dataclass
+class Experiment:
+    dense: Run | None
+    stage1: Run | None
+    tails: dict[int, Run | None]  # by split, latest first
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those that have records, in the table's order."""
+        return [run for run in (self.dense, self.stage1, *self.tails.values()) if run]
+
+
+def read_experiment(folder: str | Path) -> Experiment:
+    """The experiment in `folder`; a run of which nothing is logged yet is None.
+
+    Raises FileNotFoundError if no run of the experiment is there.
+    """
+    folder = Path(folder)
+    splits = [int(m[1]) for p in folder.glob("*") if (m := re.fullmatch(r"stage2-(\d+)", p.name))]
+    tails = {split: read_run(folder / f"stage2-{split}") for split in sorted(splits, reverse=True)}
+    experiment = Experiment(read_run(folder / "dense"), read_run(folder / "stage1"), tails)
+    if not experiment.runs:
+        raise FileNotFoundError(
+            f"{folder} holds no records of a run: expected TensorBoard events under dense/, stage1/ or "
+            "stage2-<split>/, as python -m torchtitan_ext splits leaves them"
+        )
+    return experiment
+
+
+def window(total_steps: int, log_freq: int) -> int:
+    return max(5, total_steps // 100, log_freq)
+
+
+def mean_loss(step: np.ndarray, loss: np.ndarray, end: int, window: int) -> float:
+    """Mean of the losses [n_logged] logged at the steps in (end - window, end]; NaN for none."""
+    inside = (step > end - window) & (step <= end)
+    return float(loss[inside].mean()) if inside.any() else float("nan")
+
+
+def recovery(step: np.ndarray, loss: np.ndarray, split: int, before: float, window: int) -> int | None:
+    """Steps after `split` until stage 2's trailing mean loss is at most `before`, or None."""
+    for end in step[step >= split + window]:
+        if mean_loss(step, loss, end, window) <= before:
+            return int(end - split)
+    return None
+
+
+def batch_noise(run: Run) -> float:
+    """Standard deviation of the loss between batches, from neighbours in the later half; NaN if too few are logged."""
+    steps = np.diff(run.loss[len(run.loss) // 2 :])
+    return float(steps.std() / np.sqrt(2)) if steps.size else float("nan")
+
+
+def hours_at(run: Run, step: int) -> float:
+    """Device-hours that `run` had spent at `step`; linear between two logged steps."""
+    return float(np.interp(step, [0, *run.step], [0.0, *run.device_hours]))
+
+
+def table(experiment: Experiment) -> list[Row]:
+    """One row for dense, then one per split."""
+    dense, stage1 = experiment.dense, experiment.stage1
+    first = Row("dense", status=_status(dense))
+    if dense:
+        first.ktok_s = _ktok_s(dense, dense.total_steps)
+        if dense.finished:
+            first.device_hours = float(dense.device_hours[-1])
+            first.final_loss, first.validation_loss = _final_losses(dense)
+
+    rows = [first]
+    for split, tail in experiment.tails.items():
+        row = Row(f"split at {split:,}", status=_status(tail, split))
+        rows.append(row)
+        reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freqs[-1] else None
+        if reached:
+            row.ktok_s = _ktok_s(reached, split)
+        if tail is None:
+            continue
+        row.run = _label(split, tail)
+        row.steps_after_switch = int(tail.step[-1]) - split
+        if reached:
+            w = window(tail.total_steps, tail.log_freq)
+            before = mean_loss(reached.step, reached.loss, split, w)
+            row.jump = float(tail.loss[0]) - before
+            row.recovery = recovery(tail.step, tail.loss, split, before, w)
+        if tail.finished:
+            row.final_loss, row.validation_loss = _final_losses(tail)
+            row.compare(first)
+            if reached:
+                row.device_hours = hours_at(reached, split) + float(tail.device_hours[-1])
+                row.dense_at_equal_hours = _loss_at_hours(dense, row.device_hours)
+    return rows
+
+
+def _ktok_s(run: Run, upto: int) -> float | None:
+    steady = (run.step <= upto) & ~run.starts
+    return float(np.median(run.tokens_per_second[steady])) / 1000 if steady.any() else None
+
+
+def _final_losses(run: Run) -> tuple[float, float | None]:
+    """Of training, and of validation if the run validates."""
+    final = mean_loss(run.step, run.loss, run.total_steps, window(run.total_steps, run.log_freq))
+    return final, float(run.validation_loss[-1]) if run.validation_loss.size else None
+
+
+def _loss_at_hours(dense: Run | None, hours: float) -> float | None:
+    """None if dense has not (yet) spent so many device-hours, or isn't validated."""
+    if dense is None or hours > dense.device_hours[-1] or not dense.validation_step.size:
+        return None
+    spent = [hours_at(dense, end) for end in dense.validation_step]
+    return float(np.interp(hours, spent, dense.validation_loss))
+
+
+def _status(run: Run | None, start: int = 0) -> str:
+    if run is None:
+        return "not started"
+    if not run.finished:
+        return f"unfinished, at step {run.step[-1]:,} of {run.total_steps:,}"
+    if gaps := ", ".join(f"{a:,} to {b:,}" for a, b in run.gaps(start)):
+        return f"finished, but nothing is recorded between steps {gaps}"
+    return "finished"
+
+
+def _label(split: int, tail: Run) -> str:
+    return f"{split:,} + {tail.total_steps - split:,}"
+
+
+def write(
+    folder: str | Path,
+    output: str | Path,
+    published: dict,
+    other_seeds: Sequence[str | Path] = (),
+    ablations: Sequence[str | Path] = (),
+) -> tuple[str, list[Path]]:
+    """Make FILES of the experiment in `folder` in `output`; returns the Markdown and the paths written.
+
+    published: what configs/published.toml holds. other_seeds: folders of the same experiment from other seeds, or
+    parts of it; table.md compares their final losses. ablations: folders of experiments with other settings of
+    Lighthouse; table.md sets them beside this one.
+    """
+    experiment = read_experiment(folder)
+    paths = [make_folder(Path(output)) / name for name in FILES]
+    text = markdown(experiment, published)
+    if other_seeds:
+        text += seeds_table([experiment, *map(read_experiment, other_seeds)])
+    if ablations:
+        text += ablations_table(experiment, [*map(read_experiment, ablations)])
+    paths[0].write_text(text)
+    with paths[1].open("w", newline="") as file:
+        rows = csv.DictWriter(file, [column.name for column in fields(Row)])
+        rows.writeheader()
+        rows.writerows(asdict(row) for row in table(experiment))
+    with paths[2].open("w", newline="") as file:
+        points = csv.writer(file)
+        points.writerow(["run", *CURVES, "validation_loss"])
+        for run in experiment.runs:
+            validated = dict(zip(run.validation_step, run.validation_loss, strict=True))
+            for point in zip(*(getattr(run, name) for name in CURVES), strict=True):
+                values = (*point, validated.get(point[0]))
+                points.writerow([run.folder.name, *("" if x is None else f"{x:.7g}" for x in values)])
+    draw(experiment).savefig(paths[3], dpi=150)
+    return text, paths
+
+
+def markdown(experiment: Experiment, published: dict) -> str:
+    """Our table, then the published rows, each labelled for what it is."""
+    run = experiment.runs[0]
+    n_devices, w = int(run.n_devices[-1]), window(run.total_steps, run.log_freq)
+    runs = {"dense": (experiment.dense, 0), "stage1": (experiment.stage1, 0)}
+    runs |= {f"stage2-{split}": (tail, split) for split, tail in experiment.tails.items()}
+    lacking = "".join(f"- {name}: {status}\n" for name, of in runs.items() if (status := _status(*of)) != "finished")
+    lacking += "\n" if lacking else ""
+    theirs = [Row(**row) for row in published["split_points"]]
+    for row in theirs[1:]:
+        row.compare(theirs[0])
+        row.jump, row.recovery = published["jump"], published["recovery"]
+    return f"""**Measured**: {run.config["model"]["flavor"]}, seq_len {run.config["training"]["seq_len"]:,}, \
+{n_devices} {"device" if n_devices == 1 else "devices"}
+
+{markdown_rows(table(experiment))}
+
+Losses in nats per token, means over {w} steps; recovery counts the steps after the switch until the mean of the \
+last {w} is back at its level before. From batch to batch the loss varies by {batch_noise(run):.3f}: a jump has to be \
+seen against that.
+
+{lacking}**Published, not measured here**: {published["source"]}, {published["hardware"]}, {published["setting"]}
+
+{markdown_rows(theirs)}
+"""
+
+
+def seeds_table(experiments: Sequence[Experiment]) -> str:
+    """The final loss of the same runs from several seeds, and how far the seeds lie apart.
+
+    Raises ValueError for two experiments of one seed.
+    """
+    losses: dict[str, dict[int, float]] = {}
+    for experiment in experiments:
+        seed = experiment.runs[0].config["debug"]["seed"]
+        for row in table(experiment):
+            if (loss := row.deciding_loss) is None:
+                continue
+            by_seed = losses.setdefault(row.run, {})
+            if seed in by_seed:
+                raise ValueError(f"two experiments are of debug.seed = {seed}: give folders of different seeds")
+            by_seed[seed] = loss
+    seeds = sorted({seed for by_seed in losses.values() for seed in by_seed})
+    rows = []
+    for run, by_seed in losses.items():
+        spread = max(by_seed.values()) - min(by_seed.values()) if len(by_seed) > 1 else None
+        rows.append([run, *(_cell(by_seed.get(seed), _loss) for seed in seeds), _cell(spread, _loss)])
+    validated = any(run.validation_loss.size for run in experiments[0].runs)
+    head = ["run", *(f"seed {seed}" for seed in seeds), "spread"]
+    title = f"final {'validation loss' if validated else 'loss'}"
+    return f"\n**From seed to seed**: {title}\n\n{markdown_table(head, rows)}\n"
+
+
+def ablations_table(default: Experiment, others: Sequence[Experiment]) -> str:
+    """Experiments with other settings of Lighthouse beside the default one, at the splits that they have.
+
+    Raises ValueError for one without stage 1, which says what its settings are.
+    """
+    experiments = [default, *others]
+    first_stages = [experiment.stage1 for experiment in experiments if experiment.stage1]
+    if len(first_stages) < len(experiments):
+        raise ValueError("an experiment without records of stage1/ can't be compared with others")
+    settings = first_stages[0].config["lighthouse"]
+    splits = {split for other in others for split in other.tails}
+    default_rows = dict(zip(default.tails, table(default)[1:], strict=True))
+    names = ("run", "ktok_s", "device_hours", "jump", "recovery", "final_loss", "validation_loss")
+    titles = {column.name: column.metadata["title"] for column in COLUMNS}
+    body = []
+    for experiment, stage1 in zip(experiments, first_stages, strict=True):
+        own = stage1.config["lighthouse"]
+        changed = [f"{name} = {value}" for name, value in own.items() if value != settings[name]]
+        for split, row in zip(experiment.tails, table(experiment)[1:], strict=True):
+            if split in splits:
+                difference = _minus(row.deciding_loss, default_rows.get(split, Row()).deciding_loss)
+                cells = [row.cells[name] for name in names]
+                body.append([", ".join(changed) or "the default", *cells, _cell(difference, _signed)])
+    head = ["settings", *(titles[name] for name in names), "difference"]
+    return f"\n**Other settings of Lighthouse**\n\n{markdown_table(head, body, 'll' + 'r' * 7)}\n"
+
+
+def draw(experiment: Experiment) -> "Figure":
+    """Loss against steps and against device-hours.
+
+    Raw points are pale, their trailing mean over the window on top; crosses are validation, a ring is where stage 1
+    hands over and a dotted line the jump.
+    """
+    dense, stage1, runs = experiment.dense, experiment.stage1, experiment.runs
+    tails = {split: tail for split, tail in experiment.tails.items() if tail}
+    w = max(window(run.total_steps, run.log_freq) for run in runs)
+    figure = figures.new_figure(12, 5)
+    panels = figure.subplots(1, 2, sharey=True)
+
+    def curve(run: Run, label: str, color: str, hours_before: float = 0.0) -> None:
+        smooth = [mean_loss(run.step, run.loss, end, w) for end in run.step]
+        for panel, x in zip(panels, (run.step, hours_before + run.device_hours), strict=True):
+            panel.plot(x, run.loss, color=color, alpha=0.25, linewidth=0.8)
+            panel.plot(x, smooth, color=color, linewidth=1.6, label=label)
+            validated_at = np.interp(run.validation_step, run.step, x)
+            panel.plot(validated_at, run.validation_loss, "x", color=color, markersize=5)
+
+    if dense:
+        curve(dense, "dense from scratch", figures.BLACK)
+    if stage1:
+        curve(stage1, "stage 1: Lighthouse", figures.BLUE)
+    for (split, tail), color in zip(tails.items(), cycle(TAIL_COLORS)):
+        hours = hours_at(stage1, split) if stage1 else 0.0
+        curve(tail, f"{_label(split, tail)}: dense", color, hours)
+        if stage1:
+            before = mean_loss(stage1.step, stage1.loss, split, w)
+            after = (tail.step[0], hours + tail.device_hours[0])
+            for panel, x0, x1 in zip(panels, (split, hours), after, strict=True):
+                panel.plot([x0, x1], [before, tail.loss[0]], ":", color=color, linewidth=1.2)
+                ring = panel.scatter(x0, before, c="white", edgecolors=figures.BLUE, zorder=5)
+            ring.set_label("switch" if split == min(tails) else None)
+
+    if any(run.validation_loss.size for run in runs):
+        panels[1].plot([], [], "x", color="0.4", markersize=5, label="validation")
+    # the fall of the first steps would flatten all that follows
+    later = np.concatenate([run.loss[run.step > run.total_steps / 10] for run in runs])
+    if (later := later[np.isfinite(later)]).size:
+        margin = 0.05 * np.ptp(later) or 0.1
+        panels[0].set_ylim(later.min() - margin, later.max() + margin)
+    panels[0].set(xlabel="step", ylabel="training loss (nats per token)")
+    panels[0].xaxis.set_major_formatter("{x:,.0f}")
+    panels[1].set(xlabel="device-hours")
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[1].get_legend_handles_labels()
+    columns = len(labels) if len(labels) < 7 else 4  # more don't fit into one row
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    return figure

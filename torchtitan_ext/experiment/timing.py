@@ -1,0 +1,54 @@
+"""Time functions on a GPU by its own clock, on a CPU by the host's."""
+
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def this_machine() -> dict[str, str | int | None]:
+    """What a timing depends on."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    return {"device": device, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version() if on_gpu else None}
+
+
+def interleaved_times_ms(
+    functions: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1, device: str = "cuda"
+) -> dict[str, list[float]]:
+    """Milliseconds of each call of each function, the repeats of all interleaved after some calls to warm up."""
+    calls: dict[str, list] = {name: [] for name in functions}
+    for repeat in range(warm_up + repeats):
+        if device == "cuda" and repeat == warm_up:
+            torch.cuda.synchronize()
+        for name, function in functions.items():
+            if device == "cuda":
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                function()
+                stop.record()
+                calls[name].append((start, stop))
+            else:
+                begin = time.perf_counter()
+                function()
+                calls[name].append(1e3 * (time.perf_counter() - begin))
+    if device == "cuda":
+        torch.cuda.synchronize()
+        calls = {name: [start.elapsed_time(stop) for start, stop in times] for name, times in calls.items()}
+    return {name: times[warm_up:] for name, times in calls.items()}
+
+
+def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3, device: str = "cuda") -> list[float]:
+    return interleaved_times_ms({"": function}, repeats, warm_up, device)[""]
+
+
+def kernels_ms(function: Callable[[], object], repeats: int) -> float:
+    """Mean milliseconds that the function's kernels take on the GPU, the gaps between their launches left out."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / repeats / 1e3
