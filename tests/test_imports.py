@@ -50,3 +50,13 @@ def test_imports_run_one_way(path):
     if path.parent.name != "scripts" and path.name not in TOP:
         rooms = {name[1] for name in names if name[0] == "torchtitan_ext" and name[1] in BELOW}
         assert rooms <= {room, *BELOW[room]}
+
+
+@pytest.mark.parametrize("path", [*PACKAGE.glob("lighthouse/*.py")], ids=lambda path: path.stem)
+def test_no_private_name_crosses_a_file_of_lighthouse(path):
+    own = [name.split(".") for name in imported(path) if name.startswith("torchtitan_ext")]
+    used = [name[-1] for name in own]
+    for node in ast.walk(MODULES[path]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in used:
+            used.append(node.attr)
+    assert [name for name in used if name.startswith("_")] == []

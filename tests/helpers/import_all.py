@@ -9,6 +9,7 @@ import warnings
 from importlib import import_module
 
 import torch.distributed.checkpoint
+import torchtitan.train  # noqa: F401  (its classes are compared too)
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.protocols import train_spec

@@ -76,8 +76,10 @@ def score(q: torch.Tensor, k: torch.Tensor, levels: int, p: int) -> torch.Tensor
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1), scores.stride(0)
     sizes = Sizes(seq_len, scores.shape[-1], head_dim, n_kv_heads, *strides)
     spec = Spec(p, fit, q.shape[2] // n_kv_heads, _ROWS, triton.next_power_of_2(head_dim))
+    grid = (batch * triton.cdiv(seq_len, _ROWS) * n_kv_heads,)
     with torch.cuda.device_of(q):  # the current device may be another
-        _score_kernel[(batch * triton.cdiv(seq_len, _ROWS) * n_kv_heads,)](q, k, scores, sizes, spec)
+        # Fused, a * a + b * b depends on the lane, and a level's maxima would not be among the scores below it.
+        _score_kernel[grid](q, k, scores, sizes, spec, enable_fp_fusion=False)
     for level in range(fit, levels):
         start, length = n_entries(seq_len, p, level), seq_len // p**level
         finer = scores[..., start - length * p : start].unflatten(-1, (length, p))
