@@ -219,9 +219,7 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(monkeypatch, 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))  # 4 seconds a call
     monkeypatch.setattr(
-        rich.console,
-        "Console",
-        lambda stderr: new_console(file=shown, force_terminal=terminal, width=100),
+        rich.console, "Console", lambda stderr: new_console(file=shown, force_terminal=terminal, width=100)
     )
     with Display() as display:
         display.start("files", total=50)

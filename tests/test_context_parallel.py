@@ -18,16 +18,11 @@ from helpers.lighthouse_cases import qkv, rotary_table
 from helpers.models import args, build, parse
 from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.context_parallel import (
-    apply_cp_to_attention_module,
-    prepare_context_parallel_input,
-)
+from torchtitan.distributed.context_parallel import apply_cp_to_attention_module, prepare_context_parallel_input
 
 from torchtitan_ext.lighthouse import LighthouseConfig, context_parallel, lighthouse_attention
 from torchtitan_ext.lighthouse.attention import causal_sdpa
-from torchtitan_ext.lighthouse.context_parallel import (
-    context_parallel_attention,
-)
+from torchtitan_ext.lighthouse.context_parallel import context_parallel_attention
 from torchtitan_ext.lighthouse.ulysses import UlyssesAttention, chunk_order
 from torchtitan_ext.model import Lighthouse
 from torchtitan_ext.model.model import LighthouseSelfAttention
@@ -159,22 +154,14 @@ def training_steps_agree():
     for balancer, rotate_method in ways[: 3 if world == 2 else 2]:
         job_config = parse(
             "configs/text/stage1.toml",
-            *(
-                "--lighthouse.top_k=32",
-                "--lighthouse.tile_winners=2",
-                f"--training.seq_len={seq_len}",
-            ),
+            *("--lighthouse.top_k=32", "--lighthouse.tile_winners=2", f"--training.seq_len={seq_len}"),
             *("--training.mixed_precision_param=float32", "--lighthouse.dense_layers", "0"),
             f"--parallelism.context_parallel_degree={world}",
             f"--parallelism.context_parallel_load_balancer={balancer}",
             f"--parallelism.context_parallel_rotate_method={rotate_method}",
         )
         model_args = args(
-            n_layers=3,
-            n_heads=max(4, world),
-            n_kv_heads=2,
-            max_seq_len=seq_len,
-            lighthouse=job_config.lighthouse,
+            n_layers=3, n_heads=max(4, world), n_kv_heads=2, max_seq_len=seq_len, lighthouse=job_config.lighthouse
         )
         one, shared = build(model_args), build(model_args)
         dims = ParallelDims(1, 1, cp=world, tp=1, pp=1, ep=1, etp=1, world_size=world)

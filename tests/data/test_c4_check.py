@@ -37,10 +37,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 
 
 @settings(max_examples=15)
-@given(
-    shards=st.lists(st.lists(texts, min_size=1, max_size=4), min_size=1, max_size=4),
-    workers=st.integers(1, 3),
-)
+@given(shards=st.lists(st.lists(texts, min_size=1, max_size=4), min_size=1, max_size=4), workers=st.integers(1, 3))
 def test_a_healthy_copy_is_counted(shards, workers):
     with tempfile.TemporaryDirectory() as folder:
         checked, report, damaged = check(write_c4(Path(folder), shards), workers)

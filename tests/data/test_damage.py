@@ -174,9 +174,7 @@ def test_another_number_of_workers_is_named(tmp_path):
 
 @settings(max_examples=20)
 @given(
-    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6),
-    longest=st.integers(1, 20),
-    stop=st.integers(1, 10),
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6), longest=st.integers(1, 20), stop=st.integers(1, 10)
 )
 def test_a_long_document_comes_in_pieces(lengths, longest, stop):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:

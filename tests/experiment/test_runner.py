@@ -255,11 +255,7 @@ def test_a_deleted_checkpoint_of_stage_1_is_missed_at_once(plan, output):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_tells_which_run_step_loss_speed_and_time_left(plan, output, monkeypatch, terminal):
     shown = io.StringIO()
-    monkeypatch.setattr(
-        rich.console,
-        "Console",
-        lambda stderr: Console(file=shown, force_terminal=terminal, width=120),
-    )
+    monkeypatch.setattr(rich.console, "Console", lambda stderr: Console(file=shown, force_terminal=terminal, width=120))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setenv("RANKS", "2")

@@ -4,10 +4,7 @@ from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._ops.utils import (
-    expand_to_full_mesh_op_strategy,
-    register_op_strategy,
-)
+from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy, register_op_strategy
 from torch.distributed.tensor.experimental._context_parallel import _attention
 
 SEQ_DIM = 2
@@ -44,9 +41,6 @@ def sharded_sequence(n_outputs, n_inputs, schema):
     return expand_to_full_mesh_op_strategy(mesh, schema, [placements], input_index=n_outputs)
 
 
-for op, ring, n_outputs, n_inputs in (
-    (forward, ring_forward, 2, 3),
-    (backward, ring_backward, 3, 6),
-):
+for op, ring, n_outputs, n_inputs in ((forward, ring_forward, 2, 3), (backward, ring_backward, 3, 6)):
     register_op_strategy(op)(partial(sharded_sequence, n_outputs, n_inputs))
     _attention.custom_ops[op] = partial(dispatch, ring)

@@ -38,12 +38,7 @@ def selected(q_score, k_score, config):
 
 @settings(max_examples=25)
 @given(
-    cases(max_seq_len=128),
-    st.integers(1, 2),
-    st.integers(1, 2),
-    st.integers(1, 3),
-    st.booleans(),
-    st.integers(0, 99),
+    cases(max_seq_len=128), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.booleans(), st.integers(0, 99)
 )
 def test_equals_the_reference_forward_and_backward(case, batch, n_kv_heads, group, rotary, seed):
     config, seq_len = case
@@ -54,9 +49,7 @@ def test_equals_the_reference_forward_and_backward(case, batch, n_kv_heads, grou
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).double()
     for ours, theirs in zip(
-        torch.autograd.grad(out, inputs, grad),
-        torch.autograd.grad(expected, inputs, grad),
-        strict=True,
+        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 

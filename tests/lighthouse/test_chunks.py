@@ -48,11 +48,7 @@ def test_inputs_that_do_not_fit_are_named_on_every_rank():
     for rank, load_balance in product((0, 1), (True, False)):
         mesh = Mock(**{"size.return_value": 2, "get_local_rank.return_value": rank})
         attend = partial(
-            context_parallel_attention,
-            config=config,
-            mesh=mesh,
-            load_balance=load_balance,
-            attention=causal_sdpa,
+            context_parallel_attention, config=config, mesh=mesh, load_balance=load_balance, attention=causal_sdpa
         )
         with pytest.raises(ValueError, match=r"must be \[B, N, H, D\]"):
             attend(q, k[:, :-2], v[:, :-2])
@@ -85,10 +81,7 @@ def test_what_an_error_proposes_is_legal(top_k, scorer, degree, load_balance, se
     if message := refusal():
         proposals = {field: list(map(literal_eval, values)) for field, values in proposals_of(message).items()}
         assert all(values == legal(field, values) for field, values in proposals.items())
-        for field, values in (
-            ("top_k", range(4, 324, 4)),
-            ("context_parallel_degree", range(1, 2 * degree)),
-        ):
+        for field, values in (("top_k", range(4, 324, 4)), ("context_parallel_degree", range(1, 2 * degree))):
             best = min((abs(n - asked[field]) for n in legal(field, values)), default=None)
             assert best == min((abs(n - asked[field]) for n in proposals.get(field, [])), default=None)
 

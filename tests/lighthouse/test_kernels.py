@@ -16,13 +16,7 @@ from helpers.lighthouse_cases import SCORES, adversarial_scores, qkv, rotary_tab
 from torch.export import Dim, export
 from torch.utils.checkpoint import checkpoint
 
-from torchtitan_ext.lighthouse import (
-    LighthouseAttention,
-    LighthouseConfig,
-    lighthouse_attention,
-    torch_ops,
-    triton_ops,
-)
+from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, torch_ops, triton_ops
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.naive import naive_attention
@@ -206,12 +200,7 @@ def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, p
 
 
 @pytest.mark.parametrize(
-    ("places", "rope", "dtype"),
-    [
-        ((0, 5), "selected", torch.float32),
-        ((2, 3), "base", torch.float16),
-    ],
-    ids=str,
+    ("places", "rope", "dtype"), [((0, 5), "selected", torch.float32), ((2, 3), "base", torch.float16)], ids=str
 )
 @pytest.mark.parametrize(
     "shape",
@@ -273,14 +262,8 @@ def test_operators_are_well_formed_torch_library_operators(shape, carry):
     for op, args in [
         (ops.score.default, (q.detach(), k.detach(), levels, p)),
         (ops.select.default, (scores, n, levels, p, config.top_k, config.tile_winners, [0])),
-        (
-            ops.reduce.default,
-            (q, slots, freqs_cis, levels, p, config.gathered_len(n), 0, "selected", False, [0]),
-        ),
-        (
-            ops.spread.default,
-            (rows.requires_grad_(), slots, None, levels, p, n, 1, "none", carry, [0]),
-        ),
+        (ops.reduce.default, (q, slots, freqs_cis, levels, p, config.gathered_len(n), 0, "selected", False, [0])),
+        (ops.spread.default, (rows.requires_grad_(), slots, None, levels, p, n, 1, "none", carry, [0])),
     ]:
         torch.library.opcheck(op, args, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"])
 

@@ -143,9 +143,7 @@ def test_compile_without_a_graph_break_forward_and_backward(scorer, rope, reques
     out, expected = compiled(*inputs, freqs_cis), layer(*inputs, freqs_cis)
     torch.testing.assert_close(out, expected)
     for ours, theirs in zip(
-        torch.autograd.grad(out.sin().sum(), inputs),
-        torch.autograd.grad(expected.sin().sum(), inputs),
-        strict=True,
+        torch.autograd.grad(out.sin().sum(), inputs), torch.autograd.grad(expected.sin().sum(), inputs), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 

@@ -39,9 +39,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(dtype, ignored, device):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert abs(ours - exact) <= tolerance * 0.1 * exact
     for grad, expected in zip(
-        torch.autograd.grad(ours / 3, (hidden, weight)),
-        torch.autograd.grad(exact / 3, (hidden, weight)),
-        strict=True,
+        torch.autograd.grad(ours / 3, (hidden, weight)), torch.autograd.grad(exact / 3, (hidden, weight)), strict=True
     ):
         assert grad.dtype == dtype
         assert (grad - expected).norm() <= tolerance * expected.norm()

@@ -71,9 +71,7 @@ def test_exactly_the_layers_not_listed_as_dense_use_lighthouse(dense_layers, mon
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
 @pytest.mark.parametrize("rope", ["selected", "base"])
 def test_every_parameter_gets_a_gradient(n_kv_heads, rope):
-    model = build(
-        args(n_kv_heads=n_kv_heads, lighthouse=dataclasses.replace(SMALL, rope=rope)),
-    )
+    model = build(args(n_kv_heads=n_kv_heads, lighthouse=dataclasses.replace(SMALL, rope=rope)))
     model(torch.randint(0, 384, (2, 64))).square().mean().backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.isfinite().all(), name

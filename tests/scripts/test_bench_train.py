@@ -58,10 +58,7 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path):
         (["--run", "a", "README.md"], ["README.md: no TOML"]),
         (["--run", "a", CONFIG, "training.seq_len=100"], ["seq_len = 100", "nearest"]),
         (["--profile"], ["--profile", "no CUDA device"]),
-        (
-            ["--run", "a", CONFIG, "--append", "--output", "README.md"],
-            ["--append", "README.md is no record"],
-        ),
+        (["--run", "a", CONFIG, "--append", "--output", "README.md"], ["--append", "README.md is no record"]),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_time_is_spent(arguments, words, tmp_path, monkeypatch, capsys):

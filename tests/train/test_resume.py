@@ -93,12 +93,7 @@ def runs(request, tmp_path_factory):
         killed = launch("killed", *WANDB, KILL_AT_BATCH=str(job.split + 2), WANDB_MODE="offline")
         runs["resumed"] = launch("resumed", *WANDB, dump="killed", WANDB_MODE="offline")
     start = f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}"
-    runs["stage2"] = launch(
-        *("stage2", start, *WANDB),
-        stage="stage2",
-        steps=job.split + 1,
-        WANDB_MODE="offline",
-    )
+    runs["stage2"] = launch(*("stage2", start, *WANDB), stage="stage2", steps=job.split + 1, WANDB_MODE="offline")
     weights_and_all = "--checkpoint.no_initial_load_model_only"
     if moved_cp:
         runs["moved"] = launch("moved", start, weights_and_all, cp=moved_cp)
@@ -116,12 +111,7 @@ def runs(request, tmp_path_factory):
         over = (start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader")
         over += ("--validation.no_enable", "--optimizer.lr=5e-3", "--optimizer.weight_decay=0.3")
         on_purpose = "--optimizer.override_checkpoint"
-        launch(
-            *("over-killed", *over, on_purpose),
-            dump="over",
-            steps=job.steps + 2,
-            KILL_AT_BATCH="3",
-        )
+        launch(*("over-killed", *over, on_purpose), dump="over", steps=job.steps + 2, KILL_AT_BATCH="3")
         runs["over"] = launch("over", *over, steps=job.steps + 2)
     for run in runs.values():
         assert run.good, run.output

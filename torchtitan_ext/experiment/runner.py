@@ -255,10 +255,7 @@ class _Progress:
         if steps_seen := step - self.first[0]:
             self.seconds_per_step[_kind(self.run)] = (now - self.first[1]) / steps_seen
         left = self.time_left(step) if step < self.run.steps else ""
-        self.display.show(
-            step,
-            f"{step}/{self.run.steps}  loss {logged.loss:.3f}  {logged.tps} tok/s/device{left}",
-        )
+        self.display.show(step, f"{step}/{self.run.steps}  loss {logged.loss:.3f}  {logged.tps} tok/s/device{left}")
 
     def time_left(self, step: int) -> str:
         if (rate := self.seconds_per_step.get(_kind(self.run))) is None:

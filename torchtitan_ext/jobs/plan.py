@@ -66,11 +66,7 @@ class Plan:
 
 
 def plan_report(
-    config_file: str,
-    overrides: list[str],
-    n_gpus: int,
-    gpu_memory: float | None = None,
-    tok_s: float | None = None,
+    config_file: str, overrides: list[str], n_gpus: int, gpu_memory: float | None = None, tok_s: float | None = None
 ) -> tuple[dict[str, str], list[str]]:
     """What is known of a run, by name, and every problem that it would have.
 

@@ -175,11 +175,7 @@ class LighthouseAttention(nn.Module):
         self.attention = attention
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        freqs_cis: torch.Tensor | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, freqs_cis: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `lighthouse_attention`: [B, N, H, D] and 2 x [B, N, H_kv, D] -> [B, N, H, D]."""
         return lighthouse_attention(q, k, v, self.config, freqs_cis=freqs_cis, attention=self.attention)

@@ -76,11 +76,7 @@ def naive_rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 
 
 def naive_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: LighthouseConfig,
-    freqs_cis: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig, freqs_cis: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What `lighthouse_attention` must equal: float64 [B, N, H, D] in and out."""
     batch, seq_len, n_heads, head_dim = q.shape

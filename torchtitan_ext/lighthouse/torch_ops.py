@@ -90,11 +90,7 @@ def select(scores: torch.Tensor, config: LighthouseConfig, starts: Sequence[int]
     in_order = torch.cat(order, -1).argsort(dim=-1)
     rows = torch.cat(rows, -1).gather(-1, in_order).flatten(2)
     slots = torch.full((batch, heads, n_entries), -1, dtype=torch.int32, device=scores.device)
-    return slots.scatter(
-        -1,
-        rows,
-        torch.arange(rows.shape[-1], device=rows.device, dtype=slots.dtype).expand_as(rows),
-    )
+    return slots.scatter(-1, rows, torch.arange(rows.shape[-1], device=rows.device, dtype=slots.dtype).expand_as(rows))
 
 
 def gathered_rows(slots: torch.Tensor, gathered_len: int) -> torch.Tensor:
@@ -171,10 +167,7 @@ def with_carry(out: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
 
 
 def scatter(
-    out: torch.Tensor,
-    slots: torch.Tensor,
-    config: LighthouseConfig,
-    carry: torch.Tensor | None = None,
+    out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig, carry: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Add each entry's output to the positions `end ... end + p**level - 1`: [B, H, S, D] -> [B, N, H, D].
 

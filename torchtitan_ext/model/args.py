@@ -43,11 +43,7 @@ class LighthouseModelArgs(TransformerModelArgs):
         if n_lighthouse:
             config = self.lighthouse
             keys += n_lighthouse * config.gathered_len(seq_len) ** 2 / seq_len / 2
-            scored = {
-                "norm": 0,
-                "dilated": seq_len / config.dilation / 2,
-                "gla": self.dim // self.n_heads,
-            }
+            scored = {"norm": 0, "dilated": seq_len / config.dilation / 2, "gla": self.dim // self.n_heads}
             keys += n_lighthouse * 2 * scored[config.scorer] / 3  # forward is a third of a step
         flops += 6 * 2 * self.dim * (keys - self.n_layers * seq_len)
         return nparams, round(flops)
@@ -66,22 +62,10 @@ _530M = LighthouseModelArgs(
 flavors = {
     # Small enough for a laptop's CPU. No layer stays dense: one dense layer of two would do all the
     # attending that so small a model learns, and hide what Lighthouse does.
-    "debug": LighthouseModelArgs(
-        dim=64,
-        n_layers=2,
-        n_heads=2,
-        vocab_size=384,
-        rope_theta=10000,
-    ),
+    "debug": LighthouseModelArgs(dim=64, n_layers=2, n_heads=2, vocab_size=384, rope_theta=10000),
     # For experiments in minutes on a GPU. Byte vocabulary, padded to a multiple of 128. No layer stays dense: with
     # one or two at either end stage 1 learned more, but the dense stage ended higher.
-    "27M": LighthouseModelArgs(
-        dim=512,
-        n_layers=8,
-        n_heads=4,
-        vocab_size=384,
-        rope_theta=10000,
-    ),
+    "27M": LighthouseModelArgs(dim=512, n_layers=8, n_heads=4, vocab_size=384, rope_theta=10000),
     # The body of 530M with a byte vocabulary, padded to a multiple of 128.
     "270M": replace(_530M, vocab_size=384),  # type: ignore[call-arg]  # torchtitan has no types
     "530M": _530M,

@@ -65,11 +65,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
         # Not in place: the graph may be walked again.
-        return (
-            grad_hidden * grad.to(grad_hidden.dtype),
-            grad_weight * grad.to(grad_weight.dtype),
-            None,
-        )
+        return (grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None)
 
 
 def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:

@@ -52,10 +52,7 @@ class LighthouseSelfAttention(Attention):
         xq, xk, xv = (proj(x).view(bs, seqlen, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv))
         attend = context_parallel_attention if self.context_parallel else lighthouse_attention
         output = attend(
-            *(xq, xk, xv, self.config),
-            freqs_cis=freqs_cis,
-            attention=self.inner_attention,
-            **self.context_parallel,
+            *(xq, xk, xv, self.config), freqs_cis=freqs_cis, attention=self.inner_attention, **self.context_parallel
         )  # [B, N, H, D]
         return self.wo(output.reshape(bs, seqlen, -1))
 

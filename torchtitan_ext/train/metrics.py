@@ -37,10 +37,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             _continue_wandb_run(job_config, parallel_dims)
         super().__init__(job_config, parallel_dims, tag)
         self.first_step = True
-        self.constants = {
-            N_DEVICES: parallel_dims.world_size,
-            LOG_FREQ: job_config.metrics.log_freq,
-        }
+        self.constants = {N_DEVICES: parallel_dims.world_size, LOG_FREQ: job_config.metrics.log_freq}
         if job_config.lighthouse.enable:
             seq_len = job_config.training.seq_len
             gathered_len = job_config.lighthouse.gathered_len(seq_len)
@@ -78,9 +75,6 @@ class LighthouseMetricsProcessor(MetricsProcessor):
 
 
 def build_metrics_processor(
-    job_config: JobConfig,
-    parallel_dims: ParallelDims,
-    model_args: BaseModelArgs | None = None,
-    tag: str | None = None,
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs | None = None, tag: str | None = None
 ) -> MetricsProcessor:
     return LighthouseMetricsProcessor(job_config, parallel_dims, tag)

@@ -24,12 +24,7 @@ class LighthouseValidator(Validator):
     """
 
     def __init__(
-        self,
-        job_config: JobConfig,
-        dp_world_size: int,
-        dp_rank: int,
-        tokenizer: BaseTokenizer,
-        **kwargs: Any,
+        self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, **kwargs: Any
     ):
         source = dp_world_size, dp_rank, tokenizer
         super().__init__(job_config, *source, **kwargs)
