@@ -48,6 +48,7 @@ def checkout(tree) -> Path:
     git(tree, "add", "--all", "--force")
     git(tree, "commit", "--message", "release")
     git(tree, "tag", f"v{patching.VERSION}")
+    git(tree, "tag", "released")
     return tree
 
 
@@ -164,7 +165,7 @@ def test_a_changed_or_missing_file_is_refused(tree, name):
 
 
 def test_a_folder_without_torchtitan_is_refused(tmp_path):
-    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "--root")
+    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "pip install")
 
 
 def test_patches_that_are_not_there(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ JobFile = Annotated[Path, arg(name="job.config_file")]
 class Patch:
     """Patch torchtitan, say whether it is patched, or make it as released again: all patches or none.
 
-    Exit code: 0 done, or so already (check: patched); 1 check found torchtitan as released, or it was refused.
+    Exit code: 0 done, or so already (check: patched); 1 check found torchtitan as released, 2 it was refused.
     """
 
     action: Positional[Literal["apply", "check", "revert"]]

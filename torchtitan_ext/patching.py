@@ -14,14 +14,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .console import CommandFailed
-
 VERSION = "0.2.2"
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
 REINSTALL = f"pip install --force-reinstall --no-deps torchtitan=={VERSION}"
 
 
-class PatchingError(CommandFailed):
+class PatchingError(ValueError):
     """Nothing was changed. The message says why, names the files, and what to do."""
 
 
@@ -107,12 +105,14 @@ def change(root: Path, patched: bool) -> bool:
             ["git", "apply", *(series() if patched else ["-R", *reversed(series())])],
             cwd=work,
             # Inside a repository, git apply skips files that are not the repository's.
-            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(package.parent)},
+            env=os.environ | {"GIT_DIR": str(Path(work, "none"))},
             capture_output=True,
             text=True,
         )
         if git.returncode or is_patched(Path(work)) != patched:
             raise PatchingError(f"git apply failed:\n{git.stderr.strip()}")
+        for name in blob_ids():  # which git writes anew
+            shutil.copymode(root / name, Path(work, name))
         package.rename(Path(work, "before"))
         try:
             copy.rename(package)

@@ -277,7 +277,7 @@ def test_a_run_that_skips_damage_names_and_counts_it(runs):
 def test_a_broken_checkpoint_is_named_with_the_newest_complete_one(runs):
     assert not runs.refused.good and "Traceback" in runs.refused.output
     assert f"step-4 is not a complete checkpoint: {runs.shard.name} holds" in runs.refused.output
-    assert "the newest complete one is step-2" in runs.refused.output
+    assert "to go on from step-2, put it aside" in runs.refused.output
     assert "Training starts at step" not in runs.refused.output
 
 

@@ -13,7 +13,7 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan_ext.jobs.memory import GIB, no_estimate_reason, peak_memory
 from torchtitan_ext.jobs.plan import MFU
 from torchtitan_ext.jobs.rules import parallel_dims
-from torchtitan_ext.lighthouse import attention, kernels
+from torchtitan_ext.lighthouse import attention, triton_ops
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.settings import Lighthouse
 
@@ -34,7 +34,7 @@ def test_the_estimates_are_near_what_was_measured(row, monkeypatch):
 @pytest.mark.parametrize("lighthouse", [False, True])
 def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, mode, lighthouse):
     on = "cuda" if torch.cuda.is_available() else "cpu"
-    monkeypatch.setattr(attention, "_operators_for", lambda x: kernels)
+    monkeypatch.setattr(attention, "ops_for", lambda x: triton_ops)
     job, _ = job_of("configs/530m/stage1.toml", "training.seq_len=64", f"activation_checkpoint.mode={mode}")
     settings = Lighthouse(enable=lighthouse, levels=2, top_k=4, tile_winners=4)
     args = replace(flavors["debug"], n_layers=1, n_kv_heads=1, max_seq_len=64, lighthouse=settings)
