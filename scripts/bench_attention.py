@@ -18,12 +18,13 @@ import torch
 
 from torchtitan_ext import figures
 from torchtitan_ext.arguments import Positive, Positives, start
-from torchtitan_ext.console import CommandFailed, Display, make_folder
+from torchtitan_ext.console import make_folder
 from torchtitan_ext.experiment.timing import interleaved_times_ms, kernels_ms, this_machine, times_ms
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.config import SCORERS
+from torchtitan_ext.progress import Display
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -36,6 +37,7 @@ FIGURE: list[tuple[int, dict]] = [
     *((seq_len, {}) for seq_len in (262_144, 524_288)),
     (1_048_576, {"levels": 4, "top_k": 4_096, "repeats": 10}),
 ]
+DENSE_UP_TO = 524_288  # tokens; beyond, dense SDPA is not timed
 DIRECTIONS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
 CURVES = {  # label, color and style
     "dense": ("dense SDPA", figures.VERMILION, "o-"),
@@ -52,19 +54,13 @@ class BenchAttention:
     pooling_factor: Positive = 4  # entries that one of the next level averages
     top_k: int = 0 if ON_GPU else 256  # winners; 0 is a 64th of the tokens
     tile_winners: Positive = 128 if ON_GPU else 32  # winners per tile
-    dilation: Positive = 4  # residue classes of the dilated scorer
     n_heads: Positive = 8 if ON_GPU else 4  # query heads
     n_kv_heads: Positive = 8 if ON_GPU else 4  # key and value heads
     head_dim: Positive = 128 if ON_GPU else 64  # channels per head
     repeats: Positive = 30 if ON_GPU else 5  # of each timing; the median counts
-    dense_up_to: Positive = 524_288  # tokens; beyond, dense SDPA is not timed
     output: Path = Path("results" if ON_GPU else "outputs", "bench_attention.json")  # the plot goes beside it
 
     def run(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"--n-heads {self.n_heads}: must be a multiple of --n-kv-heads {self.n_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"--head-dim {self.head_dim}: must be even, RoPE turns pairs")
         if self.output.is_dir():
             raise ValueError(f"--output {self.output}: is a folder; name a file")
         cases = [(n, {"scorer": scorer}) for n in self.seq_lens for scorer in self.scorers] or FIGURE
@@ -80,35 +76,26 @@ class BenchAttention:
             "settings": f"{dtype}, B=1, H={self.n_heads}, H_kv={self.n_kv_heads}, D={self.head_dim}",
         }
         rows: list[dict] = []
-        stages: dict[str, list[dict]] = {}
         with Display() as display:
             # Dense attention's time, of which there is most, grows with the square.
-            work = [min(each.seq_len, self.dense_up_to) ** 2 for each in layers]
-            display.start(f"{len(layers)} layers", sum(work))
+            work = [min(each.seq_len, DENSE_UP_TO) ** 2 for each in layers]
+            display.begin(f"{len(layers)} layers", sum(work))
             for each, share in zip(layers, work, strict=True):
                 display.say(f"{each.seq_len:,} tokens, {each.config.scorer} ...")
-                try:
-                    row, times = each.time()
-                except torch.OutOfMemoryError as error:
-                    raise CommandFailed(
-                        f"--seq-lens {each.seq_len}: out of memory; leave it out, or lower --dense-up-to or --n-heads "
-                        f"(the records of those before are in {self.output})"
-                    ) from error
-                display.advance(share)
-                rows.append(row)
-                name = f"{row['seq_len']} L{row['levels']} p{row['pooling_factor']} {row['scorer']}"
-                stages[name] = [
+                row, stages = each.time()
+                row["stages"] = [
                     {"stage": stage, "ms": ms, "mb": n / 1e6, "gb_s": n / ms / 1e6, "limit_ms": n / bytes_per_ms}
-                    for stage, (ms, n) in times.items()
+                    for stage, (ms, n) in stages.items()
                 ]
-                records = {"machine": machine, "rows": rows, "stages": stages}
-                self.output.write_text(json.dumps(records, indent=1) + "\n")
+                rows.append(row)
+                self.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+                display.count(share)
 
         head = ("stage", "ms", "MB moved", "GB/s", "at the copy's bandwidth, ms")
         forms = {"stage": "", "ms": ".3f", "mb": ".0f", "gb_s": ".0f", "limit_ms": ".3f"}
-        for name, timed in stages.items():
-            cells = [[f"{stage[key]:{form}}" for key, form in forms.items()] for stage in timed]
-            print(f"\n{name}\n{figures.markdown_table(head, cells)}")
+        for row in rows:
+            cells = [[f"{stage[key]:{form}}" for key, form in forms.items()] for stage in row["stages"]]
+            print(f"\n{row['seq_len']:,} tokens, {row['scorer']}\n{figures.markdown_table(head, cells)}")
         print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {self.output}")
         if len({row["seq_len"] for row in rows}) > 1:
             path = self.output.with_suffix(".png")
@@ -122,12 +109,10 @@ class Layer:
     def __init__(self, args: BenchAttention, seq_len: int, scorer: str = "norm", **settings: int) -> None:
         self.args, self.seq_len = (args := replace(args, **settings)), seq_len  # type: ignore[arg-type]
         top_k = args.top_k or max(seq_len // 64, args.tile_winners)
-        self.config = LighthouseConfig(
-            args.levels, args.pooling_factor, top_k, scorer, args.dilation, tile_winners=args.tile_winners
-        )
+        self.config = LighthouseConfig(args.levels, args.pooling_factor, top_k, scorer, tile_winners=args.tile_winners)
         self.config.check_seq_len(seq_len)
         self.heads = (args.n_heads, args.n_kv_heads, args.n_kv_heads)
-        self.sdpa = partial(cuda_sdpa if ON_GPU else causal_sdpa, enable_gqa=args.n_heads > args.n_kv_heads)
+        self.sdpa = partial(attention, enable_gqa=args.n_heads > args.n_kv_heads)
 
     def tensor(self, *shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, self.args.head_dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
@@ -140,7 +125,6 @@ class Layer:
         torch.manual_seed(0)
         config, gathered_len = self.config, self.config.gathered_len(self.seq_len)
         freqs_cis = rotary_table(self.seq_len, self.args.head_dim)
-        attention = cuda_sdpa if ON_GPU else causal_sdpa
         lighthouse = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
         inputs = [self.tensor(self.seq_len, heads) for heads in self.heads]
         grad = torch.randn_like(inputs[0])
@@ -152,17 +136,16 @@ class Layer:
             peak = torch.cuda.max_memory_allocated() / 2**30
         # The floor in the layout the layer hands over: rows of a head next to each other.
         rows = [self.tensor(heads, gathered_len) for heads in self.heads]
-        cases = {"floor": (self.sdpa, rows, torch.randn_like(rows[0])), "lighthouse": (lighthouse, inputs, grad)}
+        cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (self.sdpa, rows, torch.randn_like(rows[0]))}
         times = medians_ms(cases, self.args.repeats)
-        dense_times = dict.fromkeys(f"dense_{direction}_ms" for direction in DIRECTIONS)
-        if self.seq_len <= self.args.dense_up_to:
-            dense_times = medians_ms({"dense": (self.dense, inputs, grad)}, max(self.args.repeats // 10, 2))
-        stages = self.time_stages(inputs, freqs_cis, attention)
+        if self.seq_len <= DENSE_UP_TO:
+            times |= medians_ms({"dense": (self.dense, inputs, grad)}, max(self.args.repeats // 10, 2))
+        stages = self.time_stages(inputs, freqs_cis)
         settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
-        record = {"seq_len": self.seq_len, **settings, "gathered_len": gathered_len, **dense_times, **times}
+        record = {"seq_len": self.seq_len, **settings, "gathered_len": gathered_len, **times}
         return record | {"peak_gib": peak, "score_ms": stages["score"][0]}, stages
 
-    def time_stages(self, inputs, freqs_cis, attention) -> dict[str, tuple[float, float]]:
+    def time_stages(self, inputs, freqs_cis) -> dict[str, tuple[float, float]]:
         config, (q, k, v) = self.config, inputs
         ops, n_heads, n_kv_heads = layer.ops_for(q), *self.heads[:2]
         row = self.args.head_dim * q.element_size()
@@ -189,12 +172,14 @@ class Layer:
         if ON_GPU:
             times = {name: kernels_ms(call, repeats) for name, call in calls.items()}
         else:
-            times = {name: median(ms) for name, ms in interleaved_times_ms(calls, repeats, device=DEVICE).items()}
+            times = {name: median(ms) for name, ms in interleaved_times_ms(calls, repeats).items()}
         return {name: (times[name], n_bytes) for name, (_, n_bytes) in stages.items()}
 
 
-def cuda_sdpa(q, k, v, *, enable_gqa=False):
-    """Causal SDPA, cuDNN first, then flash."""
+def attention(q, k, v, *, enable_gqa=False):
+    """Causal SDPA, on a GPU by cuDNN, else flash."""
+    if not ON_GPU:
+        return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
     backends = [torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION]
     with torch.nn.attention.sdpa_kernel(backends, set_priority=True):
         return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
@@ -210,7 +195,7 @@ def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:
     for name, (function, inputs, grad) in cases.items():
         calls[f"{name}_fwd_ms"] = partial(function, *(x.detach() for x in inputs))
         calls[f"{name}_fwd_bwd_ms"] = partial(forward_backward, function, inputs, grad)
-    return {name: median(times) for name, times in interleaved_times_ms(calls, repeats, device=DEVICE).items()}
+    return {name: median(times) for name, times in interleaved_times_ms(calls, repeats).items()}
 
 
 def rotary_table(seq_len: int, head_dim: int) -> torch.Tensor:
@@ -223,7 +208,7 @@ def copy_bandwidth() -> float:
     """Bytes per millisecond that a large copy moves, reads and writes counted."""
     source = torch.empty(2**31 if ON_GPU else 2**27, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / median(times_ms(lambda: target.copy_(source), 10, warm_up=1, device=DEVICE))
+    return 2 * source.numel() / median(times_ms(lambda: target.copy_(source), 10, warm_up=1))
 
 
 def table(rows: list[dict]) -> str:
@@ -232,7 +217,7 @@ def table(rows: list[dict]) -> str:
     cells = []
     for r in rows:
         for direction, label in DIRECTIONS.items():
-            dense, floor, ours = (r[f"{name}_{direction}_ms"] for name in ("dense", "floor", "lighthouse"))
+            dense, floor, ours = (r.get(f"{name}_{direction}_ms") for name in ("dense", "floor", "lighthouse"))
             settings = [f"{r['seq_len']:,}", f"{r['levels']}, {r['pooling_factor']}, {r['top_k']}"]
             settings += [f"{r['gathered_len']:,}", r["scorer"], f"{r['score_ms']:.3f}", label]
             times = [f"{dense:.2f}" if dense else "-", f"{floor:.3f}", f"{ours:.3f}"]
@@ -244,18 +229,17 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], machine: dict):
     rows = [row for row in rows if row["scorer"] == rows[0]["scorer"]]
-    first = rows[0]
     figure = figures.new_figure(11, 4.5)
     panels = figure.subplots(1, 2, sharex=True)
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
         for name, (label, color, style) in CURVES.items():
             # no line joins points of different settings
             for _, part in groupby(rows, lambda row, name=name: name != "dense" and row["levels"]):
-                points = [(row["seq_len"], ms) for row in part if (ms := row[f"{name}_{direction}_ms"])]
+                points = [(row["seq_len"], ms) for row in part if (ms := row.get(f"{name}_{direction}_ms"))]
                 panel.plot(*zip(*points, strict=True), style, color=color, label=label)
                 label = None
         for row in rows:
-            if row["levels"] != first["levels"]:
+            if row["levels"] != rows[0]["levels"]:
                 point = row["seq_len"], row[f"lighthouse_{direction}_ms"]
                 note = f"L={row['levels']}, k={row['top_k']:,}"
                 panel.annotate(note, point, (0, -20), textcoords="offset points", ha="right", size=8)
@@ -266,10 +250,10 @@ def draw(rows: list[dict], machine: dict):
         panel.minorticks_off()
     panels[0].set_ylabel("milliseconds per layer")
     panels[0].legend(frameon=False)
-    shares = {row["seq_len"] / row["top_k"] for row in rows if row["levels"] == first["levels"]}
-    top_k = f"N/{shares.pop():g}" if len(shares) == 1 else f"{first['top_k']:,}"
-    settings = f"L={first['levels']}, p={first['pooling_factor']}, k={top_k}"
-    figure.suptitle(f"One attention layer, {machine['device']}, {machine['settings']}; {settings}")
+    figure.suptitle(
+        f"One attention layer, {machine['device']}, {machine['settings']}; L={rows[0]['levels']}, "
+        f"p={rows[0]['pooling_factor']}, k=N/{rows[0]['seq_len'] / rows[0]['top_k']:g}"
+    )
     return figure
 
 

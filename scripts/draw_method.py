@@ -1,10 +1,10 @@
-"""Draw the pictures of docs/method.md: the cascade, the gathered order and the scatter, as the code computes them."""
+"""Draw the picture of docs/method.md: the cascade, the gathered order and the scatter, as the code computes them."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from torchtitan_ext import figures
@@ -12,10 +12,6 @@ from torchtitan_ext.arguments import start
 from torchtitan_ext.console import make_folder
 from torchtitan_ext.lighthouse import LighthouseConfig, select_entries, torch_ops
 from torchtitan_ext.lighthouse.torch_ops import Selection
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CONFIG = LighthouseConfig(levels=3, pooling_factor=4, top_k=4, tile_winners=2)
 SEQ_LEN = 128
@@ -25,20 +21,21 @@ PALE = "#EEEEEE"
 
 @dataclass
 class DrawMethod:
-    output: Path = Path(__file__).parents[1] / "docs"  # folder of the pictures
+    output: Path = Path(__file__).parents[1] / "docs"  # folder of the picture
 
     def run(self) -> None:
-        make_folder(self.output)
         selection, reached = example()
-        pictures = {
-            "cascade": draw_cascade(selection),
-            "order": draw_order(selection),
-            "scatter": draw_scatter(selection, reached),
-        }
-        for name, figure in pictures.items():
-            file = self.output / f"method-{name}.png"
-            figure.savefig(file, dpi=110)
-            print(file)
+        figure = figures.new_figure(11, 8)
+        panels = figure.subplots(3, height_ratios=(2.8, 2.4, 2.8))
+        draw_cascade(panels[0], selection)
+        draw_order(panels[1], selection)
+        draw_scatter(panels[2], selection, reached)
+        for panel in panels:
+            panel.set(xlim=(0, SEQ_LEN), xticks=range(0, SEQ_LEN + 1, 16), xlabel="position in the sequence")
+            panel.spines[["top", "right", "left"]].set_visible(False)
+        file = make_folder(self.output) / "method.png"
+        figure.savefig(file, dpi=110)
+        print(file)
 
 
 def example() -> tuple[Selection, torch.Tensor]:
@@ -55,17 +52,8 @@ def example() -> tuple[Selection, torch.Tensor]:
     return Selection(level[0, 0], index[0, 0]), reached
 
 
-def new_panel(height: float) -> "tuple[Figure, Axes]":
-    figure = figures.new_figure(11, height)
-    panel = figure.subplots()
-    panel.set(xlim=(0, SEQ_LEN), xticks=range(0, SEQ_LEN + 1, 16), xlabel="position in the sequence")
-    panel.spines[["top", "right", "left"]].set_visible(False)
-    return figure, panel
-
-
-def draw_cascade(selection: Selection) -> "Figure":
-    """Every entry of the pyramid over the positions that it averages."""
-    figure, panel = new_panel(2.8)
+def draw_cascade(panel: Axes, selection: Selection) -> None:
+    """Every entry of the pyramid over the positions that it averages: gathered ones colored, winners marked."""
     gathered = set(zip(*(x.tolist() for x in selection), strict=True))
     levels = range(CONFIG.levels)
     for level in levels:
@@ -73,46 +61,39 @@ def draw_cascade(selection: Selection) -> "Figure":
         for index in range(SEQ_LEN // span):
             joins = (level, index) in gathered
             wins = (level - 1, index * CONFIG.pooling_factor) in gathered
-            box = Rectangle((index * span, level), span, 0.72, edgecolor="white", linewidth=0.6)
-            box.set_facecolor(COLORS[level] if joins else PALE)
-            box.set_alpha(1.0 if wins or level == 0 or not joins else 0.4)
-            panel.add_patch(box)
+            color, alpha = COLORS[level] if joins else PALE, 1.0 if wins or level == 0 or not joins else 0.4
+            panel.add_patch(Rectangle((index * span, level), span, 0.72, ec="white", fc=color, alpha=alpha))
             if wins:
                 panel.text((index + 0.5) * span, level + 0.33, "w", ha="center", va="center")
     for tile in range(1, CONFIG.n_tiles):
         panel.axvline(tile * SEQ_LEN / CONFIG.n_tiles, color="black", linestyle=":")
     panel.set_ylim(-0.1, CONFIG.levels)
     panel.set_yticks([level + 0.36 for level in levels], [f"level {n}\nspan {CONFIG.span(n)}" for n in levels])
-    return figure
 
 
-def draw_order(selection: Selection) -> "Figure":
+def draw_order(panel: Axes, selection: Selection) -> None:
     """The gathered sequence, each entry joined to the position at which it ends."""
-    figure, panel = new_panel(2.4)
     width = SEQ_LEN / CONFIG.gathered_len(SEQ_LEN)
     for slot, (level, index) in enumerate(zip(*(x.tolist() for x in selection), strict=True)):
         color, end = COLORS[level], (index + 1) * CONFIG.span(level) - 1
         panel.add_patch(Rectangle((slot * width, 1), width, 0.3, color=color, ec="white"))
         panel.plot([(slot + 0.5) * width, end + 0.5], [1, 0], color=color, linewidth=0.8)
     panel.set(ylim=(0, 1.35), yticks=[1.15], yticklabels=["gathered\nsequence"])
-    return figure
 
 
-def draw_scatter(selection: Selection, reached: torch.Tensor) -> "Figure":
-    """The positions to which each gathered entry's output is added."""
-    figure, panel = new_panel(2.8)
+def draw_scatter(panel: Axes, selection: Selection, reached: torch.Tensor) -> None:
+    """The positions to which each gathered entry's output is added, and the number of outputs per position."""
     for slot, level in enumerate(selection.level.tolist()):
         positions = reached[:, slot].nonzero().flatten().tolist()
         if positions:  # the sequence's last entry may end with it
-            color = COLORS[level]
-            panel.add_patch(Rectangle((positions[0], level + 1), len(positions), 0.72, ec="white", fc=color))
+            place = (positions[0], level + 1)
+            panel.add_patch(Rectangle(place, len(positions), 0.72, ec="white", fc=COLORS[level]))
     levels, unit = range(CONFIG.levels), 0.8 / CONFIG.levels
     panel.stairs(reached.sum(1) * unit, range(SEQ_LEN + 1), baseline=None, color="black", lw=1.5)
     panel.set_ylim(0, CONFIG.levels + 1)
     panel.set_ylabel("outputs\nper position", rotation=0, ha="right", va="center", y=0.13)
     ticks = {(n + 1) * unit: str(n + 1) for n in levels} | {level + 1.36: f"level {level}" for level in levels}
     panel.set_yticks(list(ticks), list(ticks.values()))
-    return figure
 
 
 if __name__ == "__main__":

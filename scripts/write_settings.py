@@ -1,6 +1,6 @@
 """Write docs/settings.md, the reference of every setting that this project adds to torchtitan's.
 
-Meanings, types and defaults are the config classes' own, rules what the checks of a launch answer.
+Meanings, types and defaults are the config classes' own; rules are what the checks of a launch answer.
 Exit code: 0 written, 2 a field has no docstring.
 """
 
@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from docstring_parser import DocstringParam, parse_from_object
 
@@ -40,7 +39,7 @@ REFUSED = (  # one per rule between settings
     "--lr_scheduler.total_steps 100",
     "--training.steps 20",
 )
-FIELDS = ("field", "type", "default", "meaning", "rule")
+FIELDS = ("field", "type", "default", "meaning")
 FLAVORS = ("flavor", "parameters", "dim", "layers", "heads", "KV heads", "vocabulary", "dense layers")
 
 
@@ -67,21 +66,10 @@ def documented(section: str, cls: type) -> list[DocstringParam]:
     return params
 
 
-def rule(cls: type, param: DocstringParam) -> str:
-    """What the class says of a value of the field's type that is never legal."""
-    illegal: dict[str | None, Any] = {"int": -1, "str": "?"}
-    if param.type_name in illegal:
-        try:
-            cls(**{param.arg_name: illegal[param.type_name]})
-        except ValueError as error:
-            return str(error).partition(": ")[2]
-    return ""
-
-
 def setting_rows(section: str, cls: type) -> Iterator[tuple[str, ...]]:
     for param in documented(section, cls):
         values = (f"`{value}`" for value in (param.arg_name, param.type_name, param.default))
-        yield *values, " ".join(param.description.split()), rule(cls, param)
+        yield *values, " ".join(param.description.split())
 
 
 def refusals() -> Iterator[tuple[str, str]]:
