@@ -5,12 +5,13 @@ import sys
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from tyro.conf import Positional, arg, subcommand
 
 from .arguments import Positive, Positives, parse
-from .console import Display, make_folder, size
+from .console import make_folder, size
+from .progress import Display
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = CONFIGS / "published.toml"
@@ -177,8 +178,8 @@ class Niah:
         logits = candidate.load(device, dtype)
         with Display() as display:
             n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials
-            display.start(f"{n_tokens:,} tokens", n_tokens)
-            cells = niah.evaluate(logits, prompts, settings, display.advance)
+            display.begin(f"{n_tokens:,} tokens", n_tokens)
+            cells = niah.evaluate(logits, prompts, settings, display.count)
         text, paths = niah.write(folder, candidate, settings, cells, dtype)
         print(text)
         show_paths(("table", "records", "heat map"), paths)
@@ -209,8 +210,8 @@ class Export:
         dtype = getattr(torch, self.dtype)
         with Display() as display:
             n_bytes = checkpoint.n_bytes(dtype)
-            display.start(f"{size(n_bytes)} read and written", 2 * n_bytes)
-            export(checkpoint, self.output, dtype, display.advance)
+            display.begin(f"{size(n_bytes)} read and written", 2 * n_bytes)
+            export(checkpoint, self.output, dtype, display.count)
         print(f"{checkpoint.path} exported to {self.output}")
 
 
@@ -240,11 +241,11 @@ class CheckData:
         checked, damaged = [], 0
         results = check_files(files, self.workers)  # forks before the display's thread starts
         with Display() as display:
-            display.start("files", len(files))
+            display.begin("files", len(files))
             for contents in results:
                 checked.append(contents)
                 damaged += contents.n_problems > 0
-                display.advance(1, f"{len(checked)}/{len(files)}, {damaged} damaged, ")
+                display.count(1, f"{len(checked)}/{len(files)}, {damaged} damaged, ")
         text, is_damaged = report(files, checked, training)
         print(text)
         return 1 if is_damaged else 0
@@ -265,7 +266,7 @@ def show_paths(kinds: tuple[str, ...], paths: list[Path]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    verbs = Union[tuple(Annotated[verb, subcommand(name, prefix_name=False)] for name, verb in VERBS.items())]  # noqa: UP007
+    verbs: Any = Union[tuple(Annotated[v, subcommand(name, prefix_name=False)] for name, v in VERBS.items())]  # noqa: UP007
     chosen, overrides = parse(verbs, arguments, "python -m torchtitan_ext", return_unknown_args=True)
     if not isinstance(chosen, (Patch, Table)):
         # what is missing for a preflight, its report names

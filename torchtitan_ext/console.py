@@ -1,4 +1,4 @@
-"""How a command shows its progress and ends: a user's error prints one line, a bug its traceback.
+"""How a command ends: a user's error prints one line, a bug its traceback.
 
 Imports nothing that takes time or may be missing, so that --help and a wrong environment are answered at once.
 """
@@ -7,15 +7,12 @@ import errno
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 MOUNT = "mount what lies there, or copy it, and give its path"
-SECONDS_BETWEEN_LINES = 10
 REMEDIES = {
     errno.ENOENT: "give one that exists",
     errno.EISDIR: "give a file",
@@ -82,60 +79,6 @@ def end(error: BaseException, program: str) -> int:
         return 1
     print(f"{program}: {reason}", file=sys.stderr)
     return code
-
-
-class Display:
-    """How far a command is, on stderr: a live bar on a terminal, elsewhere a plain line now and then."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self.console = Console(stderr=True)
-        # a narrow terminal cuts the bar first
-        text = TextColumn("{task.description}  {task.fields[status]}", markup=False)
-        self.bar = Progress(text, BarColumn(20), console=self.console)
-
-    def __enter__(self) -> "Display":
-        if self.console.is_interactive:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_interactive:
-            self.bar.stop()
-
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def start(self, title: str, total: float, done: int = 0) -> None:
-        """Begin a task, which the following calls are about."""
-        self.title, self.total = title, total
-        self.done: float = done
-        self.first, self.began = done, time.monotonic()
-        self.last_line = self.began
-        self.task = self.bar.add_task(title, total=total, completed=done, status="")
-
-    def advance(self, amount: float, what: str = "") -> None:
-        """Count `amount` more as done. Estimates the time left from the mean speed so far."""
-        done = self.done + amount
-        seconds = time.monotonic() - self.began
-        left = seconds / (done - self.first) * (self.total - done) if done > self.first else 0
-        self.show(done, f"{what}{done / self.total:.0%}, left {duration(left)}")
-
-    def show(self, done: float, status: str) -> None:
-        """Show that `done` of the total is done, with a status beside it."""
-        self.done = done
-        self.bar.update(self.task, completed=done, status=status)
-        now = time.monotonic()
-        waited = now - self.last_line >= SECONDS_BETWEEN_LINES
-        if not self.console.is_interactive and (waited or done >= self.total):
-            self.last_line = now
-            self.say(f"{self.title}  {status}")
-
-
-def duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
 
 
 def size(n_bytes: int) -> str:

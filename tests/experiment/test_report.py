@@ -171,27 +171,27 @@ def test_the_table_of_a_made_experiment(made):
     folder, log_freq = made
     dense, *rows = report.table(report.read_experiment(folder))
     w = window(TOTAL, log_freq)
-    assert [row.run for row in rows] == [f"{s} + {TOTAL - s}" for s in sorted(SPLITS)[::-1]]
-    assert all(row.status == "finished" for row in [dense, *rows])
+    assert [row["run"] for row in rows] == [f"{s} + {TOTAL - s}" for s in sorted(SPLITS)[::-1]]
+    assert all(row["status"] == "finished" for row in [dense, *rows])
     # 1 s a dense step, half a second a Lighthouse step, 2 devices
-    assert dense.device_hours == pytest.approx(2 * TOTAL / 3600)
+    assert dense["device_hours"] == pytest.approx(2 * TOTAL / 3600)
     last = logged_steps(TOTAL - w, TOTAL, log_freq)
-    assert dense.final_loss == pytest.approx(curve(last).mean())
+    assert dense["final_loss"] == pytest.approx(curve(last).mean())
     for row, split in zip(rows, sorted(SPLITS)[::-1], strict=True):
-        assert row.device_hours == pytest.approx(2 * (0.5 * split + TOTAL - split) / 3600)
-        assert row.difference == pytest.approx(-0.5)
-        assert row.validation_difference == pytest.approx(-0.5)
-        assert row.validation_loss == pytest.approx(curve(TOTAL) - 0.5 + 0.25)
+        assert row["device_hours"] == pytest.approx(2 * (0.5 * split + TOTAL - split) / 3600)
+        assert row["difference"] == pytest.approx(-0.5)
+        assert row["validation_difference"] == pytest.approx(-0.5)
+        assert row["validation_loss"] == pytest.approx(curve(TOTAL) - 0.5 + 0.25)
         before = curve(logged_steps(split - w, split, log_freq)).mean()
-        assert row.jump == pytest.approx(curve(split + log_freq) + 1 - before)
-        assert row.recovery >= w
+        assert row["jump"] == pytest.approx(curve(split + log_freq) + 1 - before)
+        assert row["recovery"] >= w
         # a second a dense step: as many seconds as dense steps; validated every 10 of them
         tens = np.arange(10, TOTAL + 1, 10)
         at_equal_hours = np.interp(0.5 * split + TOTAL - split, tens, curve(tens) + 0.25)
-        assert row.dense_at_equal_hours == pytest.approx(at_equal_hours)
+        assert row["dense_at_equal_hours"] == pytest.approx(at_equal_hours)
         # 1000 tok/s at step 1, 2000 at step 2, ...; the first point is the start's
         steady = logged_steps(0, split, log_freq)[1:]
-        assert row.ktok_s == pytest.approx(np.median(steady))
+        assert row["ktok_s"] == pytest.approx(np.median(steady))
 
 
 def test_files_written(made, tmp_path):
@@ -201,7 +201,7 @@ def test_files_written(made, tmp_path):
     assert markdown.read_text() == text
     rows = report.table(report.read_experiment(folder))
     with table.open() as f:
-        assert [row["run"] for row in csv.DictReader(f)] == [row.run for row in rows]
+        assert [row["run"] for row in csv.DictReader(f)] == [row["run"] for row in rows]
     dense = report.read_experiment(folder).dense
     with curves.open() as f:
         points = [row for row in csv.DictReader(f) if row["run"] == "dense"]
@@ -214,7 +214,7 @@ def test_files_written(made, tmp_path):
     ours, theirs = text.split("**Published, not measured here**")
     assert PUBLISHED["source"] in theirs and PUBLISHED["hardware"] in theirs
     for row in rows:
-        assert f"| {row.run} |" in ours
+        assert f"| {row['run']} |" in ours
     for row in PUBLISHED["split_points"]:
         assert f"{row['final_loss']:.4f}" in theirs
         assert f"{row['final_loss']:.4f}" not in ours
@@ -252,10 +252,10 @@ def test_an_incomplete_experiment_has_a_table_that_says_so(made, tmp_path, kept)
     for name, keep in zip(names, kept, strict=True):
         assert (f"{name}: not started" in text) != keep
     dense, split = report.table(report.read_experiment(tmp_path))
-    assert (dense.final_loss is not None) == kept[0]
-    assert (split.jump is not None) == (kept[1] and kept[2])
-    assert (split.device_hours is not None) == (kept[1] and kept[2])
-    assert (split.difference is not None) == (kept[0] and kept[2])
+    assert ("final_loss" in dense) == kept[0]
+    assert ("jump" in split) == (kept[1] and kept[2])
+    assert ("device_hours" in split) == (kept[1] and kept[2])
+    assert ("difference" in split) == (kept[0] and kept[2])
 
 
 def test_seeds_are_compared_run_by_run(made, tmp_path):
@@ -286,9 +286,6 @@ def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_p
     assert default[1] == base[1] == "50 + 30"
     assert float(default[-1]) == 0
     assert float(base[-1]) == pytest.approx(float(base[-2]) - float(default[-2]), abs=2e-4) == 0.25
-    shutil.rmtree(tmp_path / "base/stage1")
-    with pytest.raises(ValueError, match="without records of stage1"):
-        report.write(folder, tmp_path / "out", PUBLISHED, ablations=[tmp_path / "base"])
 
 
 @pytest.mark.parametrize("reached", [1, 2, 30, 79])
@@ -299,7 +296,7 @@ def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached):
     assert f"dense: unfinished, at step {reached} of {TOTAL}" in text
     assert "stage1: not started" in text
     (row,) = report.table(report.read_experiment(tmp_path))
-    assert row.final_loss is None and row.device_hours is None
+    assert not row.keys() & {"final_loss", "device_hours"}
 
 
 def test_a_tail_that_has_not_recovered_says_within_how_many_steps(tmp_path):

@@ -53,8 +53,7 @@ def test_a_step_is_split_into_parts_without_gap_or_overlap(tmp_path):
         ("adam", 22_250, 23_000, ADAM),
         ("after", 24_000, 25_000),
     )
-    kernels, idle = step_profile.last_step(step_profile.read_kernels(file))
-    parts, rows = step_profile.breakdown(kernels, idle, SEQ_LEN, VOCAB)
+    parts, rows = step_profile.breakdown(step_profile.read_kernels(file), SEQ_LEN, VOCAB)
     assert {part: ms for part, ms in parts.items() if ms} == {
         step_profile.BLOCK_GEMMS: 3,
         step_profile.OUTPUT_GEMMS: 1,
@@ -75,7 +74,7 @@ def test_a_step_is_split_into_parts_without_gap_or_overlap(tmp_path):
 def test_a_trace_of_one_step_is_refused(tmp_path):
     file = trace(tmp_path, ("adam", 0, 1, ADAM), ("adam", 1, 2, ADAM))
     with pytest.raises(ValueError, match="fewer than two optimizer steps"):
-        step_profile.last_step(step_profile.read_kernels(file)[:1])
+        step_profile.breakdown(step_profile.read_kernels(file)[:1], SEQ_LEN, VOCAB)
 
 
 def test_limits_count_every_layer_once(monkeypatch):

@@ -24,7 +24,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
-from torchtitan_ext.console import make_folder, size
+from torchtitan_ext.console import make_folder
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.jobs import resume
 from torchtitan_ext.jobs.job_file import import_extension
@@ -61,26 +61,26 @@ class Checkpoint:
     lighthouse: bool
 
     @property
-    def _in_hugging_face(self) -> bool:
-        return not (self.path / resume.METADATA).is_file()
-
-    @property
-    def _adapter(self) -> BaseStateDictAdapter:
+    def adapter(self) -> BaseStateDictAdapter:
         return Llama3StateDictAdapter(self.model_args, None)
 
     @property
+    def in_hugging_face(self) -> bool:
+        return not (self.path / resume.METADATA).is_file()
+
+    @property
     def _reader(self) -> FileSystemReader:
-        if self._in_hugging_face:
-            return self._adapter.get_hf_storage_reader(str(self.path))
-        return FileSystemReader(self.path)
+        return (
+            self.adapter.get_hf_storage_reader(str(self.path)) if self.in_hugging_face else FileSystemReader(self.path)
+        )
 
     def as_saved(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors in the checkpoint's names and shapes."""
-        return self._adapter.to_hf(state) if self._in_hugging_face else state
+        return self.adapter.to_hf(state) if self.in_hugging_face else state
 
     def metadata(self) -> Metadata:
         """Raises ValueError where the checkpoint isn't complete."""
-        if not self._in_hugging_face:
+        if not self.in_hugging_face:
             return resume.complete_metadata(self.path)
         try:
             return self._reader.read_metadata()
@@ -106,7 +106,7 @@ class Checkpoint:
             for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
                 part = self.as_saved({key: state[key] for key in keys})
                 dcp.load(part, storage_reader=self._reader, no_dist=True)
-                state |= self._adapter.from_hf(part) if self._in_hugging_face else part
+                state |= self.adapter.from_hf(part) if self.in_hugging_face else part
                 advance(sum(tensor.nbytes for tensor in part.values()))
         return state
 
@@ -114,8 +114,8 @@ class Checkpoint:
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a step-N folder, or a run's dump folder for its newest complete step.
 
-    Raises ValueError where there is none that is complete, or the run's job config or tokenizer is missing or doesn't
-    fit the checkpoint.
+    Raises ValueError where there is none that is complete, or the run's job config or tokenizer doesn't fit the
+    checkpoint; FileNotFoundError where it has no job config.
     """
     path = path.resolve()
     is_run = (path / CONFIG_FILE).is_file()
@@ -125,44 +125,44 @@ def find_checkpoint(path: Path) -> Checkpoint:
             "give the step-N folder of a checkpoint that was saved to its end, or its run's folder"
         )
     config_file = (path if is_run else path.parents[1]) / CONFIG_FILE
-    if not config_file.is_file():
-        raise ValueError(
-            f"{config_file} is missing, which says what model the checkpoint holds: keep the checkpoint in its "
-            f"run's folder, or copy the run's {CONFIG_FILE} there"
-        )
     job = read_config(config_file, JOB_FIELDS)
     if module := job.get("experimental", {}).get("custom_import"):
         import_extension(module, config_file)
     if is_run:
-        folder = path / job["checkpoint"]["folder"]
-        steps = [*resume.complete_steps(folder), *resume.complete_steps(folder, resume.HF_INDEX)]
-        if not steps:
-            raise ValueError(
-                f"{folder} holds no complete checkpoint: train with checkpoint.enable = true until the "
-                "first is saved (checkpoint.interval)"
-            )
-        path = folder / f"step-{max(steps)}"
+        path = _newest(path / job["checkpoint"]["folder"])
+    model_args, tokenizer = _trained(job, config_file)
+    checkpoint = Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
+    expected = checkpoint.as_saved(meta_model(model_args).state_dict())
+    if mismatches := resume.shape_mismatches(expected, resume.saved_shapes(checkpoint.metadata())):
+        raise ValueError(
+            f"{path} holds no model of flavor {job['model']['flavor']!r} ({len(mismatches)} of {len(expected)} "
+            f"weights: {mismatches[0]}); correct model.flavor in {config_file}"
+        )
+    return checkpoint
 
-    flavor, tokenizer_path = job["model"]["flavor"], job["model"]["hf_assets_path"]
+
+def _newest(folder: Path) -> Path:
+    steps = [*resume.complete_steps(folder), *resume.complete_steps(folder, resume.HF_INDEX)]
+    if not steps:
+        raise ValueError(
+            f"{folder} holds no complete checkpoint: train with checkpoint.enable = true until the first is saved "
+            "(checkpoint.interval)"
+        )
+    return folder / f"step-{max(steps)}"
+
+
+def _trained(job: dict, config_file: Path) -> tuple[LighthouseModelArgs, HuggingFaceTokenizer]:
+    """The model and the tokenizer that a run's job config names."""
+    flavor, tokenizer = job["model"]["flavor"], job["model"]["hf_assets_path"]
     if flavor not in flavors:
         raise ValueError(
             f"model.flavor = {flavor!r} in {config_file} is unknown: export with the version of this package that "
             f"trained it; this one has {', '.join(flavors)}"
         )
     model_args = replace(flavors[flavor], max_seq_len=job["training"]["seq_len"])  # type: ignore[call-arg]
-    tokenizer = load_tokenizer(
-        tokenizer_path,
-        f"model.hf_assets_path = {tokenizer_path!r} in {config_file}",
-        "call from the folder that the training was launched from, or correct the path",
-    )
-    checkpoint = Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
-    expected = checkpoint.as_saved(meta_model(model_args).state_dict())
-    if mismatches := resume.shape_mismatches(expected, resume.saved_shapes(checkpoint.metadata())):
-        raise ValueError(
-            f"{path} holds no model of flavor {flavor!r} ({len(mismatches)} of {len(expected)} weights: "
-            f"{mismatches[0]}); correct model.flavor in {config_file}"
-        )
-    return checkpoint
+    named = f"model.hf_assets_path = {tokenizer!r} in {config_file}"
+    remedy = "call from the folder that the training was launched from, or correct the path"
+    return model_args, load_tokenizer(tokenizer, named, remedy)
 
 
 def export(
@@ -170,24 +170,17 @@ def export(
 ) -> None:
     """Write config.json, model.safetensors (weights in `dtype`) and the tokenizer's files to `folder`.
 
-    Raises ValueError where `folder` isn't empty, or its disk is too full.
-
-    advance: gets the bytes read and written, `n_bytes` of the checkpoint each.
+    Raises ValueError where `folder` isn't empty. `advance` gets the bytes read and written, `n_bytes` of the
+    checkpoint each.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
     with TemporaryDirectory() as small_files:
         _save_small_files(checkpoint, dtype, Path(small_files))
         make_folder(folder)
-        total, free = checkpoint.n_bytes(dtype), shutil.disk_usage(folder).free
-        if total > free:
-            raise ValueError(
-                f"{folder}: {size(free)} are free there, and the model has {size(total)} in {dtype}: make room, or "
-                "name another folder"
-            )
-        state = Llama3StateDictAdapter(checkpoint.model_args, None).to_hf(checkpoint.load_state(dtype, advance))
+        state = checkpoint.adapter.to_hf(checkpoint.load_state(dtype, advance))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        advance(total)
+        advance(checkpoint.n_bytes(dtype))
         # The config last, so that a folder that lacks something doesn't load.
         for file in sorted(Path(small_files).iterdir(), key=lambda file: file.name == CONFIG_FILE):
             shutil.copy(file, folder)

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
@@ -152,12 +153,11 @@ class Settings:
         if not self.contexts:
             protocol = ", ".join(map(str, CONTEXTS))
             raise ValueError(f"{limit} = {longest} of {candidate.path} is below all of {protocol}: give --contexts")
-        unequal = [self.trials] if self.trials % 10 else []
         for option, wrong, reason in (
             ("contexts", [n for n in self.contexts if n > longest], f"exceed {limit} = {longest}: leave them out"),
             ("contexts", [n for n in self.contexts if n < shortest], f"hold no question: give {shortest} or more"),
             ("depths", [depth for depth in self.depths if not 0 <= depth <= 100], "are no percentages: give 0 to 100"),
-            ("trials", unequal, "don't hide each digit equally often: give a multiple of 10"),
+            ("trials", [self.trials] * (self.trials % 10 > 0), "hide some digits more often: give a multiple of 10"),
         ):
             if wrong:
                 raise ValueError(f"--{option}: {', '.join(map(str, wrong))} {reason}")
@@ -184,14 +184,13 @@ def evaluate(
 
     Raises ValueError where the device's memory doesn't hold a batch, or the logits aren't finite.
     """
-    cells = []
-    trials = list(product(settings.depths, range(settings.trials)))
+    cells = {}
     # The longest first: if it is too long for the device, that shows at once.
-    for context in sorted(settings.contexts, reverse=True):
-        digits = ""
-        for start in range(0, len(trials), settings.batch_size):
-            batch = trials[start : start + settings.batch_size]
-            tokens = torch.tensor([prompts(context, *trial, settings.seed) for trial in batch])
+    for context, depth in product(sorted(settings.contexts, reverse=True), settings.depths):
+        answers = ""
+        for start in range(0, settings.trials, settings.batch_size):
+            trials = range(settings.trials)[start : start + settings.batch_size]
+            tokens = torch.tensor([prompts(context, depth, trial, settings.seed) for trial in trials])
             try:
                 of_digits = logits(tokens)[:, prompts.answers]  # [B, 10]
             except torch.OutOfMemoryError as error:
@@ -204,71 +203,55 @@ def evaluate(
                     f"the model's logits at context {context} are not finite: its training diverged, or the "
                     "checkpoint is damaged"
                 )
-            digits += "".join(map(str, of_digits.argmax(-1).tolist()))
+            answers += "".join(map(str, of_digits.argmax(-1).tolist()))
             advance(tokens.numel())
-        for i, depth in enumerate(settings.depths):
-            cells.append(Cell(context, depth, digits[i * settings.trials : (i + 1) * settings.trials]))
-    return sorted(cells, key=lambda cell: settings.contexts.index(cell.context))
+        cells[context, depth] = Cell(context, depth, answers)
+    return [cells[place] for place in product(settings.contexts, settings.depths)]
 
 
 def write(
     folder: Path, candidate: Candidate, settings: Settings, cells: Sequence[Cell], dtype: torch.dtype
 ) -> tuple[str, list[Path]]:
     """table.md, niah.json and heatmap.png in `folder`; returns the table and the paths written."""
-    accuracy = {(cell.context, cell.depth): cell.correct / settings.trials for cell in cells}
-    mean = sum(accuracy.values()) / len(accuracy)
+    n_trials = len(cells) * settings.trials
+    mean = sum(cell.correct for cell in cells) / n_trials
+    error = math.sqrt(mean * (1 - mean) / n_trials)
+    name, precision = os.path.relpath(candidate.path), str(dtype).removeprefix("torch.")
     record = {
-        "checkpoint": os.path.relpath(candidate.path),
+        "checkpoint": name,
         "trained_with_lighthouse": candidate.lighthouse,
         candidate.max_context_field: candidate.max_context,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": precision,
         **asdict(settings),
         "mean": mean,
-        "standard_error": math.sqrt(mean * (1 - mean) / (len(cells) * settings.trials)),
+        "standard_error": error,
         "cells": [asdict(cell) | {"correct": cell.correct, "mean": cell.correct / settings.trials} for cell in cells],
     }
-    paths = [folder / name for name in ("table.md", "niah.json", "heatmap.png")]
-    text = _table(record, accuracy)
+    # [depth, context]
+    shares = np.array([cell.correct / settings.trials for cell in cells]).reshape(len(settings.contexts), -1).T
+    contexts = [f"{context:,}" for context in settings.contexts]
+    rows = [[f"{depth} %", *row, row.mean()] for depth, row in zip(settings.depths, shares, strict=True)]
+    rows.append(["mean", *shares.mean(0), mean])
+    body = [[title, *(f"{share:.2f}" for share in row)] for title, *row in rows]
+    body[-1][-1] = f"**{body[-1][-1]}**"
+    text = (
+        f"Retrieval under dense attention, {name}: mean {mean:.3f} ± {error:.3f} (standard error), {settings.trials} "
+        f"trials per cell, seed {settings.seed}, {precision}. Context in tokens; chance is 0.1.\n\n"
+        f"{markdown_table(['depth', *contexts, 'mean'], body, 'r' * (len(contexts) + 2))}\n"
+    )
+    figure = new_figure(2.5 + 0.8 * len(contexts), 1.5 + 0.45 * len(settings.depths))
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share < 0.6 else "black")
+    axes.set_xticks(range(len(contexts)), contexts)
+    axes.set_yticks(range(len(settings.depths)), map(str, settings.depths))
+    axes.set(xlabel="context (tokens)", ylabel="depth (%)")
+    axes.set_title(f"{name}\nmean {mean:.3f}", fontsize="medium")
+    figure.colorbar(image, label="share of digits retrieved (chance 0.1)")
+
+    paths = [folder / file for file in ("table.md", "niah.json", "heatmap.png")]
     paths[0].write_text(text)
     paths[1].write_text(json.dumps(record, indent=2) + "\n")
-    _save_heat_map(record, accuracy, paths[2])
+    figure.savefig(paths[2], dpi=150)
     return text, paths
-
-
-def _table(record: dict, accuracy: dict[tuple[int, int], float]) -> str:
-    contexts, depths = record["contexts"], record["depths"]
-
-    def mean(contexts: Sequence[int], depths: Sequence[int]) -> str:
-        values = [accuracy[place] for place in product(contexts, depths)]
-        return f"{sum(values) / len(values):.2f}"
-
-    def row(title: str, depths: Sequence[int]) -> list[str]:
-        return [title, *(mean([context], depths) for context in contexts), mean(contexts, depths)]
-
-    *columns, total = row("mean", depths)
-    rows = [*(row(f"{depth} %", [depth]) for depth in depths), [*columns, f"**{total}**"]]
-    head = ["depth", *(f"{context:,}" for context in contexts), "mean"]
-    return (
-        f"Retrieval under dense attention, {record['checkpoint']}: mean {record['mean']:.3f} "
-        f"± {record['standard_error']:.3f} (standard error), {record['trials']} trials per cell, seed "
-        f"{record['seed']}, {record['dtype']}. Context in tokens; chance is 0.1.\n\n"
-        + markdown_table(head, rows, "r" * len(head))
-        + "\n"
-    )
-
-
-def _save_heat_map(record: dict, accuracy: dict[tuple[int, int], float], path: Path) -> None:
-    contexts, depths = record["contexts"], record["depths"]
-    figure = new_figure(2.5 + 0.8 * len(contexts), 1.5 + 0.45 * len(depths))
-    axes = figure.subplots()
-    values = [[accuracy[context, depth] for context in contexts] for depth in depths]
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    for row, column in product(range(len(depths)), range(len(contexts))):
-        value = values[row][column]
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
-    axes.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts])
-    axes.set_yticks(range(len(depths)), depths)
-    axes.set(xlabel="context (tokens)", ylabel="depth (%)")
-    axes.set_title(f"{record['checkpoint']}\nmean {record['mean']:.3f}", fontsize="medium")
-    figure.colorbar(image, label="share of digits retrieved (chance 0.1)")
-    figure.savefig(path, dpi=150)

@@ -26,7 +26,7 @@ steps of a window.
 import csv
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,71 +48,57 @@ CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
 TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
 
 
-def _column(title: str, form: Callable[[Any], str], optional: bool = False) -> Any:
-    """A field of Row that is a column of the Markdown table; an optional one only if a row has a value."""
-    return field(default=None, metadata={"title": title, "form": form, "optional": optional})
-
-
 def _number(x: float) -> str:
     return f"{x:.1f}" if x >= 10 else f"{x:#.3g}"
 
 
 _loss, _signed, _count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
+# title and form of each column of the table
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "run": ("run", str),
+    "device_hours": ("device-hours", _number),
+    "ktok_s": ("stage-1 tok/s per device (k)", _number),
+    "final_loss": ("final loss", _loss),
+    "jump": ("jump (nats)", _signed),
+    "recovery": ("steps to recover", _count),
+    "difference": ("difference from dense", _signed),
+    "validation_loss": ("validation loss", _loss),
+    "validation_difference": ("difference from dense", _signed),
+    "dense_at_equal_hours": ("dense at equal hours", _loss),
+}
 
 
-@dataclass
-class Row:
-    """A row of the table. A field is None where the records don't (yet) say, a string where a range is published."""
-
-    run: str = _column("run", str)
-    device_hours: float | None = _column("device-hours", _number)
-    ktok_s: float | None = _column("stage-1 tok/s per device (k)", _number)
-    final_loss: float | None = _column("final loss", _loss)
-    jump: float | str | None = _column("jump (nats)", _signed)
-    recovery: int | str | None = _column("steps to recover", _count)
-    difference: float | None = _column("difference from dense", _signed)
-    validation_loss: float | None = _column("validation loss", _loss, optional=True)
-    validation_difference: float | None = _column("difference from dense", _signed, optional=True)
-    dense_at_equal_hours: float | None = _column("dense at equal hours", _loss, optional=True)
-    steps_after_switch: int | None = None
-    status: str = "finished"
-
-    def compare(self, dense: "Row") -> None:
-        self.difference = _minus(self.final_loss, dense.final_loss)
-        self.validation_difference = _minus(self.validation_loss, dense.validation_loss)
-
-    @property
-    def deciding_loss(self) -> float | None:
-        """On the validation documents if there are any."""
-        return self.final_loss if self.validation_loss is None else self.validation_loss
-
-    @property
-    def cells(self) -> dict[str, str]:
-        """The Markdown table's cells, by field."""
-        cells = {}
-        for column in COLUMNS:
-            value = getattr(self, column.name)
-            cells[column.name] = value if isinstance(value, str) else _cell(value, column.metadata["form"])
-        if self.recovery is None and self.jump is not None:
-            cells["recovery"] = f"not within {self.steps_after_switch:,}"
-        return cells
+# A row of the table lacks what the records don't (yet) say; a value that was published as a range is a string.
+Row = dict[str, Any]
 
 
-COLUMNS = [column for column in fields(Row) if column.metadata]
+def cell(row: Row, column: str) -> str:
+    value = row.get(column)
+    if column == "recovery" and value is None and "jump" in row:
+        return f"not within {row['steps_after_switch']:,}"
+    return value if isinstance(value, str) else _cell(value, COLUMNS[column][1])
 
 
 def _cell(value: float | None, form: Callable[[Any], str]) -> str:
     return "-" if value is None else form(value)
 
 
-def _minus(loss: float | None, other: float | None) -> float | None:
-    return None if loss is None or other is None else loss - other
+def compare(row: Row, dense: Row) -> None:
+    """Add the row's differences from dense."""
+    for loss, difference in (("final_loss", "difference"), ("validation_loss", "validation_difference")):
+        if loss in row and loss in dense:
+            row[difference] = row[loss] - dense[loss]
+
+
+def deciding_loss(row: Row) -> float | None:
+    """On the validation documents if there are any."""
+    return row.get("validation_loss", row.get("final_loss"))
 
 
 def markdown_rows(rows: Sequence[Row]) -> str:
-    body = [row.cells for row in rows]
-    shown = [c for c in COLUMNS if not c.metadata["optional"] or any(cells[c.name] != "-" for cells in body)]
-    return markdown_table([c.metadata["title"] for c in shown], [[cells[c.name] for c in shown] for cells in body])
+    """The columns in which any row has a value."""
+    shown = [c for c in COLUMNS if any(cell(row, c) != "-" for row in rows)]
+    return markdown_table([COLUMNS[c][0] for c in shown], [[cell(row, c) for c in shown] for row in rows])
 
 
 @dataclass
@@ -125,6 +111,10 @@ class Experiment:
     def runs(self) -> list[Run]:
         """Those that have records, in the table's order."""
         return [run for run in (self.dense, self.stage1, *self.tails.values()) if run]
+
+    @property
+    def validated(self) -> bool:
+        return any(run.validation_loss.size for run in self.runs)
 
 
 def read_experiment(folder: str | Path) -> Experiment:
@@ -176,55 +166,52 @@ def hours_at(run: Run, step: int) -> float:
 def table(experiment: Experiment) -> list[Row]:
     """One row for dense, then one per split."""
     dense, stage1 = experiment.dense, experiment.stage1
-    first = Row("dense", status=_status(dense))
+    rows: list[Row] = [{"run": "dense", "status": _status(dense)}]
     if dense:
-        first.ktok_s = _ktok_s(dense, dense.total_steps)
+        rows[0] |= _speed(dense, dense.total_steps)
         if dense.finished:
-            first.device_hours = float(dense.device_hours[-1])
-            first.final_loss, first.validation_loss = _final_losses(dense)
+            rows[0] |= {"device_hours": float(dense.device_hours[-1]), **_final_losses(dense)}
 
-    rows = [first]
     for split, tail in experiment.tails.items():
-        row = Row(f"split at {split:,}", status=_status(tail, split))
+        row: Row = {"run": f"split at {split:,}", "status": _status(tail, split)}
         rows.append(row)
         reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freqs[-1] else None
         if reached:
-            row.ktok_s = _ktok_s(reached, split)
+            row |= _speed(reached, split)
         if tail is None:
             continue
-        row.run = _label(split, tail)
-        row.steps_after_switch = int(tail.step[-1]) - split
+        row |= {"run": _label(split, tail), "steps_after_switch": int(tail.step[-1]) - split}
         if reached:
             w = window(tail.total_steps, tail.log_freq)
             before = mean_loss(reached.step, reached.loss, split, w)
-            row.jump = float(tail.loss[0]) - before
-            row.recovery = recovery(tail.step, tail.loss, split, before, w)
+            row["jump"] = float(tail.loss[0]) - before
+            row["recovery"] = recovery(tail.step, tail.loss, split, before, w)
         if tail.finished:
-            row.final_loss, row.validation_loss = _final_losses(tail)
-            row.compare(first)
+            row |= _final_losses(tail)
+            compare(row, rows[0])
             if reached:
-                row.device_hours = hours_at(reached, split) + float(tail.device_hours[-1])
-                row.dense_at_equal_hours = _loss_at_hours(dense, row.device_hours)
+                row["device_hours"] = hours_at(reached, split) + float(tail.device_hours[-1])
+                row |= _at_equal_hours(dense, row["device_hours"])
     return rows
 
 
-def _ktok_s(run: Run, upto: int) -> float | None:
+def _speed(run: Run, upto: int) -> Row:
     steady = (run.step <= upto) & ~run.starts
-    return float(np.median(run.tokens_per_second[steady])) / 1000 if steady.any() else None
+    return {"ktok_s": float(np.median(run.tokens_per_second[steady])) / 1000} if steady.any() else {}
 
 
-def _final_losses(run: Run) -> tuple[float, float | None]:
-    """Of training, and of validation if the run validates."""
+def _final_losses(run: Run) -> Row:
     final = mean_loss(run.step, run.loss, run.total_steps, window(run.total_steps, run.log_freq))
-    return final, float(run.validation_loss[-1]) if run.validation_loss.size else None
+    validation = {"validation_loss": float(run.validation_loss[-1])} if run.validation_loss.size else {}
+    return {"final_loss": final} | validation
 
 
-def _loss_at_hours(dense: Run | None, hours: float) -> float | None:
-    """None if dense has not (yet) spent so many device-hours, or isn't validated."""
+def _at_equal_hours(dense: Run | None, hours: float) -> Row:
+    """Nothing if dense has not (yet) spent so many device-hours, or isn't validated."""
     if dense is None or hours > dense.device_hours[-1] or not dense.validation_step.size:
-        return None
+        return {}
     spent = [hours_at(dense, end) for end in dense.validation_step]
-    return float(np.interp(hours, spent, dense.validation_loss))
+    return {"dense_at_equal_hours": float(np.interp(hours, spent, dense.validation_loss))}
 
 
 def _status(run: Run | None, start: int = 0) -> str:
@@ -263,9 +250,9 @@ def write(
         text += ablations_table(experiment, [*map(read_experiment, ablations)])
     paths[0].write_text(text)
     with paths[1].open("w", newline="") as file:
-        rows = csv.DictWriter(file, [column.name for column in fields(Row)])
+        rows = csv.DictWriter(file, [*COLUMNS, "steps_after_switch", "status"])
         rows.writeheader()
-        rows.writerows(asdict(row) for row in table(experiment))
+        rows.writerows(table(experiment))
     with paths[2].open("w", newline="") as file:
         points = csv.writer(file)
         points.writerow(["run", *CURVES, "validation_loss"])
@@ -286,10 +273,10 @@ def markdown(experiment: Experiment, published: dict) -> str:
     runs |= {f"stage2-{split}": (tail, split) for split, tail in experiment.tails.items()}
     lacking = "".join(f"- {name}: {status}\n" for name, of in runs.items() if (status := _status(*of)) != "finished")
     lacking += "\n" if lacking else ""
-    theirs = [Row(**row) for row in published["split_points"]]
+    dense, *splits = published["split_points"]
+    theirs = [dense, *({"jump": published["jump"], "recovery": published["recovery"], **row} for row in splits)]
     for row in theirs[1:]:
-        row.compare(theirs[0])
-        row.jump, row.recovery = published["jump"], published["recovery"]
+        compare(row, dense)
     return f"""**Measured**: {run.config["model"]["flavor"]}, seq_len {run.config["training"]["seq_len"]:,}, \
 {n_devices} {"device" if n_devices == 1 else "devices"}
 
@@ -310,51 +297,40 @@ def seeds_table(experiments: Sequence[Experiment]) -> str:
 
     Raises ValueError for two experiments of one seed.
     """
-    losses: dict[str, dict[int, float]] = {}
+    losses: dict[tuple[str, int], float] = {}
     for experiment in experiments:
         seed = experiment.runs[0].config["debug"]["seed"]
         for row in table(experiment):
-            if (loss := row.deciding_loss) is None:
-                continue
-            by_seed = losses.setdefault(row.run, {})
-            if seed in by_seed:
-                raise ValueError(f"two experiments are of debug.seed = {seed}: give folders of different seeds")
-            by_seed[seed] = loss
-    seeds = sorted({seed for by_seed in losses.values() for seed in by_seed})
-    rows = []
-    for run, by_seed in losses.items():
-        spread = max(by_seed.values()) - min(by_seed.values()) if len(by_seed) > 1 else None
-        rows.append([run, *(_cell(by_seed.get(seed), _loss) for seed in seeds), _cell(spread, _loss)])
-    validated = any(run.validation_loss.size for run in experiments[0].runs)
+            if (loss := deciding_loss(row)) is not None:
+                if (row["run"], seed) in losses:
+                    raise ValueError(f"two experiments are of debug.seed = {seed}: give folders of different seeds")
+                losses[row["run"], seed] = loss
+    seeds, body = sorted({seed for _, seed in losses}), []
+    for run in dict.fromkeys(run for run, _ in losses):
+        by_seed = [losses.get((run, seed)) for seed in seeds]
+        there = [loss for loss in by_seed if loss is not None]
+        spread = max(there) - min(there) if len(there) > 1 else None
+        body.append([run, *(_cell(loss, _loss) for loss in (*by_seed, spread))])
     head = ["run", *(f"seed {seed}" for seed in seeds), "spread"]
-    title = f"final {'validation loss' if validated else 'loss'}"
-    return f"\n**From seed to seed**: {title}\n\n{markdown_table(head, rows)}\n"
+    title = f"final {'validation loss' if experiments[0].validated else 'loss'}"
+    return f"\n**From seed to seed**: {title}\n\n{markdown_table(head, body)}\n"
 
 
 def ablations_table(default: Experiment, others: Sequence[Experiment]) -> str:
-    """Experiments with other settings of Lighthouse beside the default one, at the splits that they have.
-
-    Raises ValueError for one without stage 1, which says what its settings are.
-    """
-    experiments = [default, *others]
-    first_stages = [experiment.stage1 for experiment in experiments if experiment.stage1]
-    if len(first_stages) < len(experiments):
-        raise ValueError("an experiment without records of stage1/ can't be compared with others")
-    settings = first_stages[0].config["lighthouse"]
+    """Experiments with other settings of Lighthouse beside the default one, at the splits that they have."""
     splits = {split for other in others for split in other.tails}
-    default_rows = dict(zip(default.tails, table(default)[1:], strict=True))
+    losses = {split: deciding_loss(row) for split, row in zip(default.tails, table(default)[1:], strict=True)}
     names = ("run", "ktok_s", "device_hours", "jump", "recovery", "final_loss", "validation_loss")
-    titles = {column.name: column.metadata["title"] for column in COLUMNS}
-    body = []
-    for experiment, stage1 in zip(experiments, first_stages, strict=True):
-        own = stage1.config["lighthouse"]
-        changed = [f"{name} = {value}" for name, value in own.items() if value != settings[name]]
+    usual, body = default.runs[-1].config["lighthouse"], []
+    for experiment in (default, *others):
+        settings = experiment.runs[-1].config["lighthouse"]
+        changed = [f"{name} = {value}" for name, value in settings.items() if value != usual[name]]
         for split, row in zip(experiment.tails, table(experiment)[1:], strict=True):
             if split in splits:
-                difference = _minus(row.deciding_loss, default_rows.get(split, Row()).deciding_loss)
-                cells = [row.cells[name] for name in names]
-                body.append([", ".join(changed) or "the default", *cells, _cell(difference, _signed)])
-    head = ["settings", *(titles[name] for name in names), "difference"]
+                ours, usually = deciding_loss(row), losses.get(split)
+                difference = "-" if ours is None or usually is None else _signed(ours - usually)
+                body.append([", ".join(changed) or "the default", *(cell(row, name) for name in names), difference])
+    head = ["settings", *(COLUMNS[name][0] for name in names), "difference"]
     return f"\n**Other settings of Lighthouse**\n\n{markdown_table(head, body, 'll' + 'r' * 7)}\n"
 
 
@@ -364,37 +340,34 @@ def draw(experiment: Experiment) -> "Figure":
     Raw points are pale, their trailing mean over the window on top; crosses are validation, a ring is where stage 1
     hands over and a dotted line the jump.
     """
-    dense, stage1, runs = experiment.dense, experiment.stage1, experiment.runs
-    tails = {split: tail for split, tail in experiment.tails.items() if tail}
+    stage1, runs = experiment.stage1, experiment.runs
     w = max(window(run.total_steps, run.log_freq) for run in runs)
     figure = figures.new_figure(12, 5)
     panels = figure.subplots(1, 2, sharey=True)
 
-    def curve(run: Run, label: str, color: str, hours_before: float = 0.0) -> None:
+    def curve(run: Run | None, label: str, color: str, split: int = 0) -> None:
+        if run is None:
+            return
+        hours = hours_at(stage1, split) if stage1 else 0.0
         smooth = [mean_loss(run.step, run.loss, end, w) for end in run.step]
-        for panel, x in zip(panels, (run.step, hours_before + run.device_hours), strict=True):
+        for panel, x, x0 in zip(panels, (run.step, hours + run.device_hours), (split, hours), strict=True):
             panel.plot(x, run.loss, color=color, alpha=0.25, linewidth=0.8)
             panel.plot(x, smooth, color=color, linewidth=1.6, label=label)
-            validated_at = np.interp(run.validation_step, run.step, x)
-            panel.plot(validated_at, run.validation_loss, "x", color=color, markersize=5)
+            panel.plot(np.interp(run.validation_step, run.step, x), run.validation_loss, "x", color=color, markersize=5)
+            if stage1 and split:
+                before = mean_loss(stage1.step, stage1.loss, split, w)
+                panel.plot([x0, x[0]], [before, run.loss[0]], ":", color=color, linewidth=1.2)
+                panel.plot(x0, before, "o", color=figures.BLUE, markerfacecolor="white", zorder=5)
 
-    if dense:
-        curve(dense, "dense from scratch", figures.BLACK)
-    if stage1:
-        curve(stage1, "stage 1: Lighthouse", figures.BLUE)
-    for (split, tail), color in zip(tails.items(), cycle(TAIL_COLORS)):
-        hours = hours_at(stage1, split) if stage1 else 0.0
-        curve(tail, f"{_label(split, tail)}: dense", color, hours)
-        if stage1:
-            before = mean_loss(stage1.step, stage1.loss, split, w)
-            after = (tail.step[0], hours + tail.device_hours[0])
-            for panel, x0, x1 in zip(panels, (split, hours), after, strict=True):
-                panel.plot([x0, x1], [before, tail.loss[0]], ":", color=color, linewidth=1.2)
-                ring = panel.scatter(x0, before, c="white", edgecolors=figures.BLUE, zorder=5)
-            ring.set_label("switch" if split == min(tails) else None)
-
-    if any(run.validation_loss.size for run in runs):
+    curve(experiment.dense, "dense from scratch", figures.BLACK)
+    curve(stage1, "stage 1: Lighthouse", figures.BLUE)
+    for (split, tail), color in zip(experiment.tails.items(), cycle(TAIL_COLORS)):
+        curve(tail, f"{_label(split, tail)}: dense" if tail else "", color, split)
+    if stage1 and any(experiment.tails.values()):
+        panels[1].plot([], [], "o", color=figures.BLUE, markerfacecolor="white", label="switch")
+    if experiment.validated:
         panels[1].plot([], [], "x", color="0.4", markersize=5, label="validation")
+
     # the fall of the first steps would flatten all that follows
     later = np.concatenate([run.loss[run.step > run.total_steps / 10] for run in runs])
     if (later := later[np.isfinite(later)]).size:

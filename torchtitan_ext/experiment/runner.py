@@ -1,31 +1,28 @@
 """Run a split-point experiment: dense from scratch, stage 1, and stage 2 from each split.
 
-Each run is one torchrun of torchtitan_ext.train with one of the folder's three TOMLs; what is done
-already is skipped, and what was interrupted continues from its own newest checkpoint.
+Each run is one torchrun of torchtitan_ext.train with one of the folder's three TOMLs. What is done is skipped; what was
+interrupted continues from its own newest checkpoint.
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan.config import JobConfig
 
-from torchtitan_ext.console import CommandFailed, Display, duration, make_folder
+from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.jobs.folder_lock import LOCK, lock
 from torchtitan_ext.jobs.job_file import parse_job
-from torchtitan_ext.jobs.launch import Step, torchrun, training
+from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
 from torchtitan_ext.jobs.resume import complete_steps, is_saved, remove_half_saved
 from torchtitan_ext.jobs.rules import check_job
+from torchtitan_ext.progress import Display
 
 STAGES = ("dense", "stage1", "stage2")
-
-
-class RunFailed(CommandFailed):
-    pass
+LOG = "log.txt"
 
 
 @dataclass
@@ -68,17 +65,13 @@ def plan(
 ) -> list[PlannedRun]:
     """The runs of the experiment that `configs` describes, in order.
 
-    configs: folder of dense.toml, stage1.toml and stage2.toml. splits: steps at which stage 2
-    takes over; by default 10, 11 and 12 sixteenths of stage 2's training.steps. only: which of
-    STAGES. overrides: torchtitan arguments added to every run. Raises ValueError, naming field,
-    value and remedy, for anything that would stop or spoil a later run.
+    configs: folder of dense.toml, stage1.toml and stage2.toml. splits: steps at which stage 2 takes over; by default
+    10, 11 and 12 sixteenths of stage 2's training.steps. only: which of STAGES. overrides: torchtitan arguments added
+    to every run. Raises ValueError, naming field, value and remedy, for anything that would stop or spoil a later run.
     """
-    files = {stage: configs / f"{stage}.toml" for stage in STAGES}
-    for file in files.values():
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: an experiment needs {', '.join(STAGES)}.toml")
     # what is to run first: a message names its file, not one that is only compared with
     order = sorted(STAGES, key=lambda stage: stage not in only)
+    files = {stage: configs / f"{stage}.toml" for stage in STAGES}
     loaded = {stage: load_job(files[stage], overrides) for stage in order}
     total = loaded["stage2"].training.steps
     splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
@@ -90,15 +83,13 @@ def plan(
     stage1 = planned("stage1", "stage1", 0, splits[-1])
     tails = [planned("stage2", f"stage2-{split}", split, total, stage1.checkpoint(split)) for split in splits]
     runs = {"dense": [dense], "stage1": [stage1], "stage2": tails}
-    runs = [run for stage in STAGES if stage in only for run in runs[stage]]
-    problems = [
-        *_split_problems(loaded, files, splits),
-        *_checkpoint_problems(stage1, tails, only),
-        *(problem for run in runs for problem in _changed(run)),
-    ]
+    chosen = [run for stage in STAGES if stage in only for run in runs[stage]]
+    problems = [*_split_problems(dense, stage1, tails), *(problem for run in chosen for problem in _changed(run))]
+    if "stage2" in only:
+        problems += _missing_starts(stage1, tails, "stage1" in only)
     if problems:
         raise ValueError("\n".join(problems))
-    return runs
+    return chosen
 
 
 def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
@@ -115,48 +106,41 @@ def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
     return config
 
 
-def _split_problems(loaded: dict[str, JobConfig], files: dict[str, Path], splits: list[int]) -> Iterator[str]:
-    dense, stage1, stage2 = (loaded[stage] for stage in STAGES)
-    total, checkpoint = stage2.training.steps, stage1.checkpoint
-    if dense.training.steps != total:
+def _split_problems(dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRun]) -> Iterator[str]:
+    total, steps, checkpoint = tails[0].steps, stage1.config.training.steps, stage1.config.checkpoint
+    if (dense_steps := dense.config.training.steps) != total:
         yield (
-            f"{files['dense']}: training.steps = {dense.training.steps}, but {files['stage2']} "
-            f"ends at {total}: set both alike, or their final losses don't compare"
+            f"{dense.config_file}: training.steps = {dense_steps}, but {tails[0].config_file} ends at {total}: set "
+            "both alike, or their final losses don't compare"
         )
-    for split in splits:
+    for split in (tail.start for tail in tails):
         if not 0 < split < total:
             yield f"split {split}: must lie between 0 and stage 2's training.steps = {total}"
-        elif split > stage1.training.steps:
-            yield (
-                f"split {split}: {files['stage1']} ends at training.steps = "
-                f"{stage1.training.steps}; split earlier or raise it"
-            )
+        elif split > steps:
+            yield f"split {split}: {stage1.config_file} ends at training.steps = {steps}; split earlier or raise it"
         elif split % checkpoint.interval:
             yield (
-                f"split {split}: {files['stage1']} saves every checkpoint.interval = "
-                f"{checkpoint.interval} steps; choose a multiple of it"
+                f"split {split}: {stage1.config_file} saves every checkpoint.interval = {checkpoint.interval} steps; "
+                "choose a multiple of it"
             )
-    n_checkpoints = (splits[-1] - splits[0]) // checkpoint.interval + 1
+    n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
     if 0 < checkpoint.keep_latest_k < n_checkpoints:
         yield (
-            f"{files['stage1']}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k} would "
-            f"delete step {splits[0]} before stage 2 starts from it; set it to 0 (keep all) or to "
-            f"{n_checkpoints} at least"
+            f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k} would delete step "
+            f"{tails[0].start} before stage 2 starts from it; set it to 0 (keep all) or to {n_checkpoints} at least"
         )
 
 
-def _checkpoint_problems(stage1: PlannedRun, tails: list[PlannedRun], only: Sequence[str]) -> Iterator[str]:
-    if "stage2" not in only:
-        return
+def _missing_starts(stage1: PlannedRun, tails: list[PlannedRun], stage1_runs: bool) -> Iterator[str]:
     for tail in tails:
         if tail.newest > tail.start or stage1.has(tail.start):
             continue
-        if "stage1" not in only:
+        if not stage1_runs:
             yield f"{tail.load} is not there for {tail.name}: run stage1 too"
         elif tail.start <= stage1.newest:
             yield (
-                f"{tail.load} is not there for {tail.name}, and stage 1 is past it, at step "
-                f"{stage1.newest}: split later, or delete {stage1.folder} to run stage 1 again"
+                f"{tail.load} is not there for {tail.name}, and stage 1 is past it, at step {stage1.newest}: split "
+                f"later, or delete {stage1.folder} to run stage 1 again"
             )
 
 
@@ -172,8 +156,8 @@ def _changed(run: PlannedRun) -> Iterator[str]:
             before = saved.get(section, {}).get(field, value)
             if value != before and (section, field) != ("training", "steps"):
                 yield (
-                    f"{run.folder} was run with {section}.{field} = {before!r}, which is "
-                    f"{value!r} now: choose another output folder, or delete this one"
+                    f"{run.folder} was run with {section}.{field} = {before!r}, which is {value!r} now: choose "
+                    "another output folder, or delete this one"
                 )
 
 
@@ -191,23 +175,27 @@ def train_command(run: PlannedRun, nproc: int) -> list[str]:
 def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
     """Run what isn't done yet, one after the other, and show how far it is.
 
-    Raises RunFailed for the first run that fails. On Ctrl-C, SIGTERM or a closed terminal, ends the
+    Raises CommandFailed for the first run that fails. On Ctrl-C, SIGTERM or a closed terminal, ends the
     training processes and raises KeyboardInterrupt."""
     # a table of an experiment that stopped halfway names the runs that these folders await
     for run in runs:
         make_folder(run.folder)
     try:
         with Display() as display:
-            progress = _Progress(display, runs)
-            for run in runs:
-                progress.start(run)
-                if not run.done:
-                    _execute(run, train_command(run, nproc), progress.show)
+            for number, run in enumerate(runs, 1):
+                title = f"[{number}/{len(runs)}] {run.name}"
+                if run.done:
+                    display.say(f"{title}: done already, at step {run.steps}")
+                    continue
+                since = f", from step {run.newest}" if run.newest else ""
+                display.say(f"{title}: to step {run.steps}{since}; log in {run.folder / LOG}")
+                display.begin(title, run.steps, run.newest)
+                _execute(run, train_command(run, nproc), display)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues") from None
 
 
-def _execute(run: PlannedRun, command: list[str], on_step: Callable[[Step], None]) -> None:
+def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
     if run.newest == run.start:
         # what a kill left half-saved: torchtitan would take its folder for the run's own
         # checkpoints and pass over the one to start from
@@ -216,59 +204,14 @@ def _execute(run: PlannedRun, command: list[str], on_step: Callable[[Step], None
             remove_half_saved(folder)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-    log_file = run.folder / "log.txt"
+    log_file = run.folder / LOG
     with training(command, log_file) as child:
-        for step in child.steps():
-            on_step(step)
+        for step, loss, tps in child.steps():
+            display.show(step, f"{step}/{run.steps}  loss {loss:.3f}  {tps} tok/s/device  ")
     code = child.process.returncode
     if code or not run.done:
-        ending = f"exit code {code}"
-        if code == 0:
-            ending = f"ended without its checkpoint of step {run.steps}"
-        raise RunFailed(
+        ending = f"exit code {code}" if code else f"ended without its checkpoint of step {run.steps}"
+        raise CommandFailed(
             f"{child.output}\n{run.name} failed ({ending}), as said above and in {log_file}: correct that, and the "
             "same command continues"
         )
-
-
-class _Progress:
-    """Shows each run's steps, with the time left of it and of all."""
-
-    def __init__(self, display: Display, runs: list[PlannedRun]) -> None:
-        self.display, self.runs = display, runs
-        self.seconds_per_step: dict[str, float] = {}
-
-    def start(self, run: PlannedRun) -> None:
-        self.run = run
-        self.first: tuple[int, float] | None = None
-        title = f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
-        if run.done:
-            self.display.say(f"{title}: done already, at step {run.steps}")
-            return
-        since = f", from step {run.newest}" if run.newest else ""
-        self.display.say(f"{title}: to step {run.steps}{since}; log in {run.folder / 'log.txt'}")
-        self.display.start(title, run.steps, run.newest)
-
-    def show(self, logged: Step) -> None:
-        step, now = logged.number, time.monotonic()
-        self.first = self.first or (step, now)
-        if steps_seen := step - self.first[0]:
-            self.seconds_per_step[_kind(self.run)] = (now - self.first[1]) / steps_seen
-        left = self.time_left(step) if step < self.run.steps else ""
-        self.display.show(step, f"{step}/{self.run.steps}  loss {logged.loss:.3f}  {logged.tps} tok/s/device{left}")
-
-    def time_left(self, step: int) -> str:
-        if (rate := self.seconds_per_step.get(_kind(self.run))) is None:
-            return ""
-        this = (self.run.steps - step) * rate
-        later = sum(
-            (run.steps - run.newest) * self.seconds_per_step.get(_kind(run), rate)
-            for run in self.runs[self.runs.index(self.run) + 1 :]
-            if not run.done
-        )
-        return f"  left {duration(this)}, all {duration(this + later)}"
-
-
-def _kind(run: PlannedRun) -> str:
-    """Runs of one kind take the same time a step."""
-    return "lighthouse" if run.config.lighthouse.enable else "dense"

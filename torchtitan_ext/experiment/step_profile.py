@@ -7,7 +7,7 @@ product, or, for attention, the time of the stock kernel alone: all measured on 
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -50,9 +50,16 @@ class Kernel:
     start: float
     end: float
     stack: tuple[str, ...]
-    dims: frozenset[int]  # of the inputs of the innermost operator that recorded any
-    rows: int  # dimension 2 of its first input, 0 if it has none
-    alone: float = 0.0  # microseconds in which no kernel that started earlier ran
+    shapes: list  # of the inputs of the innermost operator that recorded any
+
+    @property
+    def dims(self) -> set[int]:
+        # a list of tensors is recorded as a list of their shapes
+        return {d for shape in self.shapes for d in shape if isinstance(d, int)}
+
+    @property
+    def in_optimizer(self) -> bool:
+        return any("Optimizer.step" in op for op in self.stack)
 
 
 def read_kernels(trace: Path) -> list[Kernel]:
@@ -72,27 +79,12 @@ def read_kernels(trace: Path) -> list[Kernel]:
                 open_ranges[thread] = [*still_open, event]
     kernels = []
     for event in events:
-        if event.get("cat") not in KERNELS:
-            continue
-        stack = stacks.get(event["args"].get("correlation"), [])
-        shapes: list = next((s for op in reversed(stack) if any(s := op["args"].get("Input Dims", []))), [])
-        first = shapes[0] if shapes else []
-        kernels.append(
-            Kernel(
-                name=event["name"],
-                start=event["ts"],
-                end=event["ts"] + event["dur"],
-                stack=tuple(op["name"] for op in stack),
-                # a list of tensors is recorded as a list of their shapes
-                dims=frozenset(d for shape in shapes for d in shape if isinstance(d, int)),
-                rows=first[2] if len(first) == 4 and isinstance(first[2], int) else 0,
-            )
-        )
+        if event.get("cat") in KERNELS:
+            stack = stacks.get(event["args"].get("correlation"), [])
+            shapes: list = next((s for op in reversed(stack) if any(s := op["args"].get("Input Dims", []))), [])
+            names = tuple(op["name"] for op in stack)
+            kernels.append(Kernel(event["name"], event["ts"], event["ts"] + event["dur"], names, shapes))
     return kernels
-
-
-def _in_optimizer(kernel: Kernel) -> bool:
-    return any("Optimizer.step" in op for op in kernel.stack)
 
 
 def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
@@ -100,10 +92,11 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
     stack = " ".join(kernel.stack)
     if "FSDP::" in stack or "fsdp::" in stack or "nccl" in kernel.name:
         return SHARDING
-    if _in_optimizer(kernel) or "_foreach" in stack or "clip_grad" in stack:
+    if kernel.in_optimizer or "_foreach" in stack or "clip_grad" in stack:
         return OPTIMIZER
     if "scaled_dot_product" in stack:
-        return DENSE_ATTENTION if kernel.rows == seq_len else GATHERED_ATTENTION
+        of_all_rows = any(query[2:3] == [seq_len] for query in kernel.shapes[:1])
+        return DENSE_ATTENTION if of_all_rows else GATHERED_ATTENTION
     if "lighthouse::" in stack:
         return LIGHTHOUSE
     is_gemm = any(op in ("aten::mm", "aten::addmm", "aten::bmm") for op in kernel.stack)
@@ -118,37 +111,28 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
     return ELEMENTWISE if compiled or "norm" in stack else OTHER
 
 
-def last_step(kernels: list[Kernel]) -> tuple[list[Kernel], float]:
-    """The kernels of a trace's last step and the milliseconds in which none ran.
+def breakdown(kernels: list[Kernel], seq_len: int, vocab_size: int) -> tuple[dict[str, float], list[dict]]:
+    """Milliseconds of each of PARTS in a trace's last step, and a row per kernel name, the longest first.
 
     The step lies between the ends of two optimizer steps. Where several kernels run at once the time belongs to the one
-    that started first, so that the times `alone` and the idle time add up to the step. Raises ValueError if the trace
-    has fewer than two optimizer steps.
+    that started first, so that the parts add up to the step. Raises ValueError if there are fewer than two.
     """
-    adam = [k.end for k in kernels if _in_optimizer(k)]
+    adam = [k.end for k in kernels if k.in_optimizer]
     gaps = [i for i in range(1, len(adam)) if adam[i] - adam[i - 1] > (adam[-1] - adam[0]) / 5]
     if not gaps:
         raise ValueError("the trace holds fewer than two optimizer steps: profile two or more")
     begin = covered = adam[gaps[-1] - 1]
-    found = []
-    for kernel in kernels:
-        if begin <= kernel.start < adam[-1]:
-            alone = max(0.0, kernel.end - max(kernel.start, covered))
-            found.append(replace(kernel, alone=alone))
-            covered = max(covered, kernel.end)
-    return found, (covered - begin - sum(kernel.alone for kernel in found)) / 1e3
-
-
-def breakdown(kernels: list[Kernel], idle: float, seq_len: int, vocab_size: int) -> tuple[dict[str, float], list[dict]]:
-    """Milliseconds of each of PARTS in `last_step`'s step, and a row a kernel name, the longest first."""
-    parts = dict.fromkeys(PARTS, 0.0) | {IDLE: idle}
+    parts = dict.fromkeys(PARTS, 0.0)
     rows: dict[tuple[str, str], dict] = {}
     for kernel in kernels:
-        part = part_of(kernel, seq_len, vocab_size)
-        parts[part] += kernel.alone / 1e3
-        row = rows.setdefault((part, kernel.name), {"part": part, "kernel": kernel.name, "calls": 0, "ms": 0.0})
-        row["calls"] += 1
-        row["ms"] += (kernel.end - kernel.start) / 1e3
+        if begin <= kernel.start < adam[-1]:
+            part = part_of(kernel, seq_len, vocab_size)
+            parts[IDLE] += max(0.0, kernel.start - covered) / 1e3
+            parts[part] += max(0.0, kernel.end - max(kernel.start, covered)) / 1e3
+            covered = max(covered, kernel.end)
+            row = rows.setdefault((part, kernel.name), {"part": part, "kernel": kernel.name, "calls": 0, "ms": 0.0})
+            row["calls"] += 1
+            row["ms"] += (kernel.end - kernel.start) / 1e3
     return parts, sorted(rows.values(), key=lambda row: -row["ms"])
 
 

@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,33 +15,33 @@ def this_machine() -> dict[str, str | int | None]:
     return {"device": device, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version() if on_gpu else None}
 
 
+def _record() -> Any:
+    """A moment: on a GPU an event, which is reached when the kernels before it are done; else milliseconds."""
+    if not torch.cuda.is_available():
+        return 1e3 * time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def interleaved_times_ms(
-    functions: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1, device: str = "cuda"
+    functions: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of each function, the repeats of all interleaved after some calls to warm up."""
     calls: dict[str, list] = {name: [] for name in functions}
-    for repeat in range(warm_up + repeats):
-        if device == "cuda" and repeat == warm_up:
-            torch.cuda.synchronize()
+    for _ in range(warm_up + repeats):
         for name, function in functions.items():
-            if device == "cuda":
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                function()
-                stop.record()
-                calls[name].append((start, stop))
-            else:
-                begin = time.perf_counter()
-                function()
-                calls[name].append(1e3 * (time.perf_counter() - begin))
-    if device == "cuda":
+            begin = _record()
+            function()
+            calls[name].append((begin, _record()))
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        calls = {name: [start.elapsed_time(stop) for start, stop in times] for name, times in calls.items()}
-    return {name: times[warm_up:] for name, times in calls.items()}
+        return {name: [begin.elapsed_time(end) for begin, end in times[warm_up:]] for name, times in calls.items()}
+    return {name: [end - begin for begin, end in times[warm_up:]] for name, times in calls.items()}
 
 
-def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3, device: str = "cuda") -> list[float]:
-    return interleaved_times_ms({"": function}, repeats, warm_up, device)[""]
+def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3) -> list[float]:
+    return interleaved_times_ms({"": function}, repeats, warm_up)[""]
 
 
 def kernels_ms(function: Callable[[], object], repeats: int) -> float:
