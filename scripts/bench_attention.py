@@ -19,7 +19,7 @@ import torch
 from torchtitan_ext import figures
 from torchtitan_ext.arguments import Positive, Positives, start
 from torchtitan_ext.console import make_folder
-from torchtitan_ext.experiment.timing import interleaved_times_ms, kernels_ms, this_machine, times_ms
+from torchtitan_ext.experiment.timing import copy_gb_s, interleaved_times_ms, kernels_ms, this_machine, times_ms
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.attention import causal_sdpa
@@ -28,14 +28,13 @@ from torchtitan_ext.progress import Display
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
-ROPE_THETA = 10000.0
 # Contexts of the figure, and the settings that differ there: short ones need smaller tiles, the longest a fourth
 # level. The recipe's context is timed by every scorer.
 FIGURE: list[tuple[int, dict]] = [
     *((seq_len, {"tile_winners": 32}) for seq_len in (4_096, 8_192, 16_384, 32_768, 65_536)),
     *((98_304, {"scorer": scorer}) for scorer in SCORERS),
     *((seq_len, {}) for seq_len in (262_144, 524_288)),
-    (1_048_576, {"levels": 4, "top_k": 4_096, "repeats": 10}),
+    (1_048_576, {"levels": 4, "top_k": 4_096}),
 ]
 DENSE_UP_TO = 524_288  # tokens; beyond, dense SDPA is not timed
 DIRECTIONS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
@@ -64,10 +63,10 @@ class BenchAttention:
         if self.output.is_dir():
             raise ValueError(f"--output {self.output}: is a folder; name a file")
         cases = [(n, {"scorer": scorer}) for n in self.seq_lens for scorer in self.scorers] or FIGURE
-        layers = [Layer(self, seq_len, **settings) for seq_len, settings in cases]
+        layers = [self.case(seq_len, **settings) for seq_len, settings in cases]
         make_folder(self.output.parent)
 
-        bytes_per_ms, dtype = copy_bandwidth(), "bf16" if ON_GPU else "fp32"
+        bytes_per_ms, dtype = 1e6 * copy_gb_s(), "bf16" if ON_GPU else "fp32"
         machine = {
             **this_machine(),
             "threads": torch.get_num_threads(),
@@ -78,18 +77,17 @@ class BenchAttention:
         rows: list[dict] = []
         with Display() as display:
             # Dense attention's time, of which there is most, grows with the square.
-            work = [min(each.seq_len, DENSE_UP_TO) ** 2 for each in layers]
-            display.begin(f"{len(layers)} layers", sum(work))
-            for each, share in zip(layers, work, strict=True):
-                display.say(f"{each.seq_len:,} tokens, {each.config.scorer} ...")
-                row, stages = each.time()
+            display.begin(f"{len(layers)} layers", sum(min(seq_len, DENSE_UP_TO) ** 2 for seq_len, _ in layers))
+            for seq_len, config in layers:
+                display.say(f"{seq_len:,} tokens, {config.scorer} ...")
+                row, stages = self.time(seq_len, config)
                 row["stages"] = [
                     {"stage": stage, "ms": ms, "mb": n / 1e6, "gb_s": n / ms / 1e6, "limit_ms": n / bytes_per_ms}
                     for stage, (ms, n) in stages.items()
                 ]
                 rows.append(row)
                 self.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-                display.count(share)
+                display.count(min(seq_len, DENSE_UP_TO) ** 2)
 
         head = ("stage", "ms", "MB moved", "GB/s", "at the copy's bandwidth, ms")
         forms = {"stage": "", "ms": ".3f", "mb": ".0f", "gb_s": ".0f", "limit_ms": ".3f"}
@@ -102,31 +100,26 @@ class BenchAttention:
             draw(rows, machine).savefig(path, dpi=150)
             print(f"plot: {path}")
 
-
-class Layer:
-    """A case to time: a sequence length, and the arguments with some settings replaced. Raises ValueError."""
-
-    def __init__(self, args: BenchAttention, seq_len: int, scorer: str = "norm", **settings: int) -> None:
-        self.args, self.seq_len = (args := replace(args, **settings)), seq_len  # type: ignore[arg-type]
+    def case(self, seq_len: int, scorer: str = "norm", **settings: int) -> tuple[int, LighthouseConfig]:
+        """A layer to time: these arguments with some settings replaced. Raises ValueError."""
+        args = replace(self, **settings)  # type: ignore[arg-type]
         top_k = args.top_k or max(seq_len // 64, args.tile_winners)
-        self.config = LighthouseConfig(args.levels, args.pooling_factor, top_k, scorer, tile_winners=args.tile_winners)
-        self.config.check_seq_len(seq_len)
-        self.heads = (args.n_heads, args.n_kv_heads, args.n_kv_heads)
-        self.sdpa = partial(attention, enable_gqa=args.n_heads > args.n_kv_heads)
+        config = LighthouseConfig(args.levels, args.pooling_factor, top_k, scorer, tile_winners=args.tile_winners)
+        config.check_seq_len(seq_len)
+        return seq_len, config
 
-    def tensor(self, *shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, self.args.head_dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
-
-    def dense(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.sdpa(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
-
-    def time(self) -> tuple[dict, dict[str, tuple[float, float]]]:
+    def time(self, seq_len: int, config: LighthouseConfig) -> tuple[dict, dict[str, tuple[float, float]]]:
         """The record, and each stage alone: milliseconds and bytes that it must move."""
         torch.manual_seed(0)
-        config, gathered_len = self.config, self.config.gathered_len(self.seq_len)
-        freqs_cis = rotary_table(self.seq_len, self.args.head_dim)
+        heads, gathered_len = (self.n_heads, self.n_kv_heads, self.n_kv_heads), config.gathered_len(seq_len)
+        freqs_cis = rotary_table(seq_len, self.head_dim)
         lighthouse = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
-        inputs = [self.tensor(self.seq_len, heads) for heads in self.heads]
+        sdpa = partial(attention, enable_gqa=self.n_heads > self.n_kv_heads)
+
+        def dense(*inputs: torch.Tensor) -> torch.Tensor:
+            return sdpa(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
+
+        inputs = [self.tensor(seq_len, n) for n in heads]
         grad = torch.randn_like(inputs[0])
         peak = None
         if ON_GPU:
@@ -135,21 +128,23 @@ class Layer:
             forward_backward(lighthouse, inputs, grad)
             peak = torch.cuda.max_memory_allocated() / 2**30
         # The floor in the layout the layer hands over: rows of a head next to each other.
-        rows = [self.tensor(heads, gathered_len) for heads in self.heads]
-        cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (self.sdpa, rows, torch.randn_like(rows[0]))}
-        times = medians_ms(cases, self.args.repeats)
-        if self.seq_len <= DENSE_UP_TO:
-            times |= medians_ms({"dense": (self.dense, inputs, grad)}, max(self.args.repeats // 10, 2))
-        stages = self.time_stages(inputs, freqs_cis)
+        rows = [self.tensor(n, gathered_len) for n in heads]
+        cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (sdpa, rows, torch.randn_like(rows[0]))}
+        times = medians_ms(cases, self.repeats)
+        if seq_len <= DENSE_UP_TO:
+            times |= medians_ms({"dense": (dense, inputs, grad)}, max(self.repeats // 10, 2))
+        stages = self.time_stages(config, *inputs, freqs_cis)
         settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
-        record = {"seq_len": self.seq_len, **settings, "gathered_len": gathered_len, **times}
+        record = {"seq_len": seq_len, **settings, "gathered_len": gathered_len, **times}
         return record | {"peak_gib": peak, "score_ms": stages["score"][0]}, stages
 
-    def time_stages(self, inputs, freqs_cis) -> dict[str, tuple[float, float]]:
-        config, (q, k, v) = self.config, inputs
-        ops, n_heads, n_kv_heads = layer.ops_for(q), *self.heads[:2]
-        row = self.args.head_dim * q.element_size()
-        base, rows = self.seq_len * row, config.gathered_len(self.seq_len) * row
+    def tensor(self, *shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, self.head_dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
+
+    def time_stages(self, config: LighthouseConfig, q, k, v, freqs_cis) -> dict[str, tuple[float, float]]:
+        ops, n_heads, n_kv_heads = layer.ops_for(q), self.n_heads, self.n_kv_heads
+        row = self.head_dim * q.element_size()
+        base, rows = q.shape[1] * row, config.gathered_len(q.shape[1]) * row
         all_heads = n_heads + 2 * n_kv_heads
         scores = ops.score(q, k, v, config)
         slots = ops.select(scores, config)
@@ -168,12 +163,10 @@ class Layer:
             "scatter backward": (lambda: backward(positions, out, grad), (base + rows) * n_heads),
             "gather backward": (lambda: backward(gathered, (q, k, v), grads), (base + rows) * all_heads),
         }
-        calls, repeats = {name: call for name, (call, _) in stages.items()}, self.args.repeats
-        if ON_GPU:
-            times = {name: kernels_ms(call, repeats) for name, call in calls.items()}
-        else:
-            times = {name: median(ms) for name, ms in interleaved_times_ms(calls, repeats).items()}
-        return {name: (times[name], n_bytes) for name, (_, n_bytes) in stages.items()}
+        return {
+            name: (kernels_ms(call, self.repeats) if ON_GPU else median(times_ms(call, self.repeats)), n_bytes)
+            for name, (call, n_bytes) in stages.items()
+        }
 
 
 def attention(q, k, v, *, enable_gqa=False):
@@ -199,16 +192,9 @@ def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:
 
 
 def rotary_table(seq_len: int, head_dim: int) -> torch.Tensor:
-    freqs = ROPE_THETA ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
+    freqs = 10000.0 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
     angles = torch.arange(seq_len, device=DEVICE)[:, None] * freqs
     return torch.polar(torch.ones_like(angles), angles)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per millisecond that a large copy moves, reads and writes counted."""
-    source = torch.empty(2**31 if ON_GPU else 2**27, dtype=torch.uint8, device=DEVICE).random_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median(times_ms(lambda: target.copy_(source), 10, warm_up=1))
 
 
 def table(rows: list[dict]) -> str:

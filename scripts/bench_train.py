@@ -43,7 +43,6 @@ class BenchTrain:
     nproc: Positives = (1,)  # processes, one per device; all runs at each number
     steps: Positive = 16  # of each run
     window: Positive = 4  # steps timed at a time; the first of them warm up
-    dataset_path: Path | None = None  # a tree of sources; None for the standard library
     settings: tuple[str, ...] = ()  # section.field=value for every run
     profile: bool = False  # take the last step apart, every part beside its limit on this GPU
     output: Path | None = None
@@ -92,7 +91,7 @@ class BenchTrain:
                         row["error"] = f"failed: {log}"
                         display.say(failure)
                     else:
-                        row |= measured(Path(folder), job, timed_windows(self.window, self.profile))
+                        row |= measured(Path(folder), job, self.window, self.profile)
                     if self.profile and not failure:
                         key = name if nproc == 1 else f"{name} on {nproc}"
                         profiles[key] = profiled_step(Path(folder), job)
@@ -124,8 +123,6 @@ class BenchTrain:
             f"--metrics.log_freq={self.window}",
             "--metrics.enable_tensorboard",
         ]
-        if self.dataset_path:
-            arguments.append(f"--training.dataset_path={self.dataset_path}")
         if self.profile:
             arguments += ["--profiling.enable_profiling", f"--profiling.profile_freq={self.steps}"]
             arguments += [f"--profiling.profiler_active={PROFILED}", "--profiling.profiler_warmup=1"]
@@ -161,16 +158,12 @@ class BenchTrain:
         return child.output if child.process.returncode else None
 
 
-def timed_windows(window: int, profile: bool) -> slice:
-    """The logged points that count. The first window warms up, and the end of the last one is what is profiled.
+def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
+    """A row's figures, from the run's TensorBoard events; medians over the timed windows.
 
-    Step 1 is logged whatever the window.
+    The first window warms up (step 1 is logged whatever the window), and the end of the last one is what is profiled.
     """
-    return slice(1 if window == 1 else 2, -1 if profile else None)
-
-
-def measured(folder: Path, job: JobConfig, timed: slice) -> dict:
-    """A row's figures, from the run's TensorBoard events; medians over the timed windows."""
+    timed = slice(1 if window == 1 else 2, -1 if profile else None)
     [file] = folder.glob("**/events.out.tfevents.*")
     values = {tag: [point.value for point in points] for tag, points in read_scalars(file).items()}
     return {

@@ -20,7 +20,6 @@ from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.experiment.records import LOSS, read_scalars
 from torchtitan_ext.figures import markdown_table
 from torchtitan_ext.jobs.launch import torchrun, training
-from torchtitan_ext.jobs.resume import complete_steps
 from torchtitan_ext.progress import Display
 
 CONFIG = "configs/text/stage1.toml"
@@ -33,6 +32,7 @@ SETTINGS = (
     "--optimizer.lr=3e-3",
     "--metrics.disable_color_printing",
 )
+RANKS = 2
 SAMPLE = 20  # steps between two looks at the processes
 NOISE = 0.02  # of the resident memory: growth that counts as none
 
@@ -42,8 +42,6 @@ class Soak:
     steps: Positive = 2000  # of each run
     interval: Positive = 50  # steps between two checkpoints
     kills: Positive = 20  # of the second run
-    nproc: Positive = 2  # ranks of each run
-    seed: int = 0  # of the kills' moments
     output: Path = Path("outputs/soak")  # folder of runs and tables; must be new
 
     def run(self) -> int:
@@ -57,11 +55,10 @@ class Soak:
         if self.output.exists():
             raise ValueError(f"{self.output} holds the runs of an earlier soak: delete it, or name another --output")
 
-        self.starts: list[dict] = []
         self.samples: list[dict] = []
-        began, moments = time.monotonic(), random.Random(self.seed)
+        began, moments = time.monotonic(), random.Random(0)
         steps = sorted(moments.sample(range(1, self.steps - self.interval), self.kills))
-        kills = [(step, moments.randrange(self.nproc), moments.uniform(0, 0.1)) for step in steps]
+        kills = [(step, moments.randrange(RANKS), moments.uniform(0, 0.1)) for step in steps]
         with Display() as self.display:
             self.display.begin(f"two runs of {self.steps:,} steps", 2 * self.steps)
             self.train("undisturbed")
@@ -74,22 +71,19 @@ class Soak:
     def train(self, name: str, kill: tuple[int, int, float] | None = None) -> None:
         """Train the run `name` to its end, or to `kill`: step, rank and seconds after the step's log line."""
         folder = make_folder(self.output / name)
-        first = max([0, *complete_steps(folder / "checkpoint")]) + 1
-        command = [*torchrun(self.nproc, CONFIG), *SETTINGS, f"--job.dump_folder={folder}"]
+        command = [*torchrun(RANKS, CONFIG), *SETTINGS, f"--job.dump_folder={folder}"]
         command += [f"--training.steps={self.steps}", f"--checkpoint.interval={self.interval}"]
-        last, killed = 0, False
-        log = folder / "log.txt"
+        killed, log = False, folder / "log.txt"
         with training(command, log, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") as child:
-            for last, *_ in child.steps():
-                done = last + self.steps * (name == "killed")
-                self.display.show(done, f"{name}, {last}/{self.steps}, in all ")
-                if last % SAMPLE == 0 and not killed:
-                    self.sample(name, child.process.pid, last)
-                if kill and not killed and last >= kill[0]:
+            for step, *_ in child.steps():
+                done = step + self.steps * (name == "killed")
+                self.display.show(done, f"{name}, {step}/{self.steps}, in all ")
+                if step % SAMPLE == 0 and not killed:
+                    self.sample(name, child.process.pid, step)
+                if kill and not killed and step >= kill[0]:
                     killed = True
                     time.sleep(kill[2])
                     os.kill(ranks(child.process.pid)[kill[1]], signal.SIGKILL)
-        self.starts.append({"run": name, "first": first, "last": last, "killed_rank": kill and kill[1]})
         if ((code := child.process.returncode) != 0) != killed:
             raise CommandFailed(
                 f"{child.output}\nthis start of {folder} ended with exit code {code}, as said above and in {log}: "
@@ -100,7 +94,7 @@ class Soak:
         for rank, pid in ranks(launcher).items():
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             memory, files = pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
-            sample = {"run": name, "start": len(self.starts), "rank": rank, "step": step}
+            sample = {"run": name, "rank": rank, "step": step}
             self.samples.append(sample | {"resident_mib": round(memory, 2), "open_files": files})
 
     def report(self, seconds: float) -> bool:
@@ -113,7 +107,7 @@ class Soak:
             for n in every
             if whole[n] and killed[n]
         ]
-        for name, records in (("losses", rows), ("starts", self.starts), ("processes", self.samples)):
+        for name, records in (("losses", rows), ("processes", self.samples)):
             with (self.output / f"{name}.csv").open("w", newline="") as stream:
                 writer = csv.DictWriter(stream, records[0])
                 writer.writeheader()
@@ -122,7 +116,7 @@ class Soak:
         memory, files = self.growth("resident_mib"), self.growth("open_files")
         table = [
             ("steps, and a checkpoint every", f"{self.steps:,}, {self.interval}"),
-            ("ranks", self.nproc),
+            ("ranks", RANKS),
             ("kills", self.kills),
             ("steps trained more than once", sum(row["times_trained"] > 1 for row in rows)),
             ("steps whose losses differ in any bit", len(unequal)),
@@ -130,7 +124,7 @@ class Soak:
             ("growth of a rank's open files, likewise", f"{files:+.0%}"),
             ("minutes in all", f"{seconds / 60:.0f}"),
         ]
-        print(f"{markdown_table(['', ''], table)}\n\nlosses, starts and processes: {self.output}")
+        print(f"{markdown_table(['', ''], table)}\n\nlosses and processes: {self.output}")
         return bool(unequal) or memory > NOISE or files > 0
 
     def growth(self, key: str) -> float:
@@ -140,7 +134,7 @@ class Soak:
             if sample["run"] == "undisturbed":
                 place = sample["rank"], sample["step"] > self.steps * 2 / 3
                 most[place] = max(most[place], sample[key])
-        return max(most[rank, True] / most[rank, False] for rank in range(self.nproc)) - 1
+        return max(most[rank, True] / most[rank, False] for rank in range(RANKS)) - 1
 
 
 def ranks(launcher: int) -> dict[int, int]:

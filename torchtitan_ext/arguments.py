@@ -2,7 +2,6 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -14,19 +13,15 @@ from tyro.constructors import PrimitiveConstructorSpec
 from .console import MOUNT, is_address, run
 
 
-def _whole_numbers(texts: Sequence[str]) -> tuple[int, ...]:
-    for text in texts:
-        if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"{text!r}: give a whole number, 1 or more")
-    return tuple(map(int, texts))
+def _positive(texts: list[str]) -> int:
+    if not texts[0].isdecimal() or int(texts[0]) < 1:
+        raise ValueError(f"{texts[0]!r}: give a whole number, 1 or more")
+    return int(texts[0])
 
 
-def _spec(nargs: Any, kind: type, read: Callable, write: Callable) -> PrimitiveConstructorSpec:
-    return PrimitiveConstructorSpec(nargs, "N", read, lambda value: isinstance(value, kind), write)
-
-
-Positive = Annotated[int, _spec(1, int, lambda texts: _whole_numbers(texts)[0], lambda value: [str(value)])]
-Positives = Annotated[tuple[int, ...], _spec("*", tuple, _whole_numbers, lambda values: [*map(str, values)])]
+_SPEC: Any = PrimitiveConstructorSpec(1, "N", _positive, lambda value: isinstance(value, int), lambda n: [str(n)])
+Positive = Annotated[int, _SPEC]
+Positives = tuple[Positive, ...]
 
 
 def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from .progress import Display
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = CONFIGS / "published.toml"
+FIRST_STAGE = "of a first stage (lighthouse.enable = true), not finished under dense attention"
 Stage = Literal["dense", "stage1", "stage2"]
 JobFile = Annotated[Path, arg(name="job.config_file")]
 
@@ -101,9 +102,7 @@ class Table:
 
         published, output = tomllib.loads(PUBLISHED.read_text()), self.output or self.folder
         text, paths = report.write(self.folder, output, published, self.other_seeds, self.ablations)
-        print(text)
-        show_paths(("table", "table, as CSV", "curves, as CSV", "plot"), paths)
-        print(f"records: {self.folder}/*/tb (TensorBoard)")
+        print(text, *paths, f"made from the records in {self.folder}/*/tb (TensorBoard)", sep="\n")
 
 
 @dataclass
@@ -121,16 +120,17 @@ class Ablate:
     splits: Positives = ()  # steps at which stage 2 takes over; without any, ten sixteenths of its steps
 
     def run(self, overrides: list[str]) -> None:
-        from .experiment import ablations
+        from .experiment import ablations, runner
 
         grid = ablations.read_grid(self.grid)
         if not self.cells:
             for name, settings in grid.items():
                 print(f"{name:26}", *settings)
             return
-        from .experiment import runner
-
-        cells = ablations.choose(grid, self.cells)
+        names = [*grid] if self.cells == ("all",) else self.cells
+        if unknown := [name for name in names if name not in grid]:
+            raise ValueError(f"--cells {' '.join(unknown)}: the grid has {', '.join(grid)}")
+        cells = {name: grid[name] for name in names}
         runner.run_all(ablations.plan(cells, self.configs, self.output, self.splits, overrides), self.nproc)
 
 
@@ -138,7 +138,7 @@ class Ablate:
 class Niah:
     """Ask a checkpoint for a digit hidden in random text: table, JSON and heat map of what it retrieves.
 
-    The model attends densely, whatever it was trained with.
+    The model attends densely, whatever it was trained with: in bfloat16 on a GPU, in float32 where there is none.
     """
 
     checkpoint: Positional[Path]  # a step-N folder, a run's folder for its newest step, or a Hugging Face folder
@@ -147,7 +147,6 @@ class Niah:
     trials: Positive = 10  # prompts per context and depth, a multiple of 10
     batch_size: Positive = 10  # prompts at once
     seed: int = 0  # of the prompts
-    device: Literal["cuda", "cpu"] | None = None  # bfloat16 on cuda, float32 on cpu; None for cuda where there is one
     output: Path | None = None  # folder of the results; None for outputs/niah/<name of the checkpoint>
 
     def run(self) -> None:
@@ -155,11 +154,7 @@ class Niah:
 
         from .evaluate import niah
 
-        on_gpu = torch.cuda.is_available()
-        if self.device == "cuda" and not on_gpu:
-            raise ValueError("--device cuda: there is no CUDA device here; use cpu")
-        device = torch.device(self.device or ("cuda" if on_gpu else "cpu"))
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         candidate = niah.find_candidate(self.checkpoint)
         prompts = niah.Prompts(candidate.tokenizer)
         contexts = self.contexts or tuple(n for n in niah.CONTEXTS if n <= candidate.max_context)
@@ -168,21 +163,16 @@ class Niah:
         settings.check(prompts, candidate)
         folder = make_folder(self.output or Path("outputs/niah") / candidate.name)
         if not self.contexts and (left_out := niah.CONTEXTS[len(contexts) :]):
-            limit = f"{candidate.max_context_field} = {candidate.max_context}"
-            note(f"left out: contexts {', '.join(map(str, left_out))}, beyond {limit}")
+            note(f"left out: contexts {', '.join(map(str, left_out))}, beyond the {candidate.max_context} of training")
         if candidate.lighthouse:
-            note(
-                f"note: {candidate.path} is of a first stage (lighthouse.enable = true), not finished under "
-                "dense attention, which is what this evaluates"
-            )
-        logits = candidate.load(device, dtype)
+            note(f"note: {candidate.path} is {FIRST_STAGE}, which is what this evaluates")
+        logits = candidate.load(torch.device(device), dtype)
         with Display() as display:
             n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials
             display.begin(f"{n_tokens:,} tokens", n_tokens)
             cells = niah.evaluate(logits, prompts, settings, display.count)
         text, paths = niah.write(folder, candidate, settings, cells, dtype)
-        print(text)
-        show_paths(("table", "records", "heat map"), paths)
+        print(text, *paths, sep="\n")
 
 
 @dataclass
@@ -203,10 +193,7 @@ class Export:
 
         checkpoint = find_checkpoint(self.checkpoint)
         if checkpoint.lighthouse:
-            note(
-                f"warning: {checkpoint.path} is of a first stage (lighthouse.enable = true), not finished under dense "
-                "attention, which is all that the export has; resume it in a stage 2 and export that"
-            )
+            note(f"warning: {checkpoint.path} is {FIRST_STAGE}; resume it in a stage 2 and export that")
         dtype = getattr(torch, self.dtype)
         with Display() as display:
             n_bytes = checkpoint.n_bytes(dtype)
@@ -258,11 +245,6 @@ TAKE_OVERRIDES = (Preflight, Splits, Ablate, CheckData)
 
 def note(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def show_paths(kinds: tuple[str, ...], paths: list[Path]) -> None:
-    for kind, path in zip(kinds, paths, strict=True):
-        print(f"{kind}: {path}")
 
 
 def main(arguments: list[str]) -> int:

@@ -260,7 +260,7 @@ def test_logits_of_the_other_positions_are_never_computed(checkpoint, hugging_fa
 def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "results"
     options = ["--contexts", 60, 120, "--depths", 0, 50, "--trials", 20, "--seed", 7, "--output", folder]
-    assert run_command(monkeypatch, "niah", checkpoint, "--device", "cpu", *options) == 0
+    assert run_command(monkeypatch, "niah", checkpoint, *options) == 0
     out, err = capsys.readouterr()
     assert (folder / "table.md").read_text().strip() in out and "first stage" in err
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
@@ -268,7 +268,7 @@ def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, mon
     record = json.loads((folder / "niah.json").read_text())
     assert record["checkpoint"] == os.path.relpath(checkpoint) and record["trained_with_lighthouse"]
     assert [record[key] for key in ("contexts", "depths", "trials", "seed")] == [[60, 120], [0, 50], 20, 7]
-    assert (record["training.seq_len"], record["dtype"]) == (600, "float32")
+    assert (record["max_context"], record["dtype"]) == (600, "float32")
     cells = record["cells"]
     assert {(cell["context"], cell["depth"]) for cell in cells} == set(product((60, 120), (0, 50)))
     for cell in cells:
@@ -289,10 +289,10 @@ def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, mon
 def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, monkeypatch, capsys):
     path = save_run(tmp_path / "run", build(seq_len=5000))
     monkeypatch.setattr(niah, "CONTEXTS", (100, 200, 5001, 9000))
-    options = ["--device", "cpu", "--depths", 0, "--output", tmp_path / "out"]
+    options = ["--depths", 0, "--output", tmp_path / "out"]
     assert run_command(monkeypatch, "niah", path, *options) == 0
     err = capsys.readouterr().err
-    assert "left out: contexts 5001, 9000, beyond training.seq_len = 5000" in err
+    assert "left out: contexts 5001, 9000, beyond the 5000 of training" in err
     assert json.loads((tmp_path / "out/niah.json").read_text())["contexts"] == [100, 200]
 
 
@@ -307,22 +307,14 @@ def without(path, name):
     return path
 
 
-def no_limit(path):
-    config = json.loads((path / "config.json").read_text())
-    del config["max_position_embeddings"]
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
 SPOILED = [  # given the run's checkpoint and its export
-    lambda path, hf: ([no_limit(hf)], "no whole number max_position_embeddings"),
-    lambda path, hf: ([hf, "--contexts", 601], "601 exceed max_position_embeddings = 600"),
+    lambda path, hf: ([hf, "--contexts", 601], "601 exceed the context of 600 tokens"),
     lambda path, hf: ([without(hf, "tokenizer.json")], "put the model's tokenizer.json"),
     lambda path, hf: ([without(hf, "model.safetensors"), "--contexts", 99], "no file named model.safetensors"),
     lambda path, hf: ([path.with_name("step-4")], "not a complete checkpoint"),
     lambda path, hf: ([without(path.parents[1], "config.json") / "checkpoint/step-3"], "config.json: No such file"),
-    lambda path, hf: ([path], "training.seq_len = 600"),  # no context of the protocol fits
-    lambda path, hf: ([path, "--contexts", 100, 601], "601 exceed training.seq_len = 600"),
+    lambda path, hf: ([path], "600 tokens"),  # no context of the protocol fits
+    lambda path, hf: ([path, "--contexts", 100, 601], "601 exceed the context of 600 tokens"),
     lambda path, hf: ([path, "--contexts", 36], "36 hold no question: give 37"),
     lambda path, hf: ([path, "--contexts", 100, "--depths", 50, 101], "101 are no percentages"),
     lambda path, hf: ([path, "--contexts", 100, "--trials", 15], "--trials: 15 hide some digits more often"),
@@ -334,14 +326,14 @@ def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
     checkpoint, hugging_face, monkeypatch, capsys, spoil, tmp_path
 ):
     arguments, reason = spoil(checkpoint, hugging_face)
-    assert run_command(monkeypatch, "niah", *arguments, "--device", "cpu", "--output", tmp_path / "out") == 2
+    assert run_command(monkeypatch, "niah", *arguments, "--output", tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert reason in message and "Traceback" not in message
 
 
 def test_without_transformers_a_hugging_face_folder_says_what_is_missing(checkpoint, hugging_face, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert run_command(monkeypatch, "niah", hugging_face, "--device", "cpu") == 2
+    assert run_command(monkeypatch, "niah", hugging_face) == 2
     assert "transformers is not installed" in capsys.readouterr().err
     assert niah.find_candidate(checkpoint).max_context == 600
 
@@ -362,7 +354,7 @@ def test_a_model_trained_for_it_is_told_from_an_untrained_one(tmp_path, monkeypa
 
     def score(name):
         path = save_run(tmp_path / name, model)
-        options = ["--contexts", 64, 128, 256, "--device", "cpu", "--output", tmp_path / name]
+        options = ["--contexts", 64, 128, 256, "--output", tmp_path / name]
         assert run_command(monkeypatch, "niah", path, *options) == 0
         return json.loads((tmp_path / name / "niah.json").read_text())
 

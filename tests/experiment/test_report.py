@@ -324,7 +324,7 @@ def test_records_that_lack_something_name_it(tmp_path):
     step = logged_steps(0, 20, 1)
     write_start(tmp_path / "a", step, curve(step), total=20, log_freq=1)
     (tmp_path / "a" / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json.*llama3_lighthouse"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         records.read_run(tmp_path / "a")
     with SummaryWriter(tmp_path / "b") as writer:
         for s in range(5):

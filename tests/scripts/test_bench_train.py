@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch,
     [
         (["--steps", "6"], ["--steps 6", "multiple of --window 4", "at least 8"]),
         (["--window", "0"], ["--window", "'0': give a whole number, 1 or more"]),
-        (["--nproc", "-1"], ["--nproc", "'-1': give a whole number, 1 or more"]),
+        (["--nproc", "-1"], ["--nproc", "'-1'", "see --help"]),
         (["--run", "one"], ["--run one", "give a name and the path of a job file"]),
         (["--run", "a/b", CONFIG], ["--run a/b", "letters, digits"]),
         (["--run", "a", CONFIG, "--run", "a", CONFIG], ["--run a", "a name of its own"]),
@@ -81,9 +82,7 @@ def write_events(folder, bench_train, points):
 def test_warm_up_is_not_timed(tmp_path, bench_train):
     write_events(tmp_path, bench_train, [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)])
 
-    def measured(window, profile):
-        return bench_train.measured(tmp_path, JobConfig(), bench_train.timed_windows(window, profile))
-
+    measured = partial(bench_train.measured, tmp_path, JobConfig())
     row = measured(4, False)
     assert row["step_s"] == 3 and row["tok_s_gpu"] == pytest.approx(1000 / 3)
     assert row["peak_gib"] == 16 and (row["loss_first"], row["loss_last"]) == pytest.approx((9.9, 8.4))

@@ -47,15 +47,14 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 class Candidate:
     """A checkpoint to evaluate, its weights not read yet.
 
-    name: a short one, for a folder. max_context: tokens that it was trained for, as `max_context_field` says.
-    lighthouse: whether its run had Lighthouse on. load: its logits on a device, with weights in a dtype.
+    name: a short one, for a folder. max_context: tokens that it was trained for. lighthouse: whether its run had
+    Lighthouse on. load: its logits on a device, with weights in a dtype.
     """
 
     path: Path
     name: str
     tokenizer: HuggingFaceTokenizer
     max_context: int
-    max_context_field: str
     lighthouse: bool
     load: Callable[[torch.device, torch.dtype], Logits] = field(repr=False)
 
@@ -71,7 +70,7 @@ def find_candidate(path: Path) -> Candidate:
     except (OSError, ValueError):
         config = {}  # for find_checkpoint to judge
     if "model_type" in config:
-        return _hugging_face(path, config)
+        return _hugging_face(path)
 
     checkpoint = find_checkpoint(path)
     path, args = checkpoint.path, checkpoint.model_args
@@ -85,16 +84,13 @@ def find_candidate(path: Path) -> Candidate:
         _only_last(model.output)
         return lambda tokens: model(tokens.to(device))[:, -1]
 
-    name, limit = f"{path.parents[1].name}-{path.name}", "training.seq_len"
-    return Candidate(path, name, checkpoint.tokenizer, args.max_seq_len, limit, checkpoint.lighthouse, load)
+    name = f"{path.parents[1].name}-{path.name}"
+    return Candidate(path, name, checkpoint.tokenizer, args.max_seq_len, checkpoint.lighthouse, load)
 
 
-def _hugging_face(path: Path, config: dict) -> Candidate:
-    limit = "max_position_embeddings"
-    if not isinstance(config.get(limit), int):
-        raise ValueError(f"{path / CONFIG_FILE} has no whole number {limit}: add it, the longest context in training")
+def _hugging_face(path: Path) -> Candidate:
     tokenizer = load_tokenizer(path, str(path), "put the model's tokenizer.json beside its weights")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     def load(device: torch.device, dtype: torch.dtype) -> Logits:
         model = AutoModelForCausalLM.from_pretrained(
@@ -104,7 +100,8 @@ def _hugging_face(path: Path, config: dict) -> Candidate:
         _only_last(model.get_output_embeddings())
         return lambda tokens: model(tokens.to(device), use_cache=False).logits[:, -1]
 
-    return Candidate(path, path.name, tokenizer, config[limit], limit, False, load)
+    max_context = AutoConfig.from_pretrained(path).max_position_embeddings
+    return Candidate(path, path.name, tokenizer, max_context, False, load)
 
 
 def _only_last(projection: torch.nn.Module) -> None:
@@ -149,12 +146,12 @@ class Settings:
 
     def check(self, prompts: Prompts, candidate: Candidate) -> None:
         """Raises ValueError for settings that can't be evaluated."""
-        longest, limit, shortest = candidate.max_context, candidate.max_context_field, prompts.shortest
+        longest, shortest = candidate.max_context, prompts.shortest
+        trained = f"context of {longest} tokens that {candidate.path} was trained for"
         if not self.contexts:
-            protocol = ", ".join(map(str, CONTEXTS))
-            raise ValueError(f"{limit} = {longest} of {candidate.path} is below all of {protocol}: give --contexts")
+            raise ValueError(f"the {trained} is below all of {', '.join(map(str, CONTEXTS))}: give --contexts")
         for option, wrong, reason in (
-            ("contexts", [n for n in self.contexts if n > longest], f"exceed {limit} = {longest}: leave them out"),
+            ("contexts", [n for n in self.contexts if n > longest], f"exceed the {trained}: leave them out"),
             ("contexts", [n for n in self.contexts if n < shortest], f"hold no question: give {shortest} or more"),
             ("depths", [depth for depth in self.depths if not 0 <= depth <= 100], "are no percentages: give 0 to 100"),
             ("trials", [self.trials] * (self.trials % 10 > 0), "hide some digits more often: give a multiple of 10"),
@@ -220,7 +217,7 @@ def write(
     record = {
         "checkpoint": name,
         "trained_with_lighthouse": candidate.lighthouse,
-        candidate.max_context_field: candidate.max_context,
+        "max_context": candidate.max_context,
         "dtype": precision,
         **asdict(settings),
         "mean": mean,

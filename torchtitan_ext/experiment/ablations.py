@@ -1,15 +1,19 @@
 """Ablation grids: cells, each a stage 1 and a stage 2 with settings of its own."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from torchtitan_ext.jobs.job_file import parse_job
+
+from . import runner
 
 
 def read_grid(file: Path) -> dict[str, list[str]]:
     """The torchtitan arguments of each cell by its name. Raises ValueError if the file is no grid."""
     try:
-        return {cell["run"]: arguments(cell["settings"]) for cell in tomllib.loads(file.read_text())["ablations"]}
+        return {cell["run"]: [*_arguments(cell["settings"])] for cell in tomllib.loads(file.read_text())["ablations"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--grid {file} is no grid ({error!r}): give a TOML file of [[ablations]], each with a run and its "
@@ -17,37 +21,21 @@ def read_grid(file: Path) -> dict[str, list[str]]:
         ) from error
 
 
-def arguments(settings: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """A cell's settings, by section, as torchtitan arguments."""
-    found: list[str] = []
+def _arguments(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
     for section, fields in settings.items():
         for field, value in fields.items():
-            values = value if isinstance(value, list) else [value]
-            found += [f"--{section}.{field}", *map(str, values)]
-    return found
-
-
-def choose(grid: Mapping[str, list[str]], names: Sequence[str]) -> dict[str, list[str]]:
-    """The cells of these names, or ["all"]. Raises ValueError for a name that the grid lacks."""
-    if list(names) == ["all"]:
-        return dict(grid)
-    if unknown := [name for name in names if name not in grid]:
-        raise ValueError(f"--cells {' '.join(unknown)}: the grid has {', '.join(grid)}")
-    return {name: grid[name] for name in names}
+            yield f"--{section}.{field}"
+            yield from map(str, value if isinstance(value, list) else [value])
 
 
 def plan(
     cells: Mapping[str, list[str]], configs: Path, output: Path, splits: Sequence[int], overrides: Sequence[str]
-) -> list:
+) -> list[runner.PlannedRun]:
     """The runs of each cell, into a folder of its name: the job files in `configs`, its settings and the overrides."""
-    from torchtitan_ext.jobs.job_file import parse_job
-
-    from .runner import plan as plan_experiment
-
     splits = splits or [parse_job(configs / "stage2.toml", overrides).training.steps * 10 // 16]
     runs = []
     for name, settings in cells.items():
         both, only = [*settings, *overrides], ("stage1", "stage2")
-        experiment = plan_experiment(configs, output / name, splits=splits, only=only, overrides=both)
+        experiment = runner.plan(configs, output / name, splits=splits, only=only, overrides=both)
         runs += [replace(run, name=f"{name}/{run.name}") for run in experiment]
     return runs

@@ -19,13 +19,8 @@ TOKENS_PER_SECOND = "throughput(tps)"
 SECONDS = "time_metrics/end_to_end(s)"
 VALIDATION_LOSS = "validation_metrics/loss"
 # of each logged point, by field of Run
-TAGS = {
-    "loss": LOSS,
-    "tokens_per_second": TOKENS_PER_SECOND,
-    "seconds": SECONDS,
-    "n_devices": N_DEVICES,
-    "log_freqs": LOG_FREQ,
-}
+TAGS = {"loss": LOSS, "tokens_per_second": TOKENS_PER_SECOND, "seconds": SECONDS}
+TAGS |= {"n_devices": N_DEVICES, "log_freqs": LOG_FREQ}
 # what is read of the job
 CONFIG_FIELDS = (("training", "steps"), ("training", "seq_len"), ("model", "flavor"), ("debug", "seed"))
 
@@ -83,19 +78,13 @@ def read_run(folder: str | Path) -> Run | None:
     """The run dumped into `folder` (its `job.dump_folder`), or None if nothing is logged yet.
 
     Where a resumed process repeats steps, the later process's points replace every older one from its first step on.
-    Raises ValueError if the records lack the job or a scalar.
+    Raises FileNotFoundError if the records lack the job, ValueError if they lack a scalar.
     """
     folder = Path(folder)
-    starts = [points for file in sorted(folder.glob("**/events.out.tfevents.*")) if (points := _read_start(file))]
+    starts = [points for file in folder.glob("**/events.out.tfevents.*") if (points := _read_start(file))]
     if not starts:
         return None
-    config_file = folder / CONFIG_FILE
-    if not config_file.is_file():
-        raise ValueError(
-            f"{config_file} is missing: train with model.name = 'llama3_lighthouse', which saves it; the table reads "
-            "training.steps there"
-        )
-    config = read_config(config_file, CONFIG_FIELDS)
+    config = read_config(folder / CONFIG_FILE, CONFIG_FIELDS)
     starts.sort(key=lambda points: points["wall_time"][0])
     merged = starts[0]
     for points in starts[1:]:

@@ -18,7 +18,7 @@ from torchtitan_ext.figures import markdown_table
 from torchtitan_ext.model import LighthouseModelArgs
 from torchtitan_ext.model.model import meta_model
 
-from .timing import times_ms
+from .timing import copy_gb_s, times_ms
 
 BF16 = 2  # bytes
 # categories of a trace's events
@@ -142,12 +142,9 @@ def measure_rates() -> dict[str, float]:
     A GPU at rest is cooler, and faster for some milliseconds than it stays.
     """
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
     torch.cuda.synchronize()
     time.sleep(2)
-    product, copy = (min(times_ms(call, 20)) for call in (lambda: a @ b, lambda: target.copy_(source)))
-    return {"tflops": 2 * 8192**3 / product / 1e9, "gb_s": 2 * source.nbytes / copy / 1e6}
+    return {"tflops": 2 * 8192**3 / min(times_ms(lambda: a @ b, 20)) / 1e9, "gb_s": copy_gb_s()}
 
 
 def attention_ms(rows: int, n_heads: int, n_kv_heads: int, head_dim: int) -> float:

@@ -53,3 +53,11 @@ def kernels_ms(function: Callable[[], object], repeats: int) -> float:
             function()
         torch.cuda.synchronize()
     return sum(event.self_device_time_total for event in profile.key_averages()) / repeats / 1e3
+
+
+def copy_gb_s() -> float:
+    """The best of 20 large copies, bytes read and written."""
+    device, n = ("cuda", 2**29) if torch.cuda.is_available() else ("cpu", 2**25)
+    source = torch.randn(n, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(times_ms(lambda: target.copy_(source), 20)) / 1e6
