@@ -5,7 +5,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from . import torch_ops
 from .config import LighthouseConfig
@@ -16,34 +16,25 @@ try:
 except ImportError:  # no Triton on this platform: the torch path serves it
     triton_ops = None  # type: ignore[assignment]
 
-Attention = Callable[..., torch.Tensor]
+Attention = Callable[..., Tensor]
 
 
-def causal_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False) -> torch.Tensor:
+def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
     """The stock kernel, causal: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D]."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
-def ops_for(x: torch.Tensor) -> ModuleType:
+def ops_for(x: Tensor) -> ModuleType:
     """The Triton operators where they run, else the torch ones."""
     return triton_ops if triton_ops and x.is_cuda and x.dtype != torch.float64 else torch_ops
 
 
 def check_inputs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: LighthouseConfig,
-    freqs_cis: torch.Tensor | None,
-    degree: int = 1,
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None, degree: int = 1
 ) -> None:
     """Raise ValueError unless the inputs of one of `degree` ranks fit each other and `config`."""
-    if (
-        q.ndim != 4
-        or k.shape != v.shape
-        or k.shape != (*q.shape[:2], *k.shape[2:3], q.shape[3])
-        or 0 in (*q.shape[2:], k.shape[2])
-    ):
+    fit = q.ndim == 4 and k.shape == v.shape and k.shape == (*q.shape[:2], *k.shape[2:3], q.shape[3])
+    if not fit or 0 in (*q.shape[2:], k.shape[2]):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be [B, N, H, D]"
             " and twice [B, N, H_kv, D], with H, H_kv and D at least 1"
@@ -59,12 +50,8 @@ def check_inputs(
         return
     if head_dim % 2:
         raise ValueError(f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs")
-    if (
-        freqs_cis.ndim != 2
-        or freqs_cis.shape[0] < seq_len
-        or freqs_cis.shape[1] != head_dim // 2
-        or not freqs_cis.is_complex()
-    ):
+    fits = freqs_cis.ndim == 2 and freqs_cis.shape[0] >= seq_len and freqs_cis.shape[1] == head_dim // 2
+    if not fits or not freqs_cis.is_complex():
         raise ValueError(
             f"freqs_cis {tuple(freqs_cis.shape)}, {freqs_cis.dtype}: must be complex"
             f" [at least N = {seq_len}, D/2 = {head_dim // 2}]"
@@ -75,13 +62,8 @@ def check_inputs(
 
 @torch.no_grad()
 def select_slots(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: LighthouseConfig,
-    freqs_cis: torch.Tensor | None,
-    starts: Sequence[int] = (0,),
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None, starts: Sequence[int] = (0,)
+) -> Tensor:
     """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw.
 
     For chunks of a sequence, which only the scorer `norm` can score, `starts` is as in `torch_ops`."""
@@ -92,7 +74,7 @@ def select_slots(
     return ops.select(ops.score(q, k, v, config), config, starts)
 
 
-def call_attention(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def call_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention on gathered rows: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D] in q's dtype.
 
     Raises ValueError if `attention` returns another shape."""
@@ -102,19 +84,14 @@ def call_attention(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: to
     if q.shape[1] > k.shape[1]:
         enable_gqa = True
     out = attention(q, k, v, enable_gqa=enable_gqa)
-    if not isinstance(out, torch.Tensor) or out.shape != shape:
-        returned = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+    returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if returned != tuple(shape):
         raise ValueError(f"attention returned {returned}: must return [B, H, S, D] = {tuple(shape)}, as q")
     return out.to(dtype)  # autocast's, or another of attention's own
 
 
 def select_entries(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: LighthouseConfig,
-    *,
-    freqs_cis: torch.Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, *, freqs_cis: Tensor | None = None
 ) -> Selection:
     """The entries that `lighthouse_attention` gathers for these arguments, in gathered order."""
     check_inputs(q, k, v, config, freqs_cis)
@@ -124,14 +101,14 @@ def select_entries(
 
 
 def lighthouse_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     config: LighthouseConfig,
     *,
-    freqs_cis: torch.Tensor | None = None,
+    freqs_cis: Tensor | None = None,
     attention: Attention = causal_sdpa,
-) -> torch.Tensor:
+) -> Tensor:
     """Hierarchical attention over an adaptively gathered short sequence; for training only.
 
     With the selection held fixed, output t depends on inputs up to t alone. The selection itself looks
@@ -162,20 +139,12 @@ def lighthouse_attention(
 
 
 class LighthouseAttention(nn.Module):
-    """`lighthouse_attention` as a module without parameters, in place of an attention layer.
-
-    Args:
-        config: the layer's settings.
-        attention: what attends on the gathered rows; see `lighthouse_attention`.
-    """
+    """`lighthouse_attention` as a module without parameters: the settings and `attention` are as there."""
 
     def __init__(self, config: LighthouseConfig, attention: Attention = causal_sdpa) -> None:
         super().__init__()
-        self.config = config
-        self.attention = attention
+        self.config, self.attention = config, attention
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, freqs_cis: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `lighthouse_attention`: [B, N, H, D] and 2 x [B, N, H_kv, D] -> [B, N, H, D]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor | None = None) -> Tensor:
+        """[B, N, H, D] and 2 x [B, N, H_kv, D] -> [B, N, H, D]."""
         return lighthouse_attention(q, k, v, self.config, freqs_cis=freqs_cis, attention=self.attention)

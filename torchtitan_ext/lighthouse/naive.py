@@ -1,22 +1,24 @@
 """The method as loops and plain indexing: slow, obviously right, the reference of the tests."""
 
 import math
+from itertools import product
 
 import torch
+from torch import Tensor
 
 from .config import LighthouseConfig
 
 
-def naive_select(q_score: torch.Tensor, k_score: torch.Tensor, config: LighthouseConfig) -> list[tuple[int, int]]:
+def naive_select(q_score: Tensor, k_score: Tensor, config: LighthouseConfig) -> list[tuple[int, int]]:
     """Gathered entries (level, index), in order, of one head's base scores, each [N]."""
     p, m, n_tiles = config.pooling_factor, config.tile_winners, config.n_tiles
     seq_len = len(q_score)
 
-    def score_of(scores: torch.Tensor, level: int, index: int) -> tuple[bool, float]:
+    def score_of(scores: Tensor, level: int, index: int) -> tuple[bool, float]:
         span = scores[index * p**level : (index + 1) * p**level].tolist()
         return max((True, 0.0) if math.isnan(score) else (False, score) for score in span)
 
-    def best(scores: torch.Tensor, level: int, among: list[int]) -> list[int]:
+    def best(scores: Tensor, level: int, among: list[int]) -> list[int]:
         return sorted(among, key=lambda index: score_of(scores, level, index), reverse=True)[: m // 2]
 
     entries = []
@@ -38,14 +40,12 @@ def naive_select(q_score: torch.Tensor, k_score: torch.Tensor, config: Lighthous
     return sorted(entries, key=lambda entry: ((entry[1] + 1) * p ** entry[0] - 1, entry[0]))
 
 
-def naive_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+def naive_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> tuple[Tensor, Tensor]:
     """Query and key score, each [N], of one KV head: q [N, group, D], k and v [N, D]."""
     if config.scorer == "norm":
         return q.norm(dim=-1).amax(-1), k.norm(dim=-1)
 
-    def output(t: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def output(t: int, queries: Tensor, keys: Tensor) -> Tensor:
         step = config.dilation if config.scorer == "dilated" else 1
         past = torch.arange(t % step, t + 1, step)
         weights = keys[past] @ queries[t] / math.sqrt(q.shape[-1])
@@ -56,17 +56,13 @@ def naive_scores(
             weights = weights * torch.exp(log_gate * (t - past).to(q.dtype))
         return weights @ v[past]
 
-    scores = []
-    for t in range(len(k)):
-        heads = [q[:, g] for g in range(q.shape[1])]
-        q_score = torch.stack([output(t, head, k).norm() for head in heads]).amax()
-        k_score = torch.stack([output(t, k, head).norm() for head in heads]).amax()
-        scores.append(torch.stack([q_score, k_score]))
-    q_score, k_score = torch.stack(scores, 1)
-    return q_score, k_score
+    heads = q.unbind(1)
+    q_score = [max(output(t, head, k).norm() for head in heads) for t in range(len(k))]
+    k_score = [max(output(t, k, head).norm() for head in heads) for t in range(len(k))]
+    return torch.stack(q_score), torch.stack(k_score)
 
 
-def naive_rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+def naive_rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rows [..., D], their adjacent pairs rotated by the complex [..., D/2] `angle`."""
     pairs = [
         (a * c.real - b * c.imag, a * c.imag + b * c.real)
@@ -76,16 +72,15 @@ def naive_rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 
 
 def naive_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig, freqs_cis: torch.Tensor | None = None
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None = None
+) -> Tensor:
     """What `lighthouse_attention` must equal: float64 [B, N, H, D] in and out."""
     batch, seq_len, n_heads, head_dim = q.shape
-    group = n_heads // k.shape[2]
-    p = config.pooling_factor
+    group, p = n_heads // k.shape[2], config.pooling_factor
     if freqs_cis is not None and config.rope == "base":
         q, k = (naive_rotate(x, freqs_cis[:seq_len, None]) for x in (q, k))
 
-    def entry_row(x: torch.Tensor, b: int, head: int, level: int, index: int, rotate: bool):
+    def entry_row(x: Tensor, b: int, head: int, level: int, index: int, rotate: bool):
         start, end = index * p**level, (index + 1) * p**level - 1
         row = torch.stack([x[b, t, head] for t in range(start, end + 1)]).mean(0)
         if rotate and freqs_cis is not None and config.rope == "selected":
@@ -93,21 +88,20 @@ def naive_attention(
         return row
 
     heads_out = []
-    for b in range(batch):
-        for head in range(n_heads):
-            kv_head = head // group
-            of_group = q[b, :, kv_head * group : (kv_head + 1) * group].detach()
-            scores = naive_scores(of_group, k[b, :, kv_head].detach(), v[b, :, kv_head].detach(), config)
-            entries = naive_select(*scores, config)
-            queries = [entry_row(q, b, head, *entry, True) for entry in entries]
-            keys = torch.stack([entry_row(k, b, kv_head, *entry, True) for entry in entries])
-            values = torch.stack([entry_row(v, b, kv_head, *entry, False) for entry in entries])
-            positions = [torch.zeros(head_dim, dtype=q.dtype) for _ in range(seq_len)]
-            for row, (level, index) in enumerate(entries):
-                logits = keys[: row + 1] @ queries[row] / math.sqrt(head_dim)
-                out = torch.softmax(logits, 0) @ values[: row + 1]
-                end = (index + 1) * p**level - 1
-                for t in range(end, min(end + p**level, seq_len)):
-                    positions[t] = positions[t] + out
-            heads_out.append(torch.stack(positions))
+    for b, head in product(range(batch), range(n_heads)):
+        kv_head = head // group
+        of_group = q[b, :, kv_head * group : (kv_head + 1) * group].detach()
+        scores = naive_scores(of_group, k[b, :, kv_head].detach(), v[b, :, kv_head].detach(), config)
+        entries = naive_select(*scores, config)
+        queries = [entry_row(q, b, head, *entry, True) for entry in entries]
+        keys = torch.stack([entry_row(k, b, kv_head, *entry, True) for entry in entries])
+        values = torch.stack([entry_row(v, b, kv_head, *entry, False) for entry in entries])
+        positions = [torch.zeros(head_dim, dtype=q.dtype) for _ in range(seq_len)]
+        for row, (level, index) in enumerate(entries):
+            logits = keys[: row + 1] @ queries[row] / math.sqrt(head_dim)
+            out = torch.softmax(logits, 0) @ values[: row + 1]
+            end = (index + 1) * p**level - 1
+            for t in range(end, min(end + p**level, seq_len)):
+                positions[t] = positions[t] + out
+        heads_out.append(torch.stack(positions))
     return torch.stack(heads_out).view(batch, n_heads, seq_len, head_dim).transpose(1, 2)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .config import LighthouseConfig
 from .scorers import accumulator, base_scores
@@ -26,11 +28,11 @@ class Selection(NamedTuple):
             `index * p**level ... (index + 1) * p**level - 1`.
     """
 
-    level: torch.Tensor
-    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
+    level: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
 
 
-def score_pyramid(base: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def score_pyramid(base: Tensor, config: LighthouseConfig) -> Tensor:
     """Scores of every entry, the maximum over its span: [2, B, H_kv, N] -> [2, B, H_kv, M]."""
     levels = [base]
     for _ in range(config.levels - 1):
@@ -39,12 +41,12 @@ def score_pyramid(base: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def score(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> Tensor:
     """Scores [2, B, H_kv, M] of the pyramid's entries by `config.scorer`, without a graph."""
     return score_pyramid(base_scores(q, k, v, config), config)
 
 
-def _tile_winners(q_score: torch.Tensor, k_score: torch.Tensor, m: int, starts: Sequence[int]) -> torch.Tensor:
+def _tile_winners(q_score: Tensor, k_score: Tensor, m: int, starts: Sequence[int]) -> Tensor:
     """Positions of each tile's m winners, ascending: [B, H, T, C] scores -> [B, H, T, m].
 
     Candidates are in ascending order, so a stable sort gives ties to the lower index.
@@ -56,15 +58,14 @@ def _tile_winners(q_score: torch.Tensor, k_score: torch.Tensor, m: int, starts: 
     won.scatter_(-1, by_key.gather(-1, rest_first), True)
     if starts[0] == 0:
         # The sequence's first entry always wins, else its first positions could have no contributor.
-        n_chunks = len(starts)
-        first, weakest = won[::n_chunks, :, 0], by_query[::n_chunks, :, 0, -1:]
+        first, weakest = won[:: len(starts), :, 0], by_query[:: len(starts), :, 0, -1:]
         first.scatter_(-1, weakest, first.gather(-1, weakest) & first[..., :1])
         first[..., 0] = True
     return won.sort(dim=-1, descending=True, stable=True).indices[..., :m]
 
 
 @torch.no_grad()
-def select(scores: torch.Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,)) -> torch.Tensor:
+def select(scores: Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,)) -> Tensor:
     """The coarse-to-fine cascade and its order: scores [2, B, H_kv, M] -> slots [B, H_kv, M], int32.
 
     Every candidate joins the gathered sequence; winners only decide whose children are candidates.
@@ -93,21 +94,21 @@ def select(scores: torch.Tensor, config: LighthouseConfig, starts: Sequence[int]
     return slots.scatter(-1, rows, torch.arange(rows.shape[-1], device=rows.device, dtype=slots.dtype).expand_as(rows))
 
 
-def gathered_rows(slots: torch.Tensor, gathered_len: int) -> torch.Tensor:
+def gathered_rows(slots: Tensor, gathered_len: int) -> Tensor:
     """The pyramid row of each gathered row, int64: slots [B, H_kv, M] -> [B, H_kv, S]."""
     target = slots.long().masked_fill(slots < 0, gathered_len)
     rows = torch.arange(slots.shape[-1], device=slots.device).expand_as(target)
     return target.new_empty(*slots.shape[:2], gathered_len + 1).scatter(-1, target, rows)[..., :-1]
 
 
-def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate the adjacent pairs of `x` [..., D] by the complex `freqs_cis`, broadcast to [..., D/2]."""
     acc = accumulator(x)
     pairs = torch.view_as_complex(x.to(acc).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * freqs_cis.to(pairs.dtype)).flatten(-2).to(x.dtype)
 
 
-def pool(x: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
+def pool(x: Tensor, config: LighthouseConfig) -> Tensor:
     """Mean over every entry's span: [B, N, H, D] -> [B, M, H, D]."""
     rows, mean = [x], x.to(accumulator(x))
     for _ in range(config.levels - 1):
@@ -116,23 +117,20 @@ def pool(x: torch.Tensor, config: LighthouseConfig) -> torch.Tensor:
     return torch.cat(rows, 1)
 
 
-def _flat_rows(rows: torch.Tensor, n_rows: int, heads_last: bool) -> torch.Tensor:
-    """Row numbers `rows` [B, H, S] of a [B, n_rows, H] or [B, H, n_rows] array, flattened."""
-    batch, heads, _ = rows.shape
-    b = torch.arange(batch, device=rows.device).view(-1, 1, 1)
-    h = torch.arange(heads, device=rows.device).view(1, -1, 1)
-    return (b * n_rows + rows) * heads + h if heads_last else (b * heads + h) * n_rows + rows
+def _batch_and_head(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices [B, 1, 1] and [H, 1] beside those of rows [B, H, S]."""
+    return torch.arange(batch, device=device).view(-1, 1, 1), torch.arange(heads, device=device).view(-1, 1)
 
 
 def gather(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    freqs_cis: torch.Tensor | None,
-    slots: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    freqs_cis: Tensor | None,
+    slots: Tensor,
     config: LighthouseConfig,
     starts: Sequence[int] = (0,),
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The selected entries' means, rotated: q [B, N, H, D], k and v -> [B, H, S, D] and 2 x [B, H_kv, S, D]."""
     seq_len, n_kv_heads = k.shape[1:3]
     rows = gathered_rows(slots, config.gathered_len(seq_len))
@@ -140,11 +138,9 @@ def gather(
         table = torch.stack([freqs_cis[start : start + seq_len] for start in starts]).unsqueeze(2)
         q, k = (rotate(x.unflatten(0, (-1, len(starts))), table).flatten(0, 1) for x in (q, k))
 
-    def take(x: torch.Tensor) -> torch.Tensor:
-        rows_of_head = rows.repeat_interleave(x.shape[2] // n_kv_heads, 1)
-        pyramid = pool(x, config)
-        flat = _flat_rows(rows_of_head, pyramid.shape[1], heads_last=True)
-        return pyramid.flatten(0, 2).index_select(0, flat.flatten()).unflatten(0, flat.shape)
+    def take(x: Tensor) -> Tensor:
+        b, h = _batch_and_head(x.shape[0], x.shape[2], x.device)
+        return pool(x, config)[b, rows.repeat_interleave(x.shape[2] // n_kv_heads, 1), h]
 
     q, k, v = take(q), take(k), take(v)
     if freqs_cis is not None and config.rope == "selected":
@@ -154,21 +150,17 @@ def gather(
         q = rotate(q, table.repeat_interleave(q.shape[1] // n_kv_heads, 1))
         k = rotate(k, table)
 
-    def one_after_another(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(0, (-1, len(starts))).transpose(1, 2).flatten(2, 3)
-
-    return one_after_another(q), one_after_another(k), one_after_another(v)
+    q, k, v = (x.unflatten(0, (-1, len(starts))).transpose(1, 2).flatten(2, 3) for x in (q, k, v))
+    return q, k, v
 
 
-def with_carry(out: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
+def with_carry(out: Tensor, carry: Tensor) -> Tensor:
     """`carry`, as in `scatter`, behind the gathered rows of each chunk of `out` [batch, H, chunks x S, D]."""
     out = out.transpose(1, 2).unflatten(1, (carry.shape[1], -1))
     return torch.cat([out, carry], 2).flatten(1, 2).transpose(1, 2)
 
 
-def scatter(
-    out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig, carry: torch.Tensor | None = None
-) -> torch.Tensor:
+def scatter(out: Tensor, slots: Tensor, config: LighthouseConfig, carry: Tensor | None = None) -> Tensor:
     """Add each entry's output to the positions `end ... end + p**level - 1`: [B, H, S, D] -> [B, N, H, D].
 
     Read as a gather: position t looks up, at each level, the one entry that can reach it. For the first positions of a
@@ -176,25 +168,24 @@ def scatter(
     [batch, chunks, L - 1, H, D] has their rows for each chunk, level 1 first.
     """
     if carry is not None:
-        out = with_carry(out, carry).unflatten(2, (carry.shape[1], -1)).transpose(1, 2)
-        out = out.flatten(0, 1)
+        out = with_carry(out, carry).unflatten(2, (carry.shape[1], -1)).transpose(1, 2).flatten(0, 1)
     batch, heads, n_rows, head_dim = out.shape
     seq_len = config.seq_len_of(slots.shape[-1])
     slots = slots.repeat_interleave(heads // slots.shape[1], 1)
-    padded = torch.cat([out.flatten(0, 2), out.new_zeros(1, head_dim)])
+    padded = F.pad(out.flatten(0, 2), (0, 0, 0, 1))
+    b, h = _batch_and_head(batch, heads, out.device)
     positions = torch.arange(seq_len, device=out.device)
     total = torch.zeros((), dtype=accumulator(out), device=out.device)
     for level, offset in enumerate(config.level_offsets(seq_len)[:-1]):
         index = (positions + 1) // config.span(level) - 1
         before = n_rows - config.levels + level if carry is not None and level else -1
         slot = slots[..., offset + index.clamp(min=0)].where(index >= 0, before)
-        flat = _flat_rows(slot, n_rows, heads_last=False)
-        flat = flat.masked_fill(slot < 0, padded.shape[0] - 1).transpose(1, 2)
+        flat = ((b * heads + h) * n_rows + slot).masked_fill(slot < 0, padded.shape[0] - 1).transpose(1, 2)
         total = total + padded.index_select(0, flat.flatten()).to(total.dtype)
     return total.to(out.dtype).view(batch, seq_len, heads, head_dim)
 
 
-def entries(rows: torch.Tensor, config: LighthouseConfig, seq_len: int) -> Selection:
+def entries(rows: Tensor, config: LighthouseConfig, seq_len: int) -> Selection:
     """Level and index of each pyramid row of `rows`, int64 [...]."""
     offsets = torch.tensor(config.level_offsets(seq_len)[:-1], device=rows.device)
     level = torch.searchsorted(offsets, rows.contiguous(), right=True) - 1

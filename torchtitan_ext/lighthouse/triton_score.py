@@ -5,9 +5,9 @@ from collections import namedtuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _ROWS = 64  # base positions that a program reads
-
 
 # What a launch passes (`key_scores` is the distance from the query scores), and what the kernel is compiled for.
 Sizes = namedtuple("Sizes", "N M D n_kv_heads q_stride_b q_stride_n k_stride_b k_stride_n key_scores")
@@ -62,12 +62,12 @@ def n_entries(seq_len: int, p: int, levels: int) -> int:
     return sum(seq_len // p**level for level in range(levels))
 
 
-def heads_together(x: torch.Tensor) -> torch.Tensor:
+def heads_together(x: Tensor) -> Tensor:
     """`x` [B, N, H, D] itself where heads stand next to each other in memory, else a copy."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
-def score(q: torch.Tensor, k: torch.Tensor, levels: int, p: int) -> torch.Tensor:
+def score(q: Tensor, k: Tensor, levels: int, p: int) -> Tensor:
     """Scores, fp32 [2, B, H_kv, M], of q [B, N, H, D] and k [B, N, H_kv, D]."""
     q, k = heads_together(q), heads_together(k)
     batch, seq_len, n_kv_heads, head_dim = k.shape

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # What a launch passes; `key_scores` is the distance from the query scores to the key scores.
 Sizes = namedtuple("Sizes", "N M n_kv_heads key_scores")
@@ -135,20 +136,19 @@ def _select_kernel(scores, slots, scratch, sizes, SPEC: tl.constexpr):
 
 
 def select(
-    scores: torch.Tensor, seq_len: int, levels: int, p: int, top_k: int, tile_winners: int, starts: Sequence[int]
-) -> torch.Tensor:
+    scores: Tensor, seq_len: int, levels: int, p: int, top_k: int, tile_winners: int, starts: Sequence[int]
+) -> Tensor:
     """Slots, int32 [B, H_kv, M], of scores [2, B, H_kv, M]."""
     scores = scores.contiguous()
     _, batch, n_kv_heads, n_entries = scores.shape
     tiles = top_k // tile_winners
     coarsest = seq_len // p ** (levels - 1) // tiles
     block = triton.next_power_of_2(max(coarsest, tile_winners * p))
-    spec = Spec(
-        p, levels, tile_winners, tiles, coarsest, starts[0] == 0, len(starts), block, 2 * tile_winners + block + 1
-    )
+    scratch_len = 2 * tile_winners + block + 1
+    spec = Spec(p, levels, tile_winners, tiles, coarsest, starts[0] == 0, len(starts), block, scratch_len)
     n_programs = batch * n_kv_heads * tiles
     slots = scores.new_empty(batch, n_kv_heads, n_entries, dtype=torch.int32)
-    scratch = slots.new_empty(n_programs, levels, spec.scratch_len)
+    scratch = slots.new_empty(n_programs, levels, scratch_len)
     sizes = Sizes(seq_len, n_entries, n_kv_heads, scores.stride(0))
     with torch.cuda.device_of(scores):  # the current device may be another
         _select_kernel[(n_programs,)](scores, slots, scratch, sizes, spec, num_warps=min(max(block // 128, 4), 16))

@@ -10,12 +10,12 @@ another one does: there are no atomics, no output is filled beforehand, and runs
 """
 
 from collections import namedtuple
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .triton_score import heads_together
 
@@ -234,21 +234,19 @@ def _place(rows, slots, freqs, gathered, sizes, SPEC: tl.constexpr):
 
 @triton.jit
 def _reduce_kernel(x, slots, freqs, gathered, sizes, SPEC: tl.constexpr):
-    """Sums (or means) over the spans of some entries of the coarsest level, of one head, and of all entries below
-    them, each written to its slot."""
+    """Write the sums (or means) over the spans of some entries of one head, and of all below them, to their slots."""
     head, index = _place(x, slots, freqs, gathered, sizes, SPEC)
     _sum_spans(index, SPEC.levels - 1, head, SPEC)
 
 
 @triton.jit
 def _spread_kernel(out, slots, freqs, gathered, sizes, SPEC: tl.constexpr):
-    """The adjoint of `_reduce_kernel`: every position of the spans of some entries of the coarsest level, of one
-    head, gets the sum of its entries' rows."""
+    """The adjoint of `_reduce_kernel`: every position of the spans gets the sum of its entries' rows."""
     head, index = _place(out, slots, freqs, gathered, sizes, SPEC)
     _spread_spans(_zeros(SPEC), index, SPEC.levels - 1, head, SPEC)
 
 
-def _launch(kernel, x, slots, freqs_cis, gathered, levels, p, gathered_len, shift, rope, carry, starts):
+def _launch(kernel, x, gathered, gathered_len, slots, freqs_cis, levels, p, shift, rope, carry, starts):
     """Run a kernel on x [B, N, H, D] and what is gathered from it, in memory [batch, chunks x S, H, D]."""
     batch, seq_len, n_heads, head_dim = x.shape
     block_d = triton.next_power_of_2(head_dim)
@@ -264,51 +262,27 @@ def _launch(kernel, x, slots, freqs_cis, gathered, levels, p, gathered_len, shif
         kernel[(batch * n_blocks * n_heads,)](x, slots, freqs_cis, gathered, sizes, spec, num_warps=1)
 
 
-def empty_rows(x: torch.Tensor, gathered_len: int, n_chunks: int) -> torch.Tensor:
+def empty_rows(x: Tensor, gathered_len: int, n_chunks: int) -> Tensor:
     """For what is gathered from x [B, N, H, D]: [batch, H, chunks x S, D], in memory [batch, chunks x S, H, D].
 
     Not a view, which autograd would not let `attention` change in place."""
-    n_rows, n_heads, head_dim = n_chunks * gathered_len, *x.shape[2:]
-    return x.new_empty_strided(
-        (x.shape[0] // n_chunks, n_heads, n_rows, head_dim),
-        (n_rows * n_heads * head_dim, head_dim, n_heads * head_dim, 1),
-    )
+    batch, n_rows, n_heads, head_dim = x.shape[0] // n_chunks, n_chunks * gathered_len, *x.shape[2:]
+    shape = batch, n_heads, n_rows, head_dim
+    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=x.dtype, device=x.device)
 
 
-def reduce(
-    x: torch.Tensor,
-    slots: torch.Tensor,
-    freqs_cis: torch.Tensor | None,
-    levels: int,
-    p: int,
-    gathered_len: int,
-    shift: int,
-    rope: str,
-    carry: bool,
-    starts: Sequence[int],
-) -> torch.Tensor:
-    """Rows [batch, H, chunks x S, D] of x [B, N, H, D]."""
+def reduce(x, slots, freqs_cis, gathered_len, levels, p, shift, rope, carry, starts):
+    """Rows [batch, H, chunks x S, D] of x [B, N, H, D]; `slots`, `freqs_cis` and `starts` are as in `torch_ops`."""
     x = heads_together(x)
     gathered = empty_rows(x, gathered_len, len(starts))
-    _launch(_reduce_kernel, x, slots, freqs_cis, gathered, levels, p, gathered_len, shift, rope, carry, starts)
+    _launch(_reduce_kernel, x, gathered, gathered_len, slots, freqs_cis, levels, p, shift, rope, carry, starts)
     return gathered
 
 
-def spread(
-    gathered: torch.Tensor,
-    slots: torch.Tensor,
-    freqs_cis: torch.Tensor | None,
-    levels: int,
-    p: int,
-    seq_len: int,
-    shift: int,
-    rope: str,
-    carry: bool,
-    starts: Sequence[int],
-) -> torch.Tensor:
+def spread(gathered, slots, freqs_cis, seq_len, levels, p, shift, rope, carry, starts):
     """Positions [B, N, H, D] of rows [batch, H, chunks x S, D]."""
     gathered = gathered.transpose(1, 2).contiguous()
     out = gathered.new_empty(slots.shape[0], seq_len, *gathered.shape[2:])
     gathered_len = gathered.shape[1] // len(starts)
-    _launch(_spread_kernel, out, slots, freqs_cis, gathered, levels, p, gathered_len, shift, rope, carry, starts)
+    _launch(_spread_kernel, out, gathered, gathered_len, slots, freqs_cis, levels, p, shift, rope, carry, starts)
     return out

@@ -17,10 +17,8 @@ class Lighthouse(LighthouseConfig):
 @dataclass
 class Optimizer:
     override_checkpoint: bool = False
-    """
-    Train on with another [optimizer] or [lr_scheduler] than the checkpoint was trained with. Moments and the
-    schedule's position are the checkpoint's either way. By default such a launch is refused.
-    """
+    """Train on with another [optimizer] or [lr_scheduler] than the checkpoint was trained with. Moments and the
+    schedule's position are the checkpoint's either way. By default such a launch is refused."""
 
 
 @dataclass
@@ -38,33 +36,25 @@ class Loss:
 @dataclass
 class Training:
     skip_damaged_data: bool = False
-    """
-    Leave out lines and files of c4_local that are damaged, named in the log and counted. By default the first
-    stops the run. A file that can't be read at all always does: it may be back for the next launch.
-    """
+    """Leave out lines and files of c4_local that are damaged, named in the log and counted. By default the first
+    stops the run. A file that can't be read at all always does: it may be back for the next launch."""
 
     skip_nonfinite_steps: int = 0
-    """
-    How many steps in a row may have a loss or gradients that are not finite. Such a step leaves parameters and
+    """How many steps in a row may have a loss or gradients that are not finite. Such a step leaves parameters and
     optimizer state as they are, unless optimizer.early_step_in_backward has changed them already; the schedule
-    and the data go on. One more stops training, so 0 stops at the first.
-    """
+    and the data go on. One more stops training, so 0 stops at the first."""
 
 
 @dataclass
 class Parallelism:
     fsdp_no_sync: bool = False
-    """
-    Accumulate gradients before FSDP reduces them, in the last microbatch of a step only. Takes the memory of a
+    """Accumulate gradients before FSDP reduces them, in the last microbatch of a step only. Takes the memory of a
     whole gradient on every rank. With fsdp_reshard_after_forward = "never", weights are gathered once per step
-    too. No effect without gradient accumulation, or with pipeline parallelism.
-    """
+    too. No effect without gradient accumulation, or with pipeline parallelism."""
 
     context_parallel_load_balancer: str | None = None
-    """
-    'headtail' gives each rank that shares a sequence a chunk of its head and one of its tail: for torch's ring
-    attention, the rotate method 'alltoall'. Otherwise the ranks share out heads, which needs no balancer.
-    """
+    """'headtail' gives each rank that shares a sequence a chunk of its head and one of its tail: for torch's ring
+    attention, the rotate method 'alltoall'. Otherwise the ranks share out heads, which needs no balancer."""
 
 
 @dataclass
