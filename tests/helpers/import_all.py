@@ -20,10 +20,9 @@ import torchtitan_ext
 def state():
     """All attributes of torch's and torchtitan's modules and classes, and what else a module of ours could change."""
     found = {"os.environ": dict(os.environ), "sys.path": [*sys.path], "SIGTERM": signal.getsignal(signal.SIGTERM)}
-    flags = vars(torch.backends.cuda).items()
-    found |= {name: is_enabled() for name, is_enabled in flags if name.endswith("_enabled")}
-    found |= {"DATASETS": [*DATASETS], "_op_sac_save_list": {*_op_sac_save_list}}
-    found |= {"train specs": [*train_spec._extra_train_specs], "threads": torch.get_num_threads()}
+    found |= {name: flag() for name, flag in vars(torch.backends.cuda).items() if name.endswith("_enabled")}
+    found |= {"DATASETS": [*DATASETS], "_op_sac_save_list": {*_op_sac_save_list}, "threads": torch.get_num_threads()}
+    found["train specs"] = [*train_spec._extra_train_specs]
     found |= {"safe globals": {*torch.serialization.get_safe_globals()}, "dtype": torch.get_default_dtype()}
     found["matmul precision"] = torch.get_float32_matmul_precision()
     for name, module in [*sys.modules.items()]:

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.lighthouse_cases import SCORES, adversarial_scores, proposals_of, qkv, rotary_table
+from helpers.lighthouse_cases import SCORES, adversarial_scores, proposals_of, qkv, rotary_table, selected
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,20 +24,13 @@ SEQ_LEN = 2048
 def test_chunks_select_what_the_whole_sequence_does(kind, ops):
     config, n_chunks, seq_len = LighthouseConfig(levels=3, top_k=16, tile_winners=4), 4, 512
     base = adversarial_scores(kind, (2, 1, 1, seq_len))
-
-    def selected(base, config, **kwargs):
-        slots = ops.select(torch_ops.score_pyramid(base, config), config, **kwargs)
-        n = base.shape[-1]
-        rows = torch_ops.gathered_rows(slots, config.gathered_len(n))
-        return torch_ops.entries(rows, config, n)
-
     chunk_config = replace(config, top_k=config.top_k // n_chunks)
     levels, indices = [], []
     for chunk, scores in enumerate(base.chunk(n_chunks, -1)):
-        level, index = selected(scores, chunk_config, starts=[chunk])
+        _, (level, index) = selected(scores, chunk_config, [chunk], ops)
         levels.append(level)
         indices.append(index + chunk * (seq_len // n_chunks) // config.pooling_factor**level)
-    expected = selected(base, config)
+    _, expected = selected(base, config, ops=ops)
     assert torch.equal(torch.cat(levels, -1), expected.level)
     assert torch.equal(torch.cat(indices, -1), expected.index)
 

@@ -22,12 +22,11 @@ from torchtitan_ext.lighthouse.config import SCORERS
         (dict(pooling_factor=3), "pooling_factor = 3: must be a power of two"),
         (dict(pooling_factor=1), "pooling_factor = 1: must be a power of two"),
         (dict(top_k=1500), "top_k = 1500: must be a multiple of tile_winners = 128.*1536"),
-        (dict(top_k=1500, rope="none"), "rope = 'none': must be one of"),
+        (dict(top_k=1500, rope="none"), "rope = 'none': must be one of selected, base"),
         (dict(top_k=0), "top_k = 0: must be a multiple of tile_winners = 128.*128"),
         (dict(tile_winners=127), "tile_winners = 127: must be even"),
         (dict(tile_winners=0), "tile_winners = 0: must be even and at least 2"),
         (dict(scorer="best"), "scorer = 'best': must be one of norm, dilated, gla"),
-        (dict(rope="none"), "rope = 'none': must be one of selected, base"),
         (dict(dilation=0), "dilation = 0"),
     ],
 )
@@ -58,6 +57,7 @@ def test_a_length_is_legal_or_refused_with_values_that_are(levels, p, m, tiles, 
     try:
         config.check_seq_len(seq_len)
     except ValueError as error:
+        assert str(error).startswith((f"seq_len = {seq_len}: ", f"top_k = {m * tiles}: ", f"dilation = {dilation}: "))
         proposals = proposals_of(str(error))
     else:
         assert seq_len % (span * tiles) == 0
@@ -81,6 +81,6 @@ def test_a_length_is_legal_or_refused_with_values_that_are(levels, p, m, tiles, 
 def test_levels_stand_one_after_another(coarsest, p, levels):
     config = LighthouseConfig(levels=levels, pooling_factor=p)
     seq_len = coarsest * p ** (levels - 1)
-    lens, offsets = config.level_lens(seq_len), config.level_offsets(seq_len)
-    assert offsets[0] == 0 and [b - a for a, b in pairwise(offsets)] == lens
-    assert all(n * config.span(level) == seq_len for level, n in enumerate(lens))
+    offsets = config.level_offsets(seq_len)
+    assert offsets[0] == 0 and config.seq_len_of(offsets[-1]) == seq_len
+    assert all((b - a) * p**level == seq_len for level, (a, b) in enumerate(pairwise(offsets)))

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.models import args, build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp
 
-from torchtitan_ext.model import LighthouseModelArgs, LighthouseTransformer, loss
+from torchtitan_ext.model import loss
 from torchtitan_ext.model.loss import liger_chunk, linear_cross_entropy_loss
 
 TOKENS, VOCAB, DIM = 150, 500, 16
@@ -21,8 +22,9 @@ def several_chunks(monkeypatch):
 
 def example(dtype=torch.float32, ignored=0, device="cpu"):
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, TOKENS, DIM, generator=g).to(device, dtype).requires_grad_()
-    weight = torch.randn(VOCAB, DIM, generator=g).to(device, dtype).requires_grad_()
+    hidden, weight = (
+        torch.randn(*shape, DIM, generator=g).to(device, dtype).requires_grad_() for shape in ((2, TOKENS), (VOCAB,))
+    )
     labels = torch.randint(VOCAB, (2, TOKENS), generator=g).to(device)
     labels[:, :ignored] = IGNORE_INDEX
     return hidden, weight, labels
@@ -38,9 +40,8 @@ def test_value_and_gradients_are_those_of_cross_entropy(dtype, ignored, device):
     assert ours.dtype == torch.float32
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert abs(ours - exact) <= tolerance * 0.1 * exact
-    for grad, expected in zip(
-        torch.autograd.grad(ours / 3, (hidden, weight)), torch.autograd.grad(exact / 3, (hidden, weight)), strict=True
-    ):
+    grads = (torch.autograd.grad(x / 3, (hidden, weight)) for x in (ours, exact))
+    for grad, expected in zip(*grads, strict=True):
         assert grad.dtype == dtype
         assert (grad - expected).norm() <= tolerance * expected.norm()
 
@@ -87,13 +88,7 @@ def test_ranks_that_share_a_sequence_take_chunks_as_large_as_one(seq_len, ranks,
 
 
 def gradients(fuse_output, wrap=lambda model: None):
-    args = LighthouseModelArgs(
-        dim=32, n_layers=2, n_heads=2, vocab_size=VOCAB, max_seq_len=128, fuse_output=fuse_output
-    )
-    model = LighthouseTransformer(args)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.init_weights()
+    model = build(args(n_layers=2, n_heads=2, vocab_size=VOCAB, max_seq_len=128, fuse_output=fuse_output))
     wrap(model)
     g = torch.Generator().manual_seed(1)
     tokens, labels = (torch.randint(VOCAB, (1, 128), generator=g) for _ in range(2))
@@ -110,14 +105,10 @@ def assert_close(ours, expected, tolerance):
         assert (ours[1][name] - grad).norm() <= tolerance * grad.norm(), name
 
 
-def test_a_model_trains_the_same_and_keeps_its_parameters():
-    assert_close(gradients(True), gradients(False), 1e-5)
-
-
-def test_a_model_under_autocast_trains_the_same():
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, expected = gradients(True), gradients(False)
-    assert_close(ours, expected, 2e-2)
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-5), (True, 2e-2)])
+def test_a_model_trains_the_same_and_keeps_its_parameters(autocast, tolerance):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_close(gradients(True), gradients(False), tolerance)
 
 
 def test_a_sharded_model_trains_the_same(tmp_path):
