@@ -2,7 +2,6 @@
 
 import re
 import sys
-from functools import partial
 from itertools import product
 from unittest.mock import Mock
 
@@ -24,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention, select_entries, torch_ops
-from torchtitan_ext.lighthouse.attention import causal_sdpa
+from torchtitan_ext.lighthouse.attention import LighthouseAttention, causal_sdpa
 from torchtitan_ext.lighthouse.naive import naive_attention, naive_select
 
 SMALL = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, tile_winners=8)
@@ -140,7 +139,7 @@ def test_attention_is_one_call_on_the_gathered_rows():
 
 @pytest.mark.slow
 def test_compiles_for_changing_head_counts():
-    layer = partial(lighthouse_attention, config=SMALL)
+    layer = LighthouseAttention(SMALL)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for n_heads in (2, 4, 6):
         q, k, v = (torch.randn(1, 128, heads, 8) for heads in (n_heads, 2, 2))
