@@ -48,36 +48,10 @@ def exported(request, tmp_path_factory):
     return SimpleNamespace(model=model, hf=hf, tokenizer=AutoTokenizer.from_pretrained(hf))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Two steps with Lighthouse, two more under dense attention."""
-    folder = tmp_path_factory.mktemp("trained")
-    small = [
-        "--training.seq_len=256",
-        "--lighthouse.top_k=16",
-        "--lighthouse.tile_winners=4",
-        "--checkpoint.interval=2",
-    ]
-    for stage, steps, start in (("stage1", 2, ""), ("stage2", 4, folder / "stage1/checkpoint/step-2")):
-        arguments = [f"--job.config_file=configs/text/{stage}.toml", f"--job.dump_folder={folder / stage}"]
-        arguments += [*small, f"--training.steps={steps}", "--lr_scheduler.warmup_steps=2"]
-        arguments += [f"--checkpoint.initial_load_path={start}"] if start else []
-        good, output = train(1, arguments)
-        assert good, output
-    return folder
-
-
 @torch.no_grad()
-def ours(model, tokens):
-    return model(tokens)
-
-
-@torch.no_grad()
-def theirs(model, tokens):
-    return model(tokens).logits
-
-
-def largest_difference(a, b):
+def largest_difference(ours, llama, tokens):
+    """Of the two models' logits."""
+    a, b = ours(tokens), llama(tokens).logits
     assert a.shape == b.shape and a.isfinite().all() and b.isfinite().all()
     return (a - b).abs().max().item()
 
@@ -91,8 +65,7 @@ def test_logits_are_transformers(exported, length, content):
     else:
         tokens = exported.tokenizer(TEXT, return_tensors="pt").input_ids[:, :length]
     assert tokens.shape == (1, length)
-    llama = LlamaForCausalLM.from_pretrained(exported.hf)
-    assert largest_difference(ours(exported.model, tokens), theirs(llama, tokens)) < TOLERANCE
+    assert largest_difference(exported.model, LlamaForCausalLM.from_pretrained(exported.hf), tokens) < TOLERANCE
 
 
 def test_logits_would_show_rope_without_its_scaling(exported):
@@ -100,7 +73,7 @@ def test_logits_would_show_rope_without_its_scaling(exported):
     config = LlamaConfig.from_pretrained(exported.hf)
     config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
     llama = LlamaForCausalLM.from_pretrained(exported.hf, config=config)
-    assert largest_difference(ours(exported.model, tokens), theirs(llama, tokens)) > 100 * TOLERANCE
+    assert largest_difference(exported.model, llama, tokens) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("flavor", flavors)
@@ -165,36 +138,39 @@ def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_clas
     assert [llama.bos_token_id, llama.eos_token_id] == [name and own.token_to_id(name) for name in named]
 
 
-def test_a_lighthouse_trained_model_finished_densely_leaves_as_a_llama(trained, tmp_path, monkeypatch, capsys):
-    stage2 = trained / "stage2"
-    assert run_command(monkeypatch, "export", stage2 / "checkpoint" / "step-4", "--output", tmp_path / "hf") == 0
-    assert "warning" not in capsys.readouterr().err
+@pytest.mark.slow
+def test_a_lighthouse_trained_model_finished_densely_leaves_as_a_llama(tmp_path, monkeypatch, capsys):
+    """Two steps with Lighthouse, exported with a warning, two more under dense attention, exported without."""
+    small = [
+        "--training.seq_len=256",
+        "--lighthouse.top_k=16",
+        "--lighthouse.tile_winners=4",
+        "--checkpoint.interval=2",
+    ]
+    small += ["--lr_scheduler.warmup_steps=2"]
+    first, start = tmp_path / "stage1/checkpoint/step-2", []
+    for stage, steps in (("stage1", 2), ("stage2", 4)):
+        arguments = [f"--job.config_file=configs/text/{stage}.toml", f"--job.dump_folder={tmp_path / stage}"]
+        good, output = train(1, [*arguments, *small, f"--training.steps={steps}", *start])
+        assert good, output
+        assert run_command(monkeypatch, "export", tmp_path / stage, "--output", tmp_path / f"{stage}_hf") == 0
+        warned = f"warning: {first} is of a first stage" in capsys.readouterr().err
+        assert warned == (stage == "stage1")
+        start = [f"--checkpoint.initial_load_path={first}"]
 
     model = build("debug", seq_len=256)
-    dcp.load(model.state_dict(), checkpoint_id=stage2 / "checkpoint" / "step-4", no_dist=True)
-    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    dcp.load(model.state_dict(), checkpoint_id=tmp_path / "stage2/checkpoint/step-4", no_dist=True)
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "stage2_hf")
     assert type(llama) is LlamaForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    tokens = tokenizer(TEXT, return_tensors="pt").input_ids[:, :256]
-    assert largest_difference(ours(model, tokens), theirs(llama, tokens)) < TOLERANCE
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "stage2_hf")(TEXT, return_tensors="pt").input_ids[:, :256]
+    assert largest_difference(model, llama, tokens) < TOLERANCE
 
     prompt = tokens[:, :100]
     generated = llama.generate(prompt, do_sample=False, max_new_tokens=20)
-    assert torch.equal(generated, llama.generate(prompt, do_sample=False, max_new_tokens=20))
     new = generated[0, prompt.shape[1] :]
     assert len(new) == 20 or new[-1] == TOKENIZER.eos_id
     # greedy: each token is the one that our own model finds likeliest after those before it
-    logits = ours(model, generated)[0, prompt.shape[1] - 1 : -1]
-    assert torch.equal(logits.argmax(-1), new)
-    assert isinstance(tokenizer.decode(new), str)
-
-
-def test_a_first_stage_is_exported_with_a_warning(trained, tmp_path, monkeypatch, capsys):
-    assert run_command(monkeypatch, "export", trained / "stage1", "--output", tmp_path / "hf") == 0
-    err = capsys.readouterr().err
-    assert "warning" in err and "not finished under dense attention" in err
-    assert str(trained / "stage1" / "checkpoint" / "step-2") in err
-    LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(model(generated)[0, prompt.shape[1] - 1 : -1].argmax(-1), new)
 
 
 def test_an_environment_without_transformers_exports(tmp_path, monkeypatch, capsys):

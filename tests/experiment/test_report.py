@@ -42,39 +42,23 @@ def switches(draw):
     return stage1_step, stage1_loss, step, loss, split, w, level, jump, drop
 
 
-@given(switches())
-def test_known_jump_and_recovery_are_given_back(switch):
+@given(switches(), st.integers(-8, 8), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_known_jump_and_recovery_are_given_back(switch, shift, doublings, seed):
     stage1_step, stage1_loss, step, loss, split, w, level, jump, drop = switch
     before = mean_loss(stage1_step, stage1_loss, split, w)
-    assert before == level
-    assert loss[0] - before == jump
-    first_full_window = step[step >= split + w][0] - split
-    assert recovery(step, loss, split, before, w) == max(drop, first_full_window)
-
-
-@given(switches(), st.integers(-8, 8), st.integers(0, 3))
-def test_recovery_knows_neither_origin_nor_unit_of_the_loss(switch, shift, doublings):
-    _, _, step, loss, split, w, level, _, _ = switch
+    assert before == level and loss[0] - before == jump
+    found = recovery(step, loss, split, before, w)
+    assert found == max(drop, step[step >= split + w][0] - split)
+    # whatever the origin and unit of the loss
     scale = 2.0**doublings
-    assert recovery(step, loss, split, level, w) == recovery(
-        step, loss * scale + shift, split, level * scale + shift, w
-    )
-
-
-@given(switches(), st.integers(0, 2**32 - 1))
-def test_noise_below_the_jump_moves_neither_by_more_than_itself(switch, seed):
-    stage1_step, stage1_loss, step, loss, split, w, level, jump, _ = switch
+    assert recovery(step, loss * scale + shift, split, level * scale + shift, w) == found
+    # noise below the jump moves neither by more than itself
     rng, amplitude = np.random.default_rng(seed), jump / 100
-    noisy1 = stage1_loss + rng.uniform(-amplitude, amplitude, stage1_loss.shape)
-    noisy = loss + rng.uniform(-amplitude, amplitude, loss.shape)
+    noisy1, noisy = (x + rng.uniform(-amplitude, amplitude, x.shape) for x in (stage1_loss, loss))
     before = mean_loss(stage1_step, noisy1, split, w)
     assert abs((noisy[0] - before) - jump) <= 2 * amplitude
-    assert recovery(step, noisy, split, before, w) == recovery(step, loss, split, level, w)
-
-
-@given(switches())
-def test_back_at_its_level_is_recovered_and_above_it_never(switch):
-    _, _, step, loss, split, w, level, *_ = switch
+    assert recovery(step, noisy, split, before, w) == found
+    # back at its level is recovered, above it never
     assert recovery(step, np.full(len(step), level), split, level, w) is not None
     assert recovery(step, np.maximum(loss, level + 1e-6), split, level, w) is None
 
@@ -98,18 +82,7 @@ def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
 
 
 def write_start(
-    folder: Path,
-    step,
-    loss,
-    *,
-    total: int,
-    log_freq: int,
-    seconds=0.5,
-    n_devices=2,
-    name="a",
-    validate_every=10,
-    seed=1,
-    lighthouse=None,
+    folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices=2, name="a", seed=1, lighthouse=None
 ) -> Path:
     """The records of one process start that logged `loss` at `step`, and its event file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +101,7 @@ def write_start(
         writer.add_scalar(records.SECONDS, n_steps * seconds / log_freq, s)
         writer.add_scalar(records.N_DEVICES, n_devices, s)
         writer.add_scalar(records.LOG_FREQ, log_freq, s)
-        if s % validate_every == 0:
+        if s % 10 == 0:
             writer.add_scalar(records.VALIDATION_LOSS, value + 0.25, s)
     writer.close()
     return next((folder / "tb" / name).iterdir())
@@ -153,17 +126,12 @@ def test_the_hours_are_right_where_a_later_start_logs_more_often(tmp_path):
 
 @pytest.fixture(params=[1, 10], scope="module")
 def made(request, tmp_path_factory):
-    log_freq = request.param
-    folder = tmp_path_factory.mktemp("made")
-    settings = {"log_freq": log_freq}
-    step = logged_steps(0, TOTAL, log_freq)
-    write_start(folder / "dense", step, curve(step), total=TOTAL, seconds=1.0, **settings)
-    step = logged_steps(0, max(SPLITS), log_freq)
-    write_start(folder / "stage1", step, curve(step), total=max(SPLITS), **settings)
-    for split in SPLITS:
-        step = logged_steps(split, TOTAL, log_freq)
-        loss = curve(step) + np.where(step <= split + log_freq, 1.0, -0.5)
-        write_start(folder / f"stage2-{split}", step, loss, total=TOTAL, seconds=1.0, **settings)
+    log_freq, folder = request.param, tmp_path_factory.mktemp("made")
+    runs = [("dense", 0, TOTAL, 1.0), ("stage1", 0, max(SPLITS), 0.5)]
+    for name, start, end, seconds in [*runs, *((f"stage2-{split}", split, TOTAL, 1.0) for split in SPLITS)]:
+        step = logged_steps(start, end, log_freq)
+        loss = curve(step) + (np.where(step <= start + log_freq, 1.0, -0.5) if start else 0)
+        write_start(folder / name, step, loss, total=end, seconds=seconds, log_freq=log_freq)
     return folder, log_freq
 
 
@@ -213,11 +181,9 @@ def test_files_written(made, tmp_path):
 
     ours, theirs = text.split("**Published, not measured here**")
     assert PUBLISHED["source"] in theirs and PUBLISHED["hardware"] in theirs
-    for row in rows:
-        assert f"| {row['run']} |" in ours
-    for row in PUBLISHED["split_points"]:
-        assert f"{row['final_loss']:.4f}" in theirs
-        assert f"{row['final_loss']:.4f}" not in ours
+    assert all(f"| {row['run']} |" in ours for row in rows)
+    published = [f"{row['final_loss']:.4f}" for row in PUBLISHED["split_points"]]
+    assert all(loss in theirs and loss not in ours for loss in published)
 
 
 def test_every_jump_lies_whole_in_both_panels(made):
@@ -291,38 +257,30 @@ def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_p
 @pytest.mark.parametrize("reached", [1, 2, 30, 79])
 def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached):
     step = logged_steps(0, reached, 1)
-    write_start(tmp_path / "dense", step, curve(step), total=TOTAL, log_freq=1)
+    write_start(tmp_path / "dense", step, curve(step), total=TOTAL)
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
-    assert f"dense: unfinished, at step {reached} of {TOTAL}" in text
-    assert "stage1: not started" in text
+    assert f"dense: unfinished, at step {reached} of {TOTAL}" in text and "stage1: not started" in text
     (row,) = report.table(report.read_experiment(tmp_path))
     assert not row.keys() & {"final_loss", "device_hours"}
 
 
-def test_a_tail_that_has_not_recovered_says_within_how_many_steps(tmp_path):
+def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
     step = logged_steps(0, 50, 1)
-    write_start(tmp_path / "stage1", step, curve(step), total=50, log_freq=1)
+    write_start(tmp_path / "stage1", step, curve(step), total=50)
     step = logged_steps(50, 71, 1)
-    write_start(tmp_path / "stage2-50", step, curve(step) + 1, total=TOTAL, log_freq=1)
+    write_start(tmp_path / "stage2-50", step, curve(step) + 1, total=TOTAL)
+    kept = np.array([10, 20, 60, 70, 80])  # each tenth was logged
+    write_start(tmp_path / "dense", kept, np.full(5, np.nan), total=80, log_freq=10)
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
-    assert "not within 21" in text
-
-
-def test_a_diverged_run_is_drawn_all_the_same(tmp_path):
-    step = logged_steps(0, TOTAL, 1)
-    write_start(tmp_path / "dense", step, np.full(TOTAL, np.nan), total=TOTAL, log_freq=1)
-    text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
-    assert "| nan |" in text
-
-
-def test_a_folder_without_records_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        report.read_experiment(tmp_path)
+    assert "not within 21" in text and "| nan |" in text
+    assert "nothing is recorded between steps 20 to 60" in text
 
 
 def test_records_that_lack_something_name_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        report.read_experiment(tmp_path)
     step = logged_steps(0, 20, 1)
-    write_start(tmp_path / "a", step, curve(step), total=20, log_freq=1)
+    write_start(tmp_path / "a", step, curve(step), total=20)
     (tmp_path / "a" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         records.read_run(tmp_path / "a")
@@ -353,8 +311,7 @@ def test_a_run_killed_and_resumed_reads_as_one_in_one_go(tmp_path, kills, log_fr
         loss = np.where(redone, 99.0, curve(step))
         surviving_starts += not redone.all()
         # names in an order unlike that of time
-        name = f"{9 - i}"
-        write_start(tmp_path / "run", step, loss, total=TOTAL, log_freq=log_freq, name=name, seconds=0.5)
+        write_start(tmp_path / "run", step, loss, total=TOTAL, log_freq=log_freq, name=f"{9 - i}")
     run = records.read_run(tmp_path / "run")
     assert run.step.tolist() == whole.step.tolist()
     assert run.loss.tolist() == whole.loss.tolist()
@@ -367,7 +324,7 @@ def test_a_run_killed_and_resumed_reads_as_one_in_one_go(tmp_path, kills, log_fr
 
 def test_a_file_cut_off_anywhere_gives_its_beginning(tmp_path):
     step = logged_steps(0, 12, 1)
-    file = write_start(tmp_path, step, curve(step), total=12, log_freq=1)
+    file = write_start(tmp_path, step, curve(step), total=12)
     whole, content = records.read_run(tmp_path), file.read_bytes()
     for size in range(0, len(content), 37):
         file.write_bytes(content[:size])
@@ -377,11 +334,3 @@ def test_a_file_cut_off_anywhere_gives_its_beginning(tmp_path):
         assert n == 0 or run.loss.tolist() == whole.loss[:n].tolist()
         # all but the point that was cut is there
         assert n >= size * 12 // len(content) - 1
-
-
-def test_points_that_a_kill_lost_are_reported(tmp_path):
-    step = logged_steps(0, 80, 10)
-    kept = step[(step <= 20) | (step > 50)]
-    write_start(tmp_path / "dense", kept, curve(kept), total=80, log_freq=10)
-    text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
-    assert "nothing is recorded between steps 20 to 60" in text
