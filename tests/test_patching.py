@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import ROOT, run_command
 from helpers.launches import start_ranks, train
 
 from torchtitan_ext import patching
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORD = f"torchtitan-{patching.VERSION}.dist-info/RECORD"
 TOUCHED = sorted(patching.blob_ids())
 REINSTALL = "--force-reinstall --no-deps torchtitan==0.2.2"
@@ -47,14 +47,20 @@ def checkout(tree) -> Path:
     git(tree, "init")
     git(tree, "add", "--all", "--force")
     git(tree, "commit", "--message", "release")
-    git(tree, "tag", f"v{patching.VERSION}")
-    git(tree, "tag", "released")
+    for tag in (f"v{patching.VERSION}", "released"):
+        git(tree, "tag", tag)
     return tree
 
 
-def patch(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torchtitan_ext", "patch", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def patch(monkeypatch, capsys):
+    """The exit code of a `patch` command, and what it says."""
+
+    def patch(action, root):
+        code = run_command(monkeypatch, "patch", action, "--root", root)
+        return code, "".join(capsys.readouterr())
+
+    return patch
 
 
 def git(root: Path, *arguments) -> str:
@@ -63,10 +69,10 @@ def git(root: Path, *arguments) -> str:
     return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
 
 
-def contents(root: Path) -> dict[str, tuple[bytes, int]]:
-    """Path -> bytes and mode of everything under `root` that isn't git's or bytecode."""
+def contents(root: Path) -> dict[str, tuple[bytes, int, int]]:
+    """Path -> bytes, mode and time of everything under `root` that isn't git's or bytecode."""
     files = [p for p in root.rglob("*") if p.is_file() and not {".git", "__pycache__"} & {*p.parts}]
-    return {str(p.relative_to(root)): (p.read_bytes(), p.stat().st_mode) for p in files}
+    return {str(p.relative_to(root)): (p.read_bytes(), p.stat().st_mode, p.stat().st_mtime_ns) for p in files}
 
 
 def test_clean_copy_is_the_released_wheel(clean):
@@ -78,50 +84,47 @@ def test_clean_copy_is_the_released_wheel(clean):
         assert digests[name] == f"sha256={digest.decode().rstrip('=')}"
 
 
-def test_round_trip_gives_the_same_bytes_and_modes(tree):
+def test_round_trip_gives_the_same_bytes_and_modes(tree, patch):
     (tree / TOUCHED[0]).chmod(0o664)
     before, umask = contents(tree), os.umask(0o077)
     try:
-        codes = [patch(action, "--root", tree).returncode for action in ("check", "apply", "check")]
+        codes = [patch(action, tree)[0] for action in ("check", "apply", "check")]
         after = contents(tree)
-        again = patch("apply", "--root", tree)
-        codes += [patch(action, "--root", tree).returncode for action in ("revert", "check")]
+        assert patch("apply", tree) == (0, f"{tree}/torchtitan is already patched (5 patches)\n")
+        assert contents(tree) == after
+        codes += [patch(action, tree)[0] for action in ("revert", "check")]
     finally:
         os.umask(umask)
-    assert codes == [1, 0, 0, 0, 1]
-    assert again.returncode == 0 and "already" in again.stdout
-    assert contents(tree) == before and after.keys() == before.keys()
+    assert codes == [1, 0, 0, 0, 1] and after.keys() == before.keys()
     assert {name for name in after if after[name][0] != before[name][0]} == {*TOUCHED}
     assert all(after[name][1] == before[name][1] for name in after)
-
-
-def test_what_is_so_already_is_left_untouched(tree):
-    patching.change(tree, patched=True)
-    times = {p: p.stat().st_mtime_ns for p in [tree, *tree.rglob("*")]}
-    assert not patching.change(tree, patched=True)
-    assert {p: p.stat().st_mtime_ns for p in [tree, *tree.rglob("*")]} == times
+    assert {name: found[:2] for name, found in contents(tree).items()} == {n: was[:2] for n, was in before.items()}
 
 
 def test_git_am_does_the_same_and_gives_the_series_back(checkout, tmp_path):
     git(checkout, "am", *patching.series())
     assert patching.is_patched(checkout)
     subprocess.run([ROOT / "scripts" / "patches.sh", checkout, tmp_path], check=True)
-    written = {path.name: path.read_bytes() for path in tmp_path.glob("*.patch")}
-    assert written == {path.name: path.read_bytes() for path in patching.series()}
-
-
-def test_every_patch_says_why():
-    for file in patching.series():
-        subject, _, reason = file.read_text().partition("Subject: [PATCH] ")[2].partition("\n\n")
+    written = {path.name: path.read_text() for path in tmp_path.glob("*.patch")}
+    assert written == {path.name: path.read_text() for path in patching.series()}
+    for text in written.values():  # and each says why it is there
+        subject, _, reason = text.partition("Subject: [PATCH] ")[2].partition("\n\n")
         assert 10 < len(subject) <= 72 and len(reason.partition("\n---\n")[0].split()) > 20
 
 
-def test_a_git_checkout(checkout):
-    assert patch("apply", "--root", checkout).returncode == 0
+def test_some_of_the_patches_are_refused_with_the_way_back(checkout, patch):
+    git(checkout, "apply", patching.series()[0])
+    names = git(checkout, "diff", "--name-only").split()
+    remedy = f"git checkout v0.2.2 -- {' '.join(names)}"
+    before = contents(checkout)
+    for action in ("apply", "check", "revert"):
+        code, said = patch(action, checkout)
+        assert code == 2 and remedy in said and len(said.splitlines()) == 2
+    assert contents(checkout) == before
+    git(checkout, *remedy.split()[1:])
+    assert patch("apply", checkout)[0] == 0
     assert git(checkout, "diff", "--name-only").split() == TOUCHED
     assert not git(checkout, "ls-files", "--others")
-    assert patch("revert", "--root", checkout).returncode == 0
-    assert not git(checkout, "status", "--porcelain")
 
 
 def test_an_environment_inside_a_repository_that_ignores_it(clean, tmp_path, monkeypatch):
@@ -133,42 +136,21 @@ def test_an_environment_inside_a_repository_that_ignores_it(clean, tmp_path, mon
     assert patching.change(root, patched=True) and patching.is_patched(root)
 
 
-def refused(root: Path, *expected: str) -> None:
-    """Every action is refused with a short message that has the `expected` parts."""
-    before = contents(root)
-    for action in ("apply", "check", "revert"):
-        answer = patch(action, "--root", root)
-        assert answer.returncode == 2 and len(answer.stderr.splitlines()) <= 2
-        assert all(part in answer.stderr for part in expected), answer.stderr
-    assert contents(root) == before
-
-
-def test_some_of_the_patches_are_refused_with_the_way_back(checkout):
-    git(checkout, "apply", patching.series()[0])
-    names = git(checkout, "diff", "--name-only").split()
-    remedy = f"git checkout v0.2.2 -- {' '.join(names)}"
-    refused(checkout, remedy)
-    git(checkout, *remedy.split()[1:])
-    assert patching.change(checkout, patched=True)
-
-
-@pytest.mark.parametrize("name", TOUCHED)
-def test_a_changed_or_missing_file_is_refused(tree, name):
+def test_a_changed_or_missing_file_is_refused(tree):
     for patched in (False, True):
         patching.change(tree, patched)
-        content = (tree / name).read_bytes()
-        for change in ((tree / name).unlink, partial((tree / name).write_bytes, content + b"\n")):
-            change()
-            with pytest.raises(patching.PatchingError, match=f"(?s){name}.*{REINSTALL}"):
-                patching.change(tree, patched=not patched)
-        (tree / name).write_bytes(content)
+        for name in TOUCHED:
+            content = (tree / name).read_bytes()
+            for change in ((tree / name).unlink, partial((tree / name).write_bytes, content + b"\n")):
+                change()
+                with pytest.raises(patching.PatchingError, match=f"(?s){name}.*{REINSTALL}"):
+                    patching.change(tree, patched=not patched)
+            (tree / name).write_bytes(content)
 
 
-def test_a_folder_without_torchtitan_is_refused(tmp_path):
-    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "pip install")
-
-
-def test_patches_that_are_not_there(monkeypatch, tmp_path):
+def test_patches_or_a_torchtitan_that_are_not_there(monkeypatch, tmp_path, patch):
+    code, said = patch("apply", tmp_path / "nowhere")
+    assert code == 2 and str(tmp_path / "nowhere") in said
     monkeypatch.setattr(patching, "PATCHES", tmp_path / "nowhere")
     with pytest.raises(patching.PatchingError, match="nowhere has no patches"):
         patching.blob_ids()
@@ -189,19 +171,12 @@ def test_a_failing_swap_is_undone(tree, monkeypatch):
     assert contents(tree) == before and len(calls) == 3
 
 
-def test_a_linked_package_stays_a_link(tree, tmp_path):
-    shutil.move(tree / "torchtitan", tmp_path / "sources")
-    (tree / "torchtitan").symlink_to(tmp_path / "sources")
+def test_a_link_stays_a_link_and_bytecode_of_the_other_state_is_not_taken_along(tree, tmp_path):
+    sources = shutil.move(tree / "torchtitan", tmp_path / "sources")
+    (tree / "torchtitan").symlink_to(sources)
+    (sources / "__pycache__").mkdir()
     assert patching.change(tree, patched=True) and patching.is_patched(tree)
-    assert (tree / "torchtitan").is_symlink()
-
-
-def test_bytecode_of_the_other_state_is_not_taken_along(tree):
-    cache = tree / "torchtitan" / "__pycache__"
-    cache.mkdir()
-    (cache / "train.cpython-311.pyc").touch()
-    patching.change(tree, patched=True)
-    assert not cache.exists()
+    assert (tree / "torchtitan").is_symlink() and not (sources / "__pycache__").exists()
 
 
 # ---- what the patches make torchtitan do, where there is no accelerator ----

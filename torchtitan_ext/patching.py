@@ -23,18 +23,11 @@ class PatchingError(ValueError):
     """Nothing was changed. The message says why, names the files, and what to do."""
 
 
-class NotPatched(PatchingError):
-    """torchtitan is as released."""
-
-
 def series() -> list[Path]:
     """The patches, in the order in which they apply."""
     if patches := sorted(PATCHES.glob("*.patch")):
         return patches
-    raise PatchingError(
-        f"{PATCHES} has no patches: they come with the source, not with the built package. Run this from a clone, "
-        "installed with pip install --editable."
-    )
+    raise PatchingError(f"{PATCHES} has no patches: they come with a clone, installed with pip install --editable")
 
 
 def blob_ids() -> dict[str, list[str]]:
@@ -57,16 +50,11 @@ def installed_root() -> Path:
     spec = importlib.util.find_spec("torchtitan")
     if spec and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).parent
-    raise PatchingError(
-        f"torchtitan is not installed: pip install torchtitan=={VERSION}, or name the folder that holds it with --root"
-    )
+    raise PatchingError(f"torchtitan is not installed: pip install torchtitan=={VERSION}, or name its folder: --root")
 
 
 def is_patched(root: Path) -> bool:
-    """Whether the torchtitan/ in `root` is patched (True) or as released (False).
-
-    Raises PatchingError where it is neither: missing, another version, patched in part, or changed locally.
-    """
+    """Whether the torchtitan/ in `root` is patched or as released. Raises PatchingError where it is neither."""
     ids = blob_ids()
     found = {name: _blob_id(root / name) for name in ids}
     for patched, place in ((False, 0), (True, -1)):
@@ -80,22 +68,23 @@ def is_patched(root: Path) -> bool:
     )
 
 
-def check_patched() -> None:
-    """Raises NotPatched for a torchtitan as released, PatchingError as `is_patched` does."""
+def check_patched(changed_is_fine: bool = False) -> None:
+    """Raises PatchingError for a torchtitan as released, or else changed, which its owner may have done on purpose."""
     root = installed_root()
-    if not is_patched(root):
-        raise NotPatched(f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext patch apply")
+    try:
+        patched = is_patched(root)
+    except PatchingError:
+        if changed_is_fine:
+            return
+        raise
+    if not patched:
+        raise PatchingError(f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext patch apply")
 
 
 def change(root: Path, patched: bool) -> bool:
-    """Make the torchtitan/ in `root` patched, or as released. Returns False if it was so already.
-
-    Raises PatchingError or OSError, with nothing changed.
-    """
+    """Make the torchtitan/ in `root` patched, or as released; False if it was so. An error leaves it as it is."""
     if is_patched(root) == patched:
         return False
-    if shutil.which("git") is None:
-        raise PatchingError("git, which applies the patches, is not on the PATH: install it")
     package = (root / "torchtitan").resolve()
     with tempfile.TemporaryDirectory(prefix=".torchtitan-", dir=package.parent) as work:
         # Without bytecode, which Python may take for valid although it is of the other state.

@@ -3,8 +3,6 @@
 import codecs
 import gzip
 import shutil
-import subprocess
-import sys
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -17,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtitan.config.job_config import Training
 
-from torchtitan_ext.data import c4_check
+from torchtitan_ext.data import c4_check, datasets
 from torchtitan_ext.data.datasets import c4_files
 
 RUN = Training(seq_len=8, global_batch_size=2, steps=10)
@@ -119,21 +117,13 @@ def test_training_stops_with_file_and_line(kind, tmp_path):
     assert f"{file}, {place}: " in str(error.value) and what in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ONLY_CHECKED)
-def test_training_takes_what_holds_nothing(kind, tmp_path):
-    path = write_c4(tmp_path, [SHARDS[0], SHARDS[0]])
-    ONLY_CHECKED[kind][0](Path(c4_files(str(path))[1]))
-    assert list(loader("c4_local", path, 8, infinite=False))
-
-
-def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path):
-    path = write_c4(tmp_path, SHARDS)
-    program = "import conftest; from helpers.streams import loader; "
-    program += f"b = iter(loader('c4_local', {str(path)!r}, 8)); next(b)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "Traceback" not in done.stderr
+def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path, monkeypatch):
+    """Python closes the generator when the module's names may be gone."""
+    documents = datasets.read_documents(c4_files(str(write_c4(tmp_path, SHARDS)))[0])
+    next(documents)
+    for name in ("gzip", "zlib"):
+        monkeypatch.setattr(datasets, name, None)
+    documents.close()
 
 
 @settings(max_examples=20)
@@ -159,59 +149,42 @@ def test_every_damaged_file_is_reported_and_no_other(kinds):
 
 
 def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_path):
-    path = write_c4(tmp_path, [SHARDS[0]])
-    [file] = map(Path, c4_files(str(path)))
+    path = write_c4(tmp_path, [SHARDS[0]] * 2)
+    file, other = map(Path, c4_files(str(path)))
     for kind in ("empty text", "no UTF-8", "no JSON"):  # from below, so that each stays in its line
         DAMAGE[kind][0](file)
     with_line(b"", 2)(file)
     DAMAGE["cut short"][0](file)
-    [contents], *_ = check(path)
+    lines = 3 * c4_check.PROBLEMS_KEPT
+    other.write_bytes(gzip.compress(b"no JSON\n" * lines))
+    [contents, many], report, _ = check(path)
     places = [problem.split(": ")[0].removeprefix(f"{file}, ") for problem in contents.problems]
     assert places == ["line 4", "line 6", "line 8", f"after line {N + 4}"]
     assert contents.documents == N + 1  # the empty one is a document
-
-
-def test_a_file_with_many_problems_shows_some_and_counts_the_rest(tmp_path):
-    path = write_c4(tmp_path, [SHARDS[0]])
-    [file] = map(Path, c4_files(str(path)))
-    lines = 3 * c4_check.PROBLEMS_KEPT
-    file.write_bytes(gzip.compress(b"no JSON\n" * lines))
-    [contents], report, _ = check(path)
-    assert contents.n_problems == lines
-    assert report.count("not a JSON") == c4_check.PROBLEMS_KEPT
+    assert many.n_problems == lines and len(many.problems) == c4_check.PROBLEMS_KEPT
     assert f"{lines - c4_check.PROBLEMS_KEPT} more problems" in report
 
 
 # ---- names
 
 
-@settings(max_examples=40)
-@given(total=st.integers(1, 30), data=st.data())
-def test_a_partial_copy_is_a_note_that_names_what_is_missing(total, data):
-    present = data.draw(st.sets(st.integers(0, total - 1), min_size=1))
-    files = [f"/data/c4/en/c4-train.{i:05d}-of-{total:05d}.json.gz" for i in sorted(present)]
-    problems, notes = c4_check.check_names(files)
-    assert not problems and len(notes) == (len(present) < total)
-    if notes:
-        assert notes[0].startswith(f"{total - len(present)} of {total} files")
-        ranges = notes[0].split(": ")[1].split(";")[0].split(", ")
-        ends = [[int(end) for end in ends.split(" to ")] for ends in ranges]
-        named = [i for first, *last in ends for i in range(first, (last or [first])[0] + 1)]
-        assert named == sorted(set(range(total)) - present)
+def test_a_partial_copy_is_a_note_that_names_what_is_missing():
+    files = [f"/data/c4/en/c4-train.{i:05d}-of-00009.json.gz" for i in range(9)]
+    assert c4_check.check_names(files) == ([], [])
+    [note] = c4_check.check_names([files[1], files[4], files[8]])[1]
+    assert note.startswith("6 of 9 files are not here: 00000, 00002 to 00003, 00005 to 00007; ")
+    assert "--local-dir /data/c4" in note
 
 
-def test_names_of_two_copies_are_a_problem_and_those_without_a_number_are_noted(tmp_path):
+def test_names_of_two_copies_are_a_problem(tmp_path):
     path = write_c4(tmp_path / "a", SHARDS)
-    shutil.copy(file := c4_files(str(path))[0], path / "en/c4-train.mine.json.gz")
-    _, report, damaged = check(path)
-    assert not damaged and "c4-train.mine.json.gz" in report
     shutil.copytree(write_c4(tmp_path / "b", SHARDS[:2]), path, dirs_exist_ok=True)
     _, report, damaged = check(path)
     assert damaged and "-of-00002 (2 files)" in report and "-of-00004 (4 files)" in report
     assert "remedy: keep the files of one copy" in report and "damaged files: 0" in report
     # a command only where its file would lie
     flat = shutil.copytree(path / "en", tmp_path / "flat")
-    assert f"--local-dir {path}" in c4_check.remedy(file)
+    assert f"--local-dir {path}" in c4_check.remedy(c4_files(str(path))[0])
     assert "hf download" not in c4_check.remedy(c4_files(str(flat))[0])
 
 

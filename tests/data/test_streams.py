@@ -1,6 +1,5 @@
 """Properties of the byte tokenizer and of the token streams: every byte, once an epoch, exact on resume."""
 
-import json
 import os
 import pickle
 import shutil
@@ -9,7 +8,6 @@ import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import chain, islice
 from multiprocessing import Value
 from pathlib import Path
@@ -20,26 +18,19 @@ from helpers import streams
 from helpers.streams import TOKENIZER, WRITE, documents, loader, stream, tokens, write_bpe, write_c4, write_tree
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from torchtitan_ext.data import check_dataset, dataloader, datasets, tokenizer
+from torchtitan_ext.data import check_dataset, dataloader, datasets
 
-SPECIAL = tuple(tokenizer.SPECIAL_TOKENS.values())
+SPECIAL = ("<bos>", "<eos>", "<pad>")
 LOCAL = tuple(WRITE)
 
 
 # ---- tokenizer
 
 
-def test_committed_files_are_what_the_function_writes_with_special_tokens_last(tmp_path):
-    tokenizer.save_byte_tokenizer(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        committed, written = ((folder / name).read_text() for folder in (streams.BYTE_TOKENIZER, tmp_path))
-        if name == "tokenizer.json":  # another version of the library may spell it otherwise
-            committed, written = (Tokenizer.from_str(text).to_str() for text in (committed, written))
-        assert json.loads(committed) == json.loads(written)
+def test_special_tokens_come_after_the_bytes():
     ids = [TOKENIZER.token_to_id(token) for token in SPECIAL]
     assert ids == list(range(256, TOKENIZER.get_vocab_size())) and [TOKENIZER.bos_id, TOKENIZER.eos_id] == ids[:2]
 
@@ -62,10 +53,9 @@ def test_ids_are_the_utf8_bytes_and_decode_to_the_text(text):
         assert TOKENIZER.decode(ids, skip_special_tokens=skip_special_tokens) == text
 
 
-@pytest.mark.parametrize("piece", ["a", "<", "def f(x):\n    return x < 1\n"])
-def test_encoding_time_is_linear(piece):
+def test_encoding_time_is_linear():
     def seconds(n_bytes):
-        text = piece * (n_bytes // len(piece.encode()))
+        text = "def f(x):\n    return x < 1\n" * (n_bytes // 27)
         times = []
         for _ in range(3):
             start = time.process_time()  # other processes may have the cores
@@ -128,9 +118,8 @@ SHARDS = [[f"{i}.{j} " * (3 * i + 7 * j) for j in range(5 - i)] for i in range(3
 TEXTS = list(chain(*SHARDS))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("dataset", LOCAL)
-@pytest.mark.parametrize("drawn", [0, 3, 40])  # the last in the second epoch
+@pytest.mark.parametrize("workers, drawn", [(0, 0), (0, 3), (0, 40), (1, 40)])  # the last in the second epoch
 def test_a_resume_that_draws_nothing_moves_nothing(dataset, workers, drawn, tmp_path):
     path = WRITE[dataset](tmp_path / "data", SHARDS)
     whole, part, idle, resumed = (loader(dataset, path, 8, workers=workers) for _ in range(4))
@@ -173,10 +162,7 @@ def test_a_pass_that_began_in_order_ends_in_order(tmp_path):
     assert rest and bytes(token for token in drawn if token < 256) == rest
 
 
-@pytest.mark.parametrize(
-    ("global_batch_size", "prefetch_factor", "ready"),
-    [(32, None, 4), (64, None, 8), (8, None, 2), (-1, None, 2), (64, 3, 3)],
-)
+@pytest.mark.parametrize(("global_batch_size", "prefetch_factor", "ready"), [(64, None, 8), (-1, None, 2), (64, 3, 3)])
 def test_a_worker_has_the_batches_of_a_step_ready(global_batch_size, prefetch_factor, ready, tmp_path, monkeypatch):
     encoded = Value("i", 0)
     encode = dataloader._OnlyIds.encode
@@ -221,19 +207,15 @@ def test_other_threads_run_while_a_document_is_encoded(tmp_path):
     assert max(pauses) < took / 2
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
 @pytest.mark.parametrize("dataset", LOCAL)
-def test_an_epoch_of_all_ranks_is_every_document_once(dataset, world, tmp_path):
+def test_an_epoch_of_all_ranks_is_every_document_once(dataset, tmp_path):
     path = WRITE[dataset](tmp_path / "data", SHARDS)
-    ranks = [documents(dataset, path, rank, world) for rank in range(world)]
-    assert all(ranks)
-    assert sorted(chain(*ranks)) == sorted(text.encode() for text in TEXTS)
-
-
-def test_c4_local_reads_files_in_order_from_root_or_en(tmp_path):
-    path = write_c4(tmp_path / "data", SHARDS)
     expected = [text.encode() for text in TEXTS]
-    assert documents("c4_local", path) == documents("c4_local", path / "en") == expected
+    for world in (1, 2, 5):
+        ranks = [documents(dataset, path, rank, world) for rank in range(world)]
+        assert all(ranks) and sorted(chain(*ranks)) == sorted(expected)
+    if dataset == "c4_local":  # in order, from the copy's root or from en
+        assert documents(dataset, path) == documents(dataset, path / "en") == expected
 
 
 def test_python_source_order_depends_on_the_tree_alone(tmp_path):
@@ -254,12 +236,9 @@ def test_python_source_order_depends_on_the_tree_alone(tmp_path):
 def test_python_source_mixes_the_pieces_of_a_large_file(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "PIECE", 10)
     (tmp_path / "large.py").write_bytes(large := bytes(range(32, 127)))
-    for name in "abc":
-        (tmp_path / f"{name}.py").write_text(name)
     got = documents("python_source", tmp_path)
     pieces = [large[start : start + 10] for start in range(0, len(large), 10)]
-    assert sorted(got) == sorted([*pieces, b"a", b"b", b"c"])
-    assert [piece for piece in got if piece in pieces] != pieces
+    assert got != pieces and sorted(got) == pieces
 
 
 def pieces_in_order(path):
@@ -268,7 +247,7 @@ def pieces_in_order(path):
     return [piece["start"] for piece in pieces], map(source.sample_processor, pieces)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     text=st.text(st.sampled_from("aé漢🗼\ufffd\ufeff"), max_size=40),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"]),
@@ -317,20 +296,15 @@ def test_python_source_takes_any_file_name(tmp_path):
     assert [text for text in after if text != b"cafe"] == before
 
 
-def test_python_source_holds_some_files_out_for_validation():
+def test_python_source_is_the_standard_library_by_default_and_holds_some_files_out_for_validation():
     whole, in_order, held_out = (DATASETS[name].loader(DATASETS[name].path)["path"] for name in datasets.SOURCE_PARTS)
     train, held_out = set(in_order), set(held_out)
     assert train.isdisjoint(held_out) and train | held_out == set(whole)
     assert 0 < len(held_out) < len(train) / 50
     assert [file for file in whole if file in train] == in_order
-
-
-def test_python_source_is_the_standard_library_by_default():
     root = sysconfig.get_path("stdlib")
-    files = DATASETS["python_source"].loader(DATASETS["python_source"].path)["path"]
-    assert os.fsencode(os.path.join(root, "os.py")) in files
-    assert not any(b"site-packages" in file.removeprefix(os.fsencode(root)) for file in files)
-    assert sum(map(os.path.getsize, files)) > 5e6
+    assert os.fsencode(os.path.join(root, "os.py")) in whole
+    assert not any(b"site-packages" in file.removeprefix(os.fsencode(root)) for file in whole)
     check_dataset("python_source", None)
 
 
@@ -383,33 +357,22 @@ def test_a_rank_without_documents_is_refused(dataset, tmp_path):
         loader(dataset, path, 8, rank=2, world=3)
 
 
-def test_a_hub_out_of_reach_is_named_with_the_way_on(monkeypatch):
-    def unreachable(path):
-        raise ConnectionError(f"Couldn't reach {path}")
-
-    monkeypatch.setitem(DATASETS, "c4", replace(DATASETS["c4"], loader=unreachable))
-    with pytest.raises(ValueError, match=r"training\.dataset = 'c4'.*reach.*dataset_path"):
-        loader("c4", None, 8)
-
-
-@pytest.mark.parametrize("replace", [Path.mkdir, lambda file: file.symlink_to("nothing")])
-def test_a_name_without_a_file_is_refused_before_training(replace, tmp_path):
-    path = write_c4(tmp_path, SHARDS)
-    last = Path(datasets.c4_files(str(path))[-1])
-    last.unlink()
-    replace(last)
-    with pytest.raises(ValueError, match=rf"training\.dataset_path = .*1 of its files.*{last}"):
-        check_dataset("c4_local", str(path))
+def test_a_name_without_a_file_is_refused_before_training(tmp_path):
+    last = Path(datasets.c4_files(str(write_c4(tmp_path, SHARDS)))[-1])
+    for replace in (lambda: (last.unlink(), last.mkdir()), lambda: (last.rmdir(), last.symlink_to("nothing"))):
+        replace()
+        with pytest.raises(ValueError, match=rf"training\.dataset_path = .*1 of its files.*{last}"):
+            check_dataset("c4_local", str(tmp_path))
 
 
-@pytest.mark.parametrize("dataset", LOCAL)
-def test_a_position_in_other_data_is_refused(dataset, tmp_path):
+def test_a_position_in_other_data_is_refused(tmp_path):
     saved = loader("python_source", write_tree(tmp_path / "saved", SHARDS), 8)
     next(iter(saved))
-    other = loader(dataset, WRITE[dataset](tmp_path / "other", SHARDS[:2]), 8)
-    other.load_state_dict(saved.state_dict())
-    with pytest.raises(ValueError, match=r"training\.dataset and training\.dataset_path"):
-        next(iter(other))
+    for dataset in LOCAL:
+        other = loader(dataset, WRITE[dataset](tmp_path / dataset, SHARDS[:2]), 8)
+        other.load_state_dict(saved.state_dict())
+        with pytest.raises(ValueError, match=r"training\.dataset and training\.dataset_path"):
+            next(iter(other))
 
 
 @pytest.mark.parametrize("dataset", LOCAL)

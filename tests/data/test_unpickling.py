@@ -91,7 +91,7 @@ def test_nor_does_torch_run_it_where_it_came_after_the_check(tmp_path, place, ca
     if place == "data position":
         dcp.load(states, checkpoint_id=path, no_dist=True)
         data = loader("python_source", write_tree(tmp_path / "tree", [["a"]]), 8)
-        with pytest.raises(ValueError, match=r"dataloader\.dp_rank_0, is damaged.*would call"):
+        with pytest.raises(pickle.UnpicklingError, match="would call"):
             data.load_state_dict(states["dataloader"] | {"world_size": 1})
     else:
         with pytest.raises(dcp.CheckpointException, match=r"would call|GLOBAL|metadata is None"):

@@ -66,7 +66,7 @@ def cut_short(path):
 
 
 def put_aside(problem):
-    [command] = re.findall(r"\((mkdir .* && mv .*?)\)", problem)
+    [command] = {*re.findall(r"\((mkdir .* && mv .*?)\)", problem)}  # of each rank
     subprocess.run(command, shell=True, check=True)
 
 

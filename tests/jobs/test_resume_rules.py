@@ -40,17 +40,14 @@ def launch(request, job, tmp_path):
 # ---- the four ways in which torchtitan drops state in silence
 
 
-def test_a_dropped_optimizer_is_an_error(job, tmp_path):
+def test_a_dropped_optimizer_or_step_is_an_error(job, tmp_path):
     path = save(tmp_path / "old")
     config = job(f"--checkpoint.initial_load_path={path}", "--checkpoint.initial_load_model_only")
     only_problem(config, "checkpoint.initial_load_model_only = true", "set it to false")
+    config = job(*start_from(path), "--checkpoint.load_step=5")
+    only_problem(config, "checkpoint.load_step = 5", f"-1 to start from {path}")
     weights = save(tmp_path / "weights", without=TRAINING_STATE)
     check_job(job(*start_from(weights), f"--checkpoint.exclude_from_loading={','.join(TRAINING_STATE)}"))
-
-
-def test_a_step_to_load_of_a_run_that_is_not_there_is_an_error(job, tmp_path):
-    config = job(*start_from(save(tmp_path / "old")), "--checkpoint.load_step=5")
-    only_problem(config, "checkpoint.load_step = 5", "-1 to start from checkpoint.initial_load_path")
 
 
 def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
@@ -122,20 +119,7 @@ def test_an_exclusion_holds_for_the_start_and_not_for_what_the_run_has_saved_sin
     assert "own checkpoint, with optimizer" in caplog.text
 
 
-def test_runs_of_version_0_1_continue(job, tmp_path, monkeypatch):
-    """Their folders hold two notes more, which nothing reads now."""
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    old, run = save(tmp_path / "old"), tmp_path / "run"
-    config = job(*start_from(old), "--checkpoint.exclude_from_loading=dataloader")
-    save(run, step=20)
-    (run / "config.json").write_text(json.dumps(config.to_dict()))
-    (run / "started_from.txt").write_text(f"{old}\n")
-    (run / "excluded_from_loading.json").write_text(json.dumps({"dataloader": str(old)}))
-    start(config)
-    assert config.checkpoint.exclude_from_loading == []
-
-
-@pytest.mark.parametrize("folder", ["", ".", "a/..", ".."])
+@pytest.mark.parametrize("folder", ["", "a/..", ".."])
 def test_checkpoints_have_a_folder_of_their_own(job, tmp_path, folder):
     config = job(*start_from(save(tmp_path / "old")), f"--checkpoint.folder={folder}")
     only_problem(config, f"checkpoint.folder = {folder!r}", "for example 'checkpoint'")
@@ -144,7 +128,7 @@ def test_checkpoints_have_a_folder_of_their_own(job, tmp_path, folder):
 # ---- what a checkpoint must hold
 
 
-@pytest.mark.parametrize("saved, world_size", [(1, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize("saved, world_size", [(1, 2), (4, 2)])
 def test_another_data_parallel_degree_is_an_error(launch, monkeypatch, saved, world_size):
     path, job = launch(degree=saved)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -156,7 +140,7 @@ def test_another_data_parallel_degree_is_an_error(launch, monkeypatch, saved, wo
     check_job(job("--parallelism.tensor_parallel_degree=2"))
 
 
-def test_a_degree_is_compared_with_the_checkpoint_that_will_be_loaded(job, tmp_path, monkeypatch):
+def test_what_is_checked_is_the_checkpoint_that_will_be_loaded(job, tmp_path, monkeypatch):
     save(tmp_path / "run", step=10, degree=1)
     later = save(tmp_path / "run", step=20, degree=2)
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -173,10 +157,10 @@ def test_a_checkpoint_of_another_model_is_an_error(job, tmp_path):
     only_problem(job(), deeper, "model.flavor = 'debug'", "layers.1.", "is not there")
 
 
-@pytest.mark.parametrize("missing", TRAINING_STATE)
-def test_a_checkpoint_without_its_training_state_is_an_error(launch, missing):
-    path, job = launch(without=(missing,))
-    only_problem(job(), path, f"holds no {missing}")
+def test_a_checkpoint_without_its_training_state_is_an_error(launch):
+    for missing in TRAINING_STATE:
+        path, job = launch(without=(missing,))
+        only_problem(job(), path, f"holds no {missing}")
 
 
 def test_a_seed_checkpoint_is_only_weights_and_must_be_complete(job, tmp_path):
@@ -233,17 +217,13 @@ def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path
 # ---- broken checkpoints
 
 
-@pytest.mark.parametrize("damage", ["no metadata", "no data", "cut short", "gone", "parent"])
+@pytest.mark.parametrize("damage", ["no metadata", "no data", "gone", "parent"])
 def test_an_incomplete_checkpoint_is_an_error(job, tmp_path, damage):
     path = save(tmp_path / "old")
-    if damage == "no metadata":
-        (path / ".metadata").unlink()
-    elif damage == "no data":
-        next(path.glob("*.distcp")).unlink()
-    elif damage == "cut short":
-        cut_short(path)
-    elif damage == "gone":
+    if damage == "gone":
         shutil.rmtree(path)
+    elif damage != "parent":
+        next(path.glob(".metadata" if damage == "no metadata" else "*.distcp")).unlink()
     words = {"gone": "does not exist; train it first", "parent": f"the newest near it is {path}"}
     named = path.parent if damage == "parent" else path
     only_problem(job(*start_from(named)), "checkpoint.initial_load_path", named, words.get(damage, "not a complete"))
@@ -322,6 +302,8 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
     folder, written = paths[0].parent, paths if "load" not in setting else paths[2:]
     for path in paths[2:]:
         (path / ".metadata").rename(path / index)
+    if index == HF_INDEX:  # exported weights, of later steps than the newest checkpoint
+        only_problem(job(), "checkpoint.load_step = -1", "step-20, step-24")
     check_job(job(f"--checkpoint.{setting}", "--checkpoint.load_only"))
     words = [setting.replace("=", " = "), *(path.name for path in written)]
     put_aside(only_problem(job(f"--checkpoint.{setting}"), *words))
@@ -329,14 +311,6 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
     check_job(job())
     assert checkpoint_to_load(job()) == (folder / "step-16" if "load" in setting else None)
     check_job(job(f"--checkpoint.{setting}"))
-
-
-def test_exported_weights_of_a_later_step_are_not_written_over(job, tmp_path):
-    later = save(tmp_path / "run", step=20).with_name("step-30")
-    later.mkdir()
-    (later / HF_INDEX).touch()
-    put_aside(only_problem(job(), "checkpoint.load_step = -1", "step-30"))
-    check_job(job())
 
 
 def test_what_a_killed_save_left_is_gone_before_the_step_is_saved_again(job, tmp_path):
@@ -409,14 +383,12 @@ def rope(**changes):
     ("changes", "words"),
     [
         ({}, None),
-        ({"max_position_embeddings": 1, "torch_dtype": "bfloat16"}, None),
+        ({"max_position_embeddings": 1}, None),
         ({"rope_theta": 5e5}, ["rope_theta is 500000.0 there and 10000 here"]),
         ({"rope_scaling": None}, ["rope_scaling is None there and {'rope_type': 'llama3'"]),
         (rope(factor=32.0), ["'factor': 32.0", "'factor': 8.0"]),
-        (rope(original_max_position_embeddings=4096), ["4096", "8192"]),
         ({"rms_norm_eps": 1e-6}, ["rms_norm_eps is 1e-06 there and 1e-05 here"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu' there"]),
-        ({"attention_bias": True}, ["attention_bias is True there"]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings is True there"]),
         ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}, ["_heads is 4"]),
     ],

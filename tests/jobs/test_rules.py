@@ -5,6 +5,7 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from helpers.jobs import ROOT, only_problem, problems, save, start, start_from
@@ -14,6 +15,7 @@ from torchtitan.config import ConfigManager
 
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.model import flavors
+from torchtitan_ext.patching import PatchingError
 from torchtitan_ext.train.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -23,10 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
     ("section", "setting", "kind"),
     [
         ("lighthouse", "enable = 'false'", "bool"),
-        ("lighthouse", "dense_layers = 0", "list[int] | None"),
         ("lighthouse", "dense_layers = [0, 0.5]", "list[int] | None"),
         ("training", "steps = '240'", "int"),
-        ("training", "dataset_path = 1", "str | None"),
         ("training.dataloader", "num_workers = 1.0", "int"),
         ("optimizer", "lr = '2e-3'", "float"),
         ("checkpoint", "async_mode = 'asink'", "Literal['disabled', 'async', 'async_with_pinned_mem']"),
@@ -41,13 +41,15 @@ def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, ki
 
 
 @pytest.mark.parametrize(
-    "field",
+    ("field", "path"),
     [
-        *("job.dump_folder", "checkpoint.folder", "checkpoint.initial_load_path"),
-        *("model.hf_assets_path", "training.dataset_path", "metrics.save_tb_folder"),
+        ("job.dump_folder", "s3://bucket/run"),
+        ("checkpoint.folder", "gs:/bucket"),
+        ("checkpoint.initial_load_path", "s3://bucket/run"),
+        ("model.hf_assets_path", "hf://models/me/mine"),
+        ("training.dataset_path", "hf://datasets/me/mine"),
     ],
 )
-@pytest.mark.parametrize("path", ["s3://bucket/run", "gs:/bucket", "hf://datasets/me/mine"])
 def test_a_path_with_a_scheme_is_refused(job, field, path):
     only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is no path on this machine: mount")
 
@@ -62,7 +64,7 @@ def test_a_launch_into_a_path_with_a_scheme_makes_no_folder_of_that_name(tmp_pat
 @pytest.mark.parametrize(
     ("environment", "netrc", "words"),
     [
-        ({}, "", "set WANDB_API_KEY"),
+        ({}, "", "no whole API key on this machine); call `wandb login`"),
         ({"WANDB_API_KEY": "0" * 39}, "", "no whole API key"),
         ({"WANDB_MODE": "offlin"}, "", "'offlin'"),
         ({"WANDB_API_KEY": "0" * 40}, "", None),
@@ -77,17 +79,21 @@ def test_weights_and_biases_must_be_able_to_start(job, tmp_path, monkeypatch, en
     (tmp_path / ".netrc").write_text(netrc)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    check_job(job())
     config = job("--metrics.enable_wandb")
     if words:
-        only_problem(config, "metrics.enable_wandb = true", words)
-    else:
-        check_job(config)
+        only_problem(config, "metrics.enable_wandb = true", words, "WANDB_MODE=offline")
+        monkeypatch.setenv("RANK", "1")
+    check_job(config)
 
 
-def test_an_unpatched_torchtitan_is_refused(job, monkeypatch):
+def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(monkeypatch, capsys):
+    arguments = [f"--job.config_file={ROOT}/configs/text/dense.toml", "--print-config"]
     monkeypatch.setattr("torchtitan_ext.patching.is_patched", lambda root: False)
-    only_problem(job(), "is not patched: python -m torchtitan_ext patch apply")
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "is not patched: python -m torchtitan_ext patch apply" in capsys.readouterr().err
+    monkeypatch.setattr("torchtitan_ext.patching.is_patched", MagicMock(side_effect=PatchingError))
+    main(arguments)
 
 
 def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
@@ -107,11 +113,8 @@ VALIDATION = "--validation.enable --validation"
         ("--training.seq_len 4100", ["[training]", "seq_len = 4100"]),
         ("--lighthouse.top_k 512", ["top_k = 512", "seq_len = 4096"]),
         ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
-        ("--lighthouse.dense_layers -1", ["lighthouse.dense_layers = [-1]", "0 to 1"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
         ("--model.hf_assets_path nowhere", ["model.hf_assets_path = 'nowhere'", "tokenizer.json", ROOT]),
-        ("--model.hf_assets_path tests", ["model.hf_assets_path = 'tests'", "tokenizer.json"]),
-        ("--training.dataset books", ["books"]),
         ("--training.dataset_path nowhere", ["nowhere"]),
         (f"{VALIDATION}.dataset books", ["validation.dataset = 'books'"]),
         (f"{VALIDATION}.seq_len 100", ["[validation]", "seq_len = 100"]),
@@ -127,10 +130,6 @@ VALIDATION = "--validation.enable --validation"
         (
             "--parallelism.context_parallel_degree 4 --lighthouse.no_enable",
             ["context_parallel_degree = 4", "2 heads and 2 KV heads", "1, 2", "'alltoall'"],
-        ),
-        (
-            f"{CP2} --parallelism.tensor_parallel_degree 4",
-            ["tensor_parallel_degree = 4", "2 heads and 2 KV heads", "1, 2"],
         ),
         (
             f"{CP2} --lighthouse.no_enable --compile.enable --parallelism.context_parallel_rotate_method alltoall",
@@ -197,28 +196,26 @@ def test_lighthouse_rules_do_not_bind_a_dense_job(job):
     check_job(job("--training.seq_len=4100", "--checkpoint.last_save_model_only", stage="dense"))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("tensor_parallel_degree", 2), ("pipeline_parallel_degree", 2), ("fsdp_reshard_after_forward", "always")],
-)
-def test_a_fused_output_needs_its_projection_beside_the_loss(job, field, value):
-    setting = f"--parallelism.{field}={value}"
-    check_job(job(setting))
-    only_problem(job(setting, "--loss.fuse_output"), field, value, "loss.fuse_output")
+def test_a_fused_output_needs_its_projection_beside_the_loss(job):
+    ways = {"tensor_parallel_degree": 2, "pipeline_parallel_degree": 2, "fsdp_reshard_after_forward": "always"}
+    for field, value in ways.items():
+        setting = f"--parallelism.{field}={value}"
+        check_job(job(setting))
+        only_problem(job(setting, "--loss.fuse_output"), field, value, "loss.fuse_output")
 
 
-@pytest.mark.parametrize("decay", ["None", "0.1"])
-def test_a_rate_that_decays_within_stage_1_is_refused(job, decay):
-    setting = f"--lr_scheduler.decay_ratio={decay}"
-    only_problem(job(setting), "lr_scheduler.decay_ratio", decay, "0.0", "total_steps")
-    check_job(job(setting, "--lr_scheduler.total_steps=320"))
-    check_job(job(setting, stage="dense"))
+def test_a_rate_that_decays_within_stage_1_is_refused(job):
+    for decay in ("None", "0.1"):
+        setting = f"--lr_scheduler.decay_ratio={decay}"
+        only_problem(job(setting), "lr_scheduler.decay_ratio", decay, "0.0", "total_steps")
+        check_job(job(setting, "--lr_scheduler.total_steps=320"))
+        check_job(job(setting, stage="dense"))
 
 
-@pytest.mark.parametrize("stage", ["stage1", "dense"])
-def test_a_schedule_that_a_shorter_run_bends_is_refused(job, stage):
-    shorter = partial(job, "--training.steps=20", stage=stage)
+def test_a_schedule_that_a_shorter_run_bends_is_refused(job):
+    shorter = partial(job, "--training.steps=20")
     only_problem(shorter(), "lr_scheduler.warmup_steps = 40", "20", "total_steps")
+    only_problem(shorter(stage="dense"), "lr_scheduler.warmup_steps = 40")
     for whole in ("--lr_scheduler.total_steps=320", "--lr_scheduler.warmup_steps=20"):
         check_job(shorter(whole))
     check_job(shorter("--checkpoint.no_enable"))  # nothing continues from it

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.launches import ROOT, losses, train
 
-from torchtitan_ext.jobs.launch import child_environment, torchrun
+from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.plan import plan_report
 from torchtitan_ext.jobs.resume import complete_steps
 
@@ -49,30 +48,23 @@ def runs(tmp_path_factory):
         settings = [*SETTINGS, f"--job.dump_folder={folder / dump}", f"--training.skip_nonfinite_steps={skipped}"]
         settings += ["--experimental.custom_import=helpers.faulty_import"]
         env = {"FAULTS": faults, "CHANGED": str(folder)}
+        code, log = None, folder / "log"
         if by_torchrun:
-            done = subprocess.run(
-                [*torchrun(2, CONFIG), *settings],
-                cwd=ROOT,
-                env=child_environment()
-                | env
-                | {"PET_MAX_RESTARTS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=240,  # whatever happens, it ends
-            )
-            ended_well, output = done.returncode == 0, done.stdout
+            env |= {"PET_MAX_RESTARTS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+            with training([*torchrun(2, CONFIG), *settings], log, **env) as run:
+                list(run.steps())
+            code, output = run.process.returncode, log.read_text()
+            ended_well = not code
         else:
-            done = None
             ended_well, output = train(2, [f"--job.config_file={CONFIG}", *settings], **env)
         return SimpleNamespace(
             dump=folder / dump,
             checkpoints=folder / dump / "checkpoint",
             ended_well=ended_well,
-            code=done and done.returncode,
+            code=code,
             output=output,
             first_steps=list(map(int, re.findall(r"Training starts at step (\d+)", output))),
-            complete=sorted(complete_steps(folder / dump / "checkpoint")),
+            complete=complete_steps(folder / dump / "checkpoint"),
             half_written={path.name for path in folder.glob(f"{dump}/checkpoint/step-4/*")},
         )
 

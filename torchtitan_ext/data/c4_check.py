@@ -47,15 +47,14 @@ def check_file(file: str) -> Contents:
         for line, sample in enumerate(read_documents(file), 1):
             if "damage" in sample:
                 contents.add_problem(sample["damage"])
-            if "text" not in sample:
-                continue
-            text = sample["text"]
-            contents.documents += 1
-            contents.pieces += len(pieces_of_document(text))
-            contents.characters += len(text)
-            contents.utf8_bytes += len(text.encode())
-            if not text:
-                contents.add_problem(f"{file}, line {line}: empty text")
+            if "text" in sample:
+                text = sample["text"]
+                contents.documents += 1
+                contents.pieces += len(pieces_of_document(text))
+                contents.characters += len(text)
+                contents.utf8_bytes += len(text.encode())
+                if not text:
+                    contents.add_problem(f"{file}, line {line}: empty text")
     except ValueError as error:
         contents.add_problem(str(error))
     if not contents.documents and not contents.n_problems:
@@ -72,29 +71,18 @@ def check_files(files: list[str], workers: int) -> Iterator[Contents]:
 
 def check_names(files: list[str]) -> tuple[list[str], list[str]]:
     """Problems of the copy's file names, and notes on them."""
-    matches = {file: FILE_NAME.fullmatch(os.path.basename(file)) for file in files}
-    totals = Counter(match[2] for match in matches.values() if match)
-    problems, notes = [], []
-    if unnumbered := [file for file, match in matches.items() if not match]:
-        notes.append(
-            f"{len(unnumbered):,} names don't say -NNNNN-of-NNNNN, {unnumbered[0]} for one: whether such a file is "
-            "missing can't be seen"
-        )
+    names = [match for file in files if (match := FILE_NAME.fullmatch(os.path.basename(file)))]
+    totals = Counter(match[2] for match in names)
     if len(totals) > 1:
         counts = ", ".join(f"-of-{total} ({n:,} files)" for total, n in totals.items())
-        problems.append(
-            f"{os.path.dirname(files[0])}: the names give different totals, {counts}, so documents may "
-            "come twice\n  remedy: keep the files of one copy in the folder"
-        )
-    elif totals:
-        total = int(min(totals))
-        if missing := sorted(set(range(total)) - {int(match[1]) for match in matches.values() if match}):
-            download = _download(files[0], "--include", "en/c4-train.*")
-            notes.append(
-                f"{len(missing):,} of {total:,} files are not here: {_ranges(missing)}; c4_local trains on "
-                "those that are" + (f"; to get the rest: {download}" if download else "")
-            )
-    return problems, notes
+        problem = f"{os.path.dirname(files[0])}: the names give different totals, {counts}, so documents may come twice"
+        return [f"{problem}\n  remedy: keep the files of one copy in the folder"], []
+    missing = sorted(set(range(int(max(totals, default=0)))) - {int(match[1]) for match in names})
+    if not missing:
+        return [], []
+    download = _download(files[0], "--include", "en/c4-train.*")
+    note = f"{len(missing):,} of {int(max(totals)):,} files are not here: {_ranges(missing)}; c4_local trains on those "
+    return [], [f"{note}that are" + (f"; to get the rest: {download}" if download else "")]
 
 
 def remedy(file: str) -> str:
@@ -115,7 +103,6 @@ def report(files: list[str], checked: list[Contents], training: Training) -> tup
         if contents.n_problems:
             problems.append(f"  remedy: {remedy(file)}")
 
-    fewest, most = (pick(contents.documents for contents in checked) for pick in (min, max))
     documents, characters, utf8_bytes, tokens = (
         sum(getattr(contents, name) for contents in checked)
         for name in ("documents", "characters", "utf8_bytes", "tokens")
@@ -127,7 +114,7 @@ def report(files: list[str], checked: list[Contents], training: Training) -> tup
     lines = [
         *problems,
         *(f"note: {note}" for note in notes),
-        f"{len(files):,} files, {documents:,} documents ({fewest:,} to {most:,} per file){left_out}",
+        f"{len(files):,} files, {documents:,} documents{left_out}",
         f"text: {characters:,} characters, {utf8_bytes:,} bytes in UTF-8",
         f"byte tokenizer: {tokens:,} tokens with bos and eos, {sequences:,} sequences of {seq_len:,}, "
         f"{sequences // batch:,} steps of {batch:,} sequences",

@@ -1,6 +1,5 @@
 """torchtitan's text dataloader, exact on resume in every epoch, which can skip damaged data."""
 
-import math
 import os
 import signal
 from collections.abc import Iterator
@@ -14,9 +13,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Encoding, Tokenizer
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
-from torchtitan.config.job_config import Training
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 from torchtitan.tools.logging import logger
 
@@ -31,8 +28,8 @@ class TextDataset(HuggingFaceTextDataset):
     otherwise its first stops the run.
     """
 
-    def __init__(self, *args: Any, skip_damaged: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, skip_damaged: bool = False) -> None:
+        super().__init__(*args)
         self._skip_damaged = skip_damaged
         self._n_skipped = 0  # since the run started, over all its launches
         self._n_passes = 0  # that ended
@@ -56,8 +53,7 @@ class TextDataset(HuggingFaceTextDataset):
 
     def _skip(self, sample: dict[str, str]) -> None:
         self._n_skipped += 1
-        # A corrupt file may have damage in every line: log its first, and the number now and then.
-        if sample["file"] not in self._named or math.log10(self._n_skipped).is_integer():
+        if sample["file"] not in self._named:  # a corrupt one may have damage in every line
             self._named.add(sample["file"])
             logger.warning(
                 f"{sample['damage']}: left out, and with it whatever else is damaged in this file "
@@ -71,15 +67,10 @@ class TextDataset(HuggingFaceTextDataset):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        if self._resumed_at is not None:
-            state["data"] = self._resumed_at
-        return state | {
-            # A copy: a worker's state is pickled by another thread, while the next document is added to it.
-            "token_buffer": list(self._token_buffer),
-            "documents": self._documents(),
-            "n_skipped": self._n_skipped,
-            "n_passes": self._n_passes,
-        }
+        # A copy: a worker's state is pickled by another thread, while the next document is added to it.
+        state |= {"token_buffer": list(self._token_buffer), "documents": self._documents()}
+        state |= {"n_skipped": self._n_skipped, "n_passes": self._n_passes}
+        return state | ({"data": self._resumed_at} if self._resumed_at is not None else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state of another data set, where a position means something else."""
@@ -98,25 +89,19 @@ class TextDataset(HuggingFaceTextDataset):
             self._resumed_at = state_dict["data"]
 
     def _documents(self) -> str:
-        if isinstance(self._data, IterableDataset):
-            return f"{self.dataset_name}, {self._data.num_shards} shards"
-        return f"{self.dataset_name}, {len(self._data)} documents"
+        streamed = isinstance(self._data, IterableDataset)
+        return f"{self.dataset_name}, " + (
+            f"{self._data.num_shards} shards" if streamed else f"{len(self._data)} documents"
+        )
 
 
 class TextDataloader(ParallelAwareDataloader):
     """torchtitan's, but no data position in a checkpoint can run code."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where this rank's position is no pickle of plain data, or is of another `num_workers`."""
+        """Raises UnpicklingError where this rank's position is no plain data, ValueError for another `num_workers`."""
         if self._rank_id in state_dict:
-            try:
-                saved_workers = int("_num_yielded" not in load_plain(state_dict[self._rank_id]))
-            except Exception as error:  # whatever its bytes happen to spell
-                raise ValueError(
-                    f"the checkpoint's data position, dataloader.{self._rank_id}, is damaged or was made to "
-                    f"run code ({error}): use another checkpoint, or start from this one in a new "
-                    "job.dump_folder with checkpoint.exclude_from_loading = ['dataloader']"
-                ) from error
+            saved_workers = int("_num_yielded" not in load_plain(state_dict[self._rank_id]))
             if saved_workers != min(self.num_workers, 1):
                 raise ValueError(
                     f"training.dataloader.num_workers = {self.num_workers}: the checkpoint's data position was "
@@ -136,20 +121,6 @@ class _OnlyIds:
         return self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
 
-def _for_documents(tokenizer: Any) -> Any:
-    """A copy of a HuggingFaceTokenizer, to which a document that spells a special token is text."""
-    tokenizer = copy(tokenizer)
-    tokenizer.tokenizer.encode_special_tokens = True
-    tokenizer.tokenizer = _OnlyIds(tokenizer.tokenizer)
-    return tokenizer
-
-
-def batches_ready(training: Training, dp_world_size: int) -> int:
-    """Batches that a worker has ready: prefetch_factor, or all that a step draws before it computes, at least two."""
-    batches_of_step = training.global_batch_size // (training.local_batch_size * dp_world_size)
-    return training.dataloader.prefetch_factor or max(2, batches_of_step)
-
-
 def _end_with_the_trainer(worker_id: int) -> None:
     # A worker that outlives a killed trainer would wait forever to hand over its batches.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
@@ -166,55 +137,35 @@ def _end_with_the_trainer(worker_id: int) -> None:
 
 
 def build_dataloader(
-    dp_world_size: int,
-    dp_rank: int,
-    tokenizer: BaseTokenizer,
-    job_config: JobConfig,
-    infinite: bool = True,
-    section: str = "training",
+    n_ranks: int, rank: int, tokenizer: Any, job_config: JobConfig, infinite: bool = True, section: str = "training"
 ) -> ParallelAwareDataloader:
     """torchtitan's loader of ({"input": tokens}, labels), int64 [local_batch_size, seq_len] each, of `TextDataset`.
 
     From here on the tokenizer takes the strings of special tokens for text. Raises ValueError where there is no
-    document for this rank, its first one is damaged, or the hub can't be reached.
+    document for this data-parallel rank, or its first one is damaged.
 
     section: whose data, "training" or "validation". infinite: start over at their end.
     """
     training, data = job_config.training, getattr(job_config, section)
-    field = f"{section}.dataset = {data.dataset!r}"
+    tokenizer = copy(tokenizer)
+    tokenizer.tokenizer.encode_special_tokens = True
+    tokenizer.tokenizer = _OnlyIds(tokenizer.tokenizer)
+    skip = training.skip_damaged_data
     try:
         dataset = TextDataset(
-            dataset_name=data.dataset,
-            dataset_path=data.dataset_path,
-            tokenizer=_for_documents(tokenizer),
-            seq_len=data.seq_len,
-            dp_rank=dp_rank,
-            dp_world_size=dp_world_size,
-            infinite=infinite,
-            skip_damaged=training.skip_damaged_data,
+            *(data.dataset, data.dataset_path, tokenizer, data.seq_len, rank, n_ranks, infinite), skip_damaged=skip
         )
         # A rank without a document would look for one forever. A shallow copy would move the data on.
         probe = copy(dataset)
         probe._data = deepcopy(dataset._data)
         probe._text_processor(next(probe._get_data_iter()))
     except (IndexError, StopIteration) as error:  # of a map-style split, of a streamed one
-        intact = " that are not damaged" if training.skip_damaged_data else ""
         raise ValueError(
-            f"{field}, {section}.dataset_path = {data.dataset_path!r}: no document for data-parallel rank {dp_rank}, "
-            f"give at least {dp_world_size} documents{intact}"
+            f"{section}.dataset = {data.dataset!r}, {section}.dataset_path = {data.dataset_path!r}: no document for "
+            f"data-parallel rank {rank}, give at least {n_ranks} documents{' that are not damaged' if skip else ''}"
         ) from error
-    except ConnectionError as error:
-        raise ValueError(
-            f"{field}: {error}; without a network, set it to 'c4_local' and {section}.dataset_path to a local copy"
-        ) from error
-    options = asdict(data.dataloader)
-    if section == "training":
-        options["prefetch_factor"] = batches_ready(training, dp_world_size)
-    return TextDataloader(
-        dataset,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        batch_size=data.local_batch_size,
-        worker_init_fn=_end_with_the_trainer,
-        **options,
-    )
+    options = asdict(data.dataloader) | {"worker_init_fn": _end_with_the_trainer}
+    if section == "training" and not options["prefetch_factor"]:
+        # all that a step draws before it computes
+        options["prefetch_factor"] = max(2, training.global_batch_size // (training.local_batch_size * n_ranks))
+    return TextDataloader(dataset, dp_rank=rank, dp_world_size=n_ranks, batch_size=data.local_batch_size, **options)

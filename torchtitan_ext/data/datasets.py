@@ -10,7 +10,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,7 @@ OTHER_FORMATS = "docs/data.md, section 5, says how to train on other formats"
 
 
 def c4_files(dataset_path: str) -> list[str]:
-    """The gzip'd JSON-lines files of a copy of allenai/c4, in their order. Raises ValueError where there are none.
-
-    dataset_path: the copy's root, or its `en` folder.
-    """
+    """The gzip'd JSON-lines files of a copy of allenai/c4, given its root or `en`. Raises ValueError without any."""
     if not dataset_path:
         raise ValueError("training.dataset_path is not set: c4_local needs the folder that holds en/c4-train.*.json.gz")
     root = _folder(dataset_path)
@@ -65,9 +62,8 @@ def c4_files(dataset_path: str) -> list[str]:
 def read_documents(file: str) -> Iterator[dict[str, str]]:
     """The lines of one file of gzip'd JSON, each an object in UTF-8 with a string `text`, with or without a mark.
 
-    Yields {"text": the document}; {} for a blank line, so that a position counts lines; or, where a line is no document
-    or the file can't be decompressed further, {"damage": what is wrong, with file and line, from 1; "file": the file}.
-
+    Yields {"text": the document}; {} for a blank line, so that a position counts lines; where a line is no document or
+    the file can't be decompressed further, {"damage": what is wrong, with file and line, from 1; "file": the file}.
     Raises ValueError where the file can't be read at all, which says nothing of what it holds.
     """
     number = 0
@@ -177,18 +173,16 @@ def _sample_of_line(line: bytes) -> dict[str, str]:
 
 def pieces_of_document(text: str) -> list[str]:
     """The text in pieces of LONGEST_DOCUMENT, each of which training takes for a document."""
-    starts = range(0, max(1, len(text)), LONGEST_DOCUMENT)
-    return [text[start : start + LONGEST_DOCUMENT] for start in starts]
+    return [text[at : at + LONGEST_DOCUMENT] for at in range(0, max(1, len(text)), LONGEST_DOCUMENT)]
 
 
 def _read_json_lines(files: list[str]) -> Iterator[dict[str, str]]:
     # Damage is a sample of its own, so that a position means the same whether damage is skipped or repaired.
-    for file in files:
-        for sample in read_documents(file):
-            if "text" in sample:
-                yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
-            else:
-                yield sample
+    for sample in chain.from_iterable(map(read_documents, files)):
+        if "text" in sample:
+            yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
+        else:
+            yield sample
 
 
 def _c4_dataset(path: str) -> IterableDataset:
@@ -199,9 +193,7 @@ def _c4_dataset(path: str) -> IterableDataset:
             f"{gone[0]} first; put the files there, or take the names away"
         )
     if not any(_read_json_lines(files)):
-        raise ValueError(
-            f"training.dataset_path = {path!r}: no document in its {len(files):,} files; give a folder with some"
-        )
+        raise ValueError(f"training.dataset_path = {path!r}: no document in its {len(files):,} files; give others")
     return IterableDataset.from_generator(_read_json_lines, gen_kwargs={"files": files})
 
 

@@ -3,6 +3,7 @@
 import random
 import string
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torchtitan.components.loss import IGNORE_INDEX
@@ -27,9 +28,9 @@ def encode(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
 
 
 def question_and_answers(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
-    """The tokens that `QUESTION` with any digit begins with, and each digit's token after them.
+    """The tokens of `QUESTION` and each digit's after them; the last space may belong to either.
 
-    In some vocabularies the last space belongs to the digit. Raises ValueError where a digit is not one token.
+    Raises ValueError where a digit is not one token.
     """
     asked = [encode(tokenizer, QUESTION + digit) for digit in DIGITS]
     question, answers = asked[0][:-1], [tokens[-1] for tokens in asked]
@@ -42,19 +43,13 @@ def question_and_answers(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], li
 
 
 def passkey_documents(dataset_path: str) -> Dataset:
-    """`N_DOCUMENTS` rows of index and length; `passkey_text` makes the document of a row.
-
-    Args:
-        dataset_path: the documents' length in characters, in digits.
-    """
+    """`N_DOCUMENTS` rows for `passkey_text`; `dataset_path` is the documents' length in characters, in digits."""
     if not dataset_path.isdecimal() or int(dataset_path) < MIN_LENGTH:
         raise ValueError(
-            f"training.dataset_path = {dataset_path!r}: passkey generates its documents and takes their length "
-            f"in characters here, {MIN_LENGTH} or more; with bytes as tokens, training.seq_len - 1 lets each "
-            "fill a sequence"
+            f"training.dataset_path = {dataset_path!r}: passkey takes its documents' length in characters here, "
+            f"{MIN_LENGTH} or more; with bytes as tokens, training.seq_len - 1 lets each fill a sequence"
         )
-    length = torch.full((N_DOCUMENTS,), int(dataset_path))
-    return Dataset.from_dict({"index": torch.arange(N_DOCUMENTS).numpy(), "length": length.numpy()})
+    return Dataset.from_dict({"index": np.arange(N_DOCUMENTS), "length": np.full(N_DOCUMENTS, int(dataset_path))})
 
 
 def passkey_text(sample: dict[str, int]) -> str:
@@ -65,8 +60,8 @@ def passkey_text(sample: dict[str, int]) -> str:
     """
     rng = random.Random(f"passkey {sample['index']}")
     hidden = needle(rng.choice(DIGITS))
-    n_needles = round(2 * (sample["length"] / MIN_LENGTH) ** rng.random())
-    n_needles = min(n_needles, sample["length"] // len(hidden))
+    most = sample["length"] // len(hidden)
+    n_needles = min(round(2 * (sample["length"] / MIN_LENGTH) ** rng.random()), most)
     filler = "".join(rng.choices(FILLER, k=sample["length"] - n_needles * len(hidden)))
     cuts = sorted(rng.randint(0, len(filler)) for _ in range(n_needles - 1))
     starts, ends = [0, *cuts], [*cuts, len(filler)]
@@ -76,12 +71,7 @@ def passkey_text(sample: dict[str, int]) -> str:
 def only_answers(tokens: torch.Tensor, labels: torch.Tensor, question: list[int]) -> torch.Tensor:
     """The labels that follow a question, `IGNORE_INDEX` elsewhere: noise of random filler would drown the few digits.
 
-    Args:
-        tokens: [N], int64; labels: [N], the tokens that follow them.
-        question: the question's tokens.
-
-    Returns:
-        [N]; all labels where no question is asked, because a mean over none is not a number.
+    tokens, labels: [N], int64. All labels where no question is asked, because a mean over none is not a number.
     """
     before = torch.nn.functional.pad(tokens, (len(question) - 1, 0), value=-1)
     is_answer = (before.unfold(0, len(question), 1) == torch.tensor(question)).all(-1)

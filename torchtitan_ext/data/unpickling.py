@@ -40,18 +40,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_plain(data: bytes) -> Any:
-    """Unpickles numbers, text, bytes, None, and lists, tuples, sets and dicts of them.
-
-    Raises pickle.UnpicklingError for a class or a function, without a look at it, and any error for damage.
-    """
+    """Unpickles numbers, text, bytes, None and containers of them. Raises UnpicklingError for a class or function."""
     return _Unpickler(io.BytesIO(data), ()).load()
 
 
 def load_object(saved: bytes) -> Any:
-    """What torch.save made of plain data and tensors.
-
-    Raises pickle.UnpicklingError for anything else, without a call, and any error for damage.
-    """
+    """What torch.save made of plain data and tensors. Raises UnpicklingError for anything else, without a call."""
     try:
         return torch.load(io.BytesIO(saved), weights_only=True)
     except pickle.UnpicklingError as error:

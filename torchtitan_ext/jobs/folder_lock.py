@@ -18,13 +18,12 @@ _held: list[IO[str]] = []
 
 def lock_folders(job_config: JobConfig) -> None:
     """Lock what this launch writes to until this process ends, however it does. Raises ValueError, as below."""
-    dump = Path(job_config.job.dump_folder)
-    _held.append(lock(f"job.dump_folder = {str(dump)!r}", dump / LOCK))
+    dump, folder = job_config.job.dump_folder, job_config.checkpoint.folder
+    _held.append(lock(f"job.dump_folder = {dump!r}", Path(dump, LOCK)))
     if job_config.checkpoint.enable:
         # Another dump folder may lead there too. Beside it: a folder that exists counts as one to load from.
-        folder = checkpoint_folder(job_config).resolve()
-        field = f"checkpoint.folder = {job_config.checkpoint.folder!r}"
-        _held.append(lock(field, folder.with_name(f"{folder.name}.lock")))
+        path = checkpoint_folder(job_config).resolve()
+        _held.append(lock(f"checkpoint.folder = {folder!r}", path.with_name(f"{path.name}.lock")))
 
 
 def lock(field: str, path: Path) -> IO[str]:

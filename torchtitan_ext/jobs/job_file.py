@@ -3,10 +3,8 @@
 import importlib
 import tomllib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict
-from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from torchtitan_ext.model.settings import JobConfig as OwnSections
 
 # What our entry point knows, so that no job file needs to say it.
 DEFAULTS = {"job": {"custom_config_module": OwnSections.__module__}}
-RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
 
 
 def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -33,14 +30,10 @@ def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, A
     try:
         values = tomllib.loads(file.read_text())
     except OSError as error:
-        moved = [f"{old} is {new} now" for old, new in RENAMED.items() if file.parent.as_posix().endswith(old)]
-        raise ValueError(f"{file}: {error.strerror}; {(moved or ['give the path of a job file'])[0]}") from error
+        raise ValueError(f"{file}: {error.strerror}; give the path of a job file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: no TOML ({error}); correct that") from error
     parent = values.pop("extends", None)
-    for name, value in values.items():
-        if not isinstance(value, dict):
-            raise ValueError(f"{file}: {name} = {value!r} is in no [section]; put it into its section")
     if parent is None:
         return values
     if not isinstance(parent, str):
@@ -57,17 +50,6 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-class _JobManager(ConfigManager):
-    """torchtitan's parser, of sections that were read before."""
-
-    def __init__(self, sections: dict[str, Any]) -> None:
-        super().__init__()
-        self.sections = sections
-
-    def _maybe_load_toml(self, args: list[str]) -> dict[str, Any]:
-        return self.sections
-
-
 def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """The job of a TOML file and torchtitan arguments, parsed but not checked, and what it imports imported.
 
@@ -79,14 +61,14 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         with warnings.catch_warnings(), redirect_stderr(StringIO()) as by_parser:
             # a value of another type than the field's, which the checks name
             warnings.filterwarnings("ignore", category=UserWarning, message="The field")
-            job = _JobManager(sections).parse_args(["--job.config_file", str(config_file), *overrides])
+            manager = ConfigManager()
+            manager._maybe_load_toml = lambda args: sections  # type: ignore[method-assign]
+            job = manager.parse_args(["--job.config_file", str(config_file), *overrides])
     except ImportError as error:
         raise ValueError(f"{where}: {error}; drop job.custom_config_module") from error
     except (AssertionError, TypeError, ValueError) as error:
         # torchtitan's next lines are about its own launcher
         said = str(error).splitlines()[0].partition(" We'll try")[0]
-        if said.startswith("Invalid field names"):
-            said = "; ".join(_unknown_settings(sections, merged(JobConfig().to_dict(), asdict(OwnSections()))))
         raise ValueError(f"{where}: {said.rstrip('.')}; correct that in the file or argument") from error
     except SystemExit as error:
         if not error.code:  # --help
@@ -113,24 +95,9 @@ def import_extension(module: str, where: str | Path) -> None:
 
 def as_toml(job: JobConfig) -> str:
     """The whole job as a TOML file that gives it again; a setting that is None is left out."""
-    return tomli_w.dumps(_without_none(job.to_dict()))
 
+    def without_none(values: dict) -> dict:
+        given = {name: value for name, value in values.items() if value is not None}
+        return {name: without_none(value) if isinstance(value, dict) else value for name, value in given.items()}
 
-def _without_none(values: dict) -> dict:
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def _unknown_settings(given: dict, known: dict, section: str = "") -> Iterator[str]:
-    """The names in `given` that are not among the `known`, each with what is near."""
-    for name, value in given.items():
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            yield f"{section}{name} is no setting; " + (
-                f"the nearest is {section}{near[0]}" if near else f"there are {', '.join(known)}"
-            )
-        elif isinstance(value, dict) and isinstance(known[name], dict):
-            yield from _unknown_settings(value, known[name], f"{section}{name}.")
+    return tomli_w.dumps(without_none(job.to_dict()))

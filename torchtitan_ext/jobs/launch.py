@@ -57,23 +57,18 @@ def torchrun(nproc: int, config_file: str | Path) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment for a training: output unbuffered, idle threads asleep, memory segments that grow.
-
-    On a CPU that is shared, OpenMP threads that spin while they wait make many small operators tens of times as slow.
-    GPU memory in segments of a fixed size leaves gaps that no activation of a long sequence fits into. Each of
-    torchrun's restarts gets a store of its own: in a shared one, ranks wait for the addresses of the killed ranks.
-    """
-    ours = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    ours["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    """This process's environment for a training, with what is better set and its user has not."""
+    ours = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow down others of a shared CPU
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed ones leave gaps that no long activation fits into
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else restarted ranks wait for addresses of the killed
+    }
     return {**ours, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 @contextmanager
 def training(command: list[str], log_file: Path, **environment: str) -> Iterator[Training]:
-    """Start a training; its exit code is `process.returncode` once the body has ended.
-
-    However the body ends, no process of the training is left; SIGTERM and a closed terminal end it like Ctrl-C.
-    """
+    """Start a training. However the body ends, none of its processes is left; SIGTERM and SIGHUP end it like Ctrl-C."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -91,8 +86,7 @@ def training(command: list[str], log_file: Path, **environment: str) -> Iterator
                 text=True,
                 errors="replace",
                 env=child_environment() | environment,
-                # Ctrl-C reaches this process alone, which then ends the child in order
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child in order
             ) as child,
         ):
             try:

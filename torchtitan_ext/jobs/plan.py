@@ -13,7 +13,6 @@ from torchtitan.tools.utils import get_peak_flops
 
 from torchtitan_ext.console import size
 from torchtitan_ext.data import build_dataloader, check_dataset
-from torchtitan_ext.data.dataloader import batches_ready
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.model import LighthouseModelArgs, flavors
 from torchtitan_ext.model.model import meta_model
@@ -27,8 +26,6 @@ MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
 SMALL = 100_000_000  # parameters: of fewer, the MFU is another
 H200 = ("NVIDIA H200", 139.0)  # GiB
-SHARED_MEMORY = Path("/dev/shm")
-BYTES_OF_TOKEN = 16  # of a batch: the token and its label
 
 
 @dataclass(frozen=True)
@@ -61,20 +58,16 @@ class Plan:
 
     @property
     def first_step(self) -> int:
-        start = checkpoint_to_load(self.job)
-        return step_of(start) if start else 0
+        return step_of(checkpoint_to_load(self.job) or "scratch")
 
 
 def plan_report(
     config_file: str, overrides: list[str], n_gpus: int, gpu_memory: float | None = None, tok_s: float | None = None
 ) -> tuple[dict[str, str], list[str]]:
-    """What is known of a run, by name, and every problem that it would have.
+    """What is known of a run on `n_gpus` processes, by name, and every problem that it would have.
 
-    Args:
-        config_file, overrides: the job file and torchtitan's arguments.
-        n_gpus: processes of the run, one per GPU.
-        gpu_memory: GiB of one GPU; None for this machine's, or an H200's.
-        tok_s: tokens per second per GPU; None to derive it from an MFU.
+    gpu_memory: GiB of one GPU; None for this machine's, or an H200's.
+    tok_s: tokens per second per GPU; None to derive it from an MFU.
     """
     try:
         job = parse_job(config_file, overrides)
@@ -91,10 +84,10 @@ def plan_report(
         plan = Plan.of(job, n_gpus)
         facts = _facts(plan, gpu, tok_s)
         problems += _reading_problems(plan)
-        disk, disk_problems = _disk(plan)
-        problems += [*disk_problems, *_shared_memory_problems(plan)]
-        gib, memory_problems = _memory(plan, gpu_memory or memory, problems)
-        return facts | {"memory": gib, "disk": disk}, [*problems, *memory_problems]
+        facts["disk"], disk_problems = _disk(plan)
+        problems += disk_problems
+        facts["memory"], memory_problems = _memory(plan, gpu_memory or memory, problems)
+        return facts, problems + memory_problems
     except Exception:  # of any kind: settings that were found wrong are no plan
         if not problems:
             raise
@@ -102,10 +95,7 @@ def plan_report(
 
 
 def _reading_problems(plan: Plan) -> Iterator[str]:
-    """Read a batch of the first rank and of the last, which gets the fewest documents.
-
-    A training that continues reads it where that rank stopped.
-    """
+    """Read a batch of the first rank and of the last, which gets the fewest documents, where each will go on."""
     job, degree = plan.job, data_parallel_degree(plan.dims)
     position = data_position(job, plan.dims)
     for name, section in data_sections(job):
@@ -117,7 +107,7 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
         infinite = name == "training" or job.validation.steps != -1
         source = f"{name}.dataset = {section.dataset!r}, {name}.dataset_path = {section.dataset_path!r}:"
         try:
-            for rank in sorted({0, degree - 1}):
+            for rank in {0, degree - 1}:
                 loader = build_dataloader(degree, rank, tokenizer, job, infinite, name)
                 if name == "training" and position.get("world_size") == degree:
                     loader.load_state_dict(position)
@@ -128,23 +118,6 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
             # A worker's error comes with its traceback, as text.
             reason = (str(error).splitlines() or [""])[-1].removeprefix(f"{type(error).__name__}: ")
             yield reason if f"{name}.data" in reason else f"{source} its first documents can't be read ({reason})"
-
-
-def _shared_memory_problems(plan: Plan) -> Iterator[str]:
-    """A worker's batches wait in shared memory: those of the step at work and of the next."""
-    training, local_gpus = plan.job.training, torch.cuda.device_count()
-    if not (training.dataloader.num_workers and local_gpus and SHARED_MEMORY.is_dir()):
-        return
-    ready = batches_ready(training, data_parallel_degree(plan.dims))
-    sequences = (ready + plan.batch // plan.at_once) * training.local_batch_size  # per rank
-    needed = min(local_gpus, plan.dims.world_size) * sequences * training.seq_len * BYTES_OF_TOKEN
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        yield (
-            f"training.dataloader.num_workers = {training.dataloader.num_workers}: {size(free)} free in "
-            f"{SHARED_MEMORY}, but the batches that wait there take {size(needed)}; make it larger (docker run "
-            f"--shm-size), set training.dataloader.prefetch_factor below {ready}, or num_workers to 0"
-        )
 
 
 def _checkpoints_to_come(plan: Plan) -> int:
@@ -169,10 +142,8 @@ def _disk(plan: Plan) -> tuple[str, list[str]]:
     fact = f"{count} checkpoints more at most, of {size(n_bytes)}: {size(needed)} of {size(free)} free in {disk}"
     if not disk.is_dir() or not os.access(disk, os.W_OK):
         return fact, [f"{field}: nothing can be written in {disk}; choose another folder"]
-    if needed > free:
-        kept = plan.job.checkpoint.keep_latest_k
-        return fact, [f"{field}: {fact}; choose another folder or make room (checkpoint.keep_latest_k = {kept})"]
-    return fact, []
+    remedy = f"choose another folder or make room (checkpoint.keep_latest_k = {plan.job.checkpoint.keep_latest_k})"
+    return fact, [f"{field}: {fact}; {remedy}"] if needed > free else []
 
 
 def _memory(plan: Plan, gpu_memory: float, others: list[str]) -> tuple[str, list[str]]:
@@ -194,20 +165,17 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
     for more, sharing in [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (8, 8)]:
         n_gpus, degree = plan.dims.world_size * more, plan.dims.cp * sharing
         for mode in ("none", "selective", "full"):
-            job = replace(
-                plan.job,
-                activation_checkpoint=replace(plan.job.activation_checkpoint, mode=mode, selective_ac_option="op"),
-                parallelism=replace(plan.job.parallelism, context_parallel_degree=degree),
-            )
+            recompute = replace(plan.job.activation_checkpoint, mode=mode, selective_ac_option="op")
+            shared = replace(plan.job.parallelism, context_parallel_degree=degree)
+            job = replace(plan.job, activation_checkpoint=recompute, parallelism=shared)
             if set(job_problems(job, n_gpus)) - set(others):
                 continue
-            dims = parallel_dims(job, n_gpus)
-            needed = sum(peak_memory(job, plan.args, dims).values())
-            if not no_estimate_reason(job, dims) and needed <= gpu_memory:
-                option = " (selective_ac_option = 'op')" if mode == "selective" else ""
-                gpus = f" on {n_gpus} GPUs" if more > 1 else ""
-                shared = f" with parallelism.context_parallel_degree = {degree}" if sharing > 1 else ""
-                return f"{mode!r} would take {needed:.1f}{option}{gpus}{shared}"
+            needed = sum(peak_memory(job, plan.args, parallel_dims(job, n_gpus)).values())
+            if needed <= gpu_memory:
+                changes = " (selective_ac_option = 'op')" if mode == "selective" else ""
+                changes += f" on {n_gpus} GPUs" if more > 1 else ""
+                changes += f" with parallelism.context_parallel_degree = {degree}" if sharing > 1 else ""
+                return f"{mode!r} would take {needed:.1f}{changes}"
     return "nothing fits, nor on 8 times the GPUs: lower training.seq_len or training.local_batch_size"
 
 
@@ -236,9 +204,7 @@ def _time(plan: Plan, tokens: int, gpu: str, tok_s: float | None) -> str:
     source = "as given"
     if not tok_s:
         if plan.n_params <= SMALL or not plan.job.compile.enable:
-            return (
-                "no estimate: the speed of small models, or without compile.enable, was not measured; --tok-s gives it"
-            )
+            return "no estimate: small models, or without compile.enable, were not measured; --tok-s gives the speed"
         mfu = MFU.get(plan.job.activation_checkpoint.mode, MFU["full"])
         tok_s = mfu / 100 * get_peak_flops(gpu) / plan.flops
         source = f"at an assumed MFU of {mfu} % on {gpu}; --tok-s gives another speed"

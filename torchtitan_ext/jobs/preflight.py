@@ -1,7 +1,6 @@
 """Print the preflight: what a run will take, and every problem of its environment and its job."""
 
 import logging
-import sys
 import warnings
 from pathlib import Path
 
@@ -23,22 +22,9 @@ def report(config_file: Path, overrides: list[str], n_gpus: int, gpu_memory: flo
     else:
         facts, job_problems = plan_report(str(config_file), overrides, n_gpus, gpu_memory, tok_s)
         problems += job_problems
-    _show(facts, problems)
-    return 1 if problems else 0
-
-
-def _show(facts: dict[str, str], problems: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    if facts:
-        table = Table.grid(padding=(0, 2))
-        for name, fact in facts.items():
-            table.add_row(Text(name), Text(fact))
-        console.print(table)
-    count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}:" if problems else "no problems"
-    console.print(count, style="bold red" if problems else None)
+    for name, fact in facts.items():
+        print(f"{name:10} {fact}")
+    print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}:" if problems else "no problems")
     for problem in problems:
-        console.print(f"- {problem}", markup=False, soft_wrap=True)
+        print(f"- {problem}")
+    return 1 if problems else 0

@@ -21,11 +21,7 @@ def write_config(job_config: JobConfig) -> None:
 
 
 def read_config(file: Path, fields: Iterable[tuple[str, str]]) -> dict:
-    """The job that a run left in `file`.
-
-    Raises ValueError if it lacks one of the `fields`, each a section and a name in it; FileNotFoundError if there is
-    no file.
-    """
+    """The job that a run left in `file`. Raises ValueError without one of the `fields`, each a section and a name."""
     try:
         config = json.loads(file.read_text())
         _ = [config[section][field] for section, field in fields]
@@ -38,10 +34,7 @@ def read_config(file: Path, fields: Iterable[tuple[str, str]]) -> dict:
 
 
 def recorded_start(job_config: JobConfig) -> str | None:
-    """The `checkpoint.initial_load_path` with which the run in the job's folder began; None from scratch.
-
-    Raises ValueError where the record is damaged.
-    """
+    """The `checkpoint.initial_load_path` with which the run in the job's folder began. Raises ValueError for damage."""
     file = Path(job_config.job.dump_folder, CONFIG_FILE)
     try:
         recorded = read_config(file, [("checkpoint", "enable"), ("checkpoint", "initial_load_path")])["checkpoint"]

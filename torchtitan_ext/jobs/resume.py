@@ -56,9 +56,8 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
 def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[str]:
     """What of `checkpoint.exclude_from_loading` a launch leaves out of the checkpoint that it loads.
 
-    It holds for the start from `checkpoint.initial_load_path`. The run's own checkpoints are loaded whole, or the same
-    command, launched again after a crash, would start its data over each time. Only a data position of another
-    data-parallel degree is left out of those too.
+    The run's own checkpoints are loaded whole, or the same command, launched again after a crash, would start its data
+    over each time. Only a data position of another data-parallel degree is left out of those too.
     """
     excluded, path = job_config.checkpoint.exclude_from_loading, checkpoint_to_load(job_config)
     if path is None or path.parent != checkpoint_folder(job_config):
@@ -81,7 +80,7 @@ def data_position(job_config: JobConfig, dims: ParallelDims) -> dict[str, Any]:
 
 
 def data_parallel_degree(dims: ParallelDims) -> int:
-    """How many ranks, or groups of ranks that share sequences, read data of their own."""
+    """How many ranks, or groups that share sequences, read data of their own."""
     return dims.dp_replicate * dims.dp_shard
 
 
@@ -98,26 +97,17 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
             yield f"checkpoint.initial_load_path = {initial!r}: checkpoint.enable = false loads nothing; set it to true"
         return
     if folder.resolve() in (own := Path(dump).resolve(), *own.parents):
-        yield (
-            f"checkpoint.folder = {checkpoint.folder!r}: what else job.dump_folder = {dump!r} holds would be taken for "
-            "checkpoints; name a folder in it, for example 'checkpoint'"
-        )
+        yield f"checkpoint.folder = {checkpoint.folder!r}: must name a folder in {dump}, for example 'checkpoint'"
         return
     if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
         yield (
-            "checkpoint.last_save_in_hf = true: the last checkpoint couldn't be saved, because Hugging Face's format "
-            "holds only weights; set it to false, and export the checkpoint with python -m torchtitan_ext export"
+            "checkpoint.last_save_in_hf = true: the last checkpoint couldn't be saved, as that format holds only "
+            "weights; set it to false, and export the checkpoint with python -m torchtitan_ext export"
         )
     if job_config.lighthouse.enable and checkpoint.last_save_model_only:
-        yield (
-            "checkpoint.last_save_model_only = true: the last checkpoint of a Lighthouse run couldn't be resumed "
-            "dense, without optimizer and data position; set it to false"
-        )
+        yield "checkpoint.last_save_model_only = true: a dense stage can't go on from weights alone; set it to false"
     if initial and checkpoint.initial_load_model_only and not checkpoint.initial_load_in_hf:
-        yield (
-            "checkpoint.initial_load_model_only = true: optimizer, learning-rate schedule, data position and step of "
-            f"{initial} would be dropped; set it to false (what to drop on purpose: checkpoint.exclude_from_loading)"
-        )
+        yield f"checkpoint.initial_load_model_only = true: drops all but the weights of {initial}; set it to false"
     yield from (_resume_problems if folder.exists() else _start_problems)(job_config, dims)
 
 
@@ -126,10 +116,8 @@ def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterato
     checkpoint, steps = job_config.checkpoint, job_config.training.steps
     initial = checkpoint.initial_load_path
     if checkpoint.load_step != -1:
-        yield (
-            f"checkpoint.load_step = {checkpoint.load_step}: there is no {checkpoint_folder(job_config)} to load from; "
-            f"set it to -1 to start from {f'checkpoint.initial_load_path = {initial!r}' if initial else 'scratch'}"
-        )
+        folder, step = checkpoint_folder(job_config), checkpoint.load_step
+        yield f"checkpoint.load_step = {step}: there is no {folder}; set it to -1 to start from {initial or 'scratch'}"
     if checkpoint.initial_load_in_hf:
         yield from _hf_problems(job_config)
     elif initial:
@@ -152,6 +140,8 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
     except ValueError as error:
         yield str(error)
         return
+    path = checkpoint_to_load(job_config)
+    step = step_of(path) if path else -1
     if steps and not _same_checkpoint(start, initial):
         gone = "" if not start or os.path.exists(start) else " (which is gone, but is not read again)"
         yield (
@@ -159,16 +149,10 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
             f"{f'set it to {start}{gone}' if start else 'drop the path'}; to start anew, choose another "
             f"job.dump_folder or delete {folder}"
         )
-        return
-    path = checkpoint_to_load(job_config)
-    step = step_of(path) if path else -1
-    if step in (-1, *steps) and (rewritten := _rewrite_problem(job_config, step)):
+    elif step in (-1, *steps) and (rewritten := _rewrite_problem(job_config, step)):
         yield rewritten
     elif step in steps and step > total:
-        yield (
-            f"training.steps = {total}: {folder} holds a run that is past it, at step {step}; raise it, choose another "
-            f"job.dump_folder or delete {folder}"
-        )
+        yield f"training.steps = {total}: {folder} holds a run past it, at step {step}; raise it, or delete {folder}"
     elif path:
         field = "job.dump_folder" if load_step == -1 else f"checkpoint.load_step = {load_step}"
         yield from _state_problems(job_config, dims, field, path)
@@ -188,18 +172,15 @@ def _hf_problems(job_config: JobConfig) -> Iterator[str]:
     if not path:
         path, field = job_config.model.hf_assets_path, "model.hf_assets_path"
     shapes: dict[str, list[int]] = {}
-    try:
-        for file in sorted(Path(path).glob("*.safetensors")):
+    for file in Path(path).glob("*.safetensors"):
+        try:
             with safe_open(file, "pt") as tensors:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        yield f"{field} = {path!r}: {file} can't be read ({error}); fetch it again"
-        return
+        except (OSError, SafetensorError) as error:
+            yield f"{field} = {path!r}: {file} can't be read ({error}); fetch it again"
+            return
     if not shapes:
-        yield (
-            f"{field} = {path!r}: no *.safetensors there, from which checkpoint.initial_load_in_hf = true would "
-            "start; give the folder that holds them, or set it to false"
-        )
+        yield f"{field} = {path!r}: no *.safetensors there; give the folder that holds them"
     elif args := flavors.get(job_config.model.flavor):
         weights = Llama3StateDictAdapter(args, None).to_hf(meta_model(args).state_dict())
         yield from _shape_problems(job_config, field, path, weights, shapes)
@@ -207,7 +188,7 @@ def _hf_problems(job_config: JobConfig) -> Iterator[str]:
 
 
 def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
-    """That a launch which continues from the run's own `step` would reach checkpoints that are there."""
+    """That a launch from the run's own `step` would write over later checkpoints."""
     checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
     cause = f"checkpoint.load_step = {checkpoint.load_step}"
     if checkpoint.create_seed_checkpoint:
@@ -222,9 +203,9 @@ def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
 
 
 def _put_aside(folder: Path, checkpoints: list[Path]) -> str:
-    """A shell command that moves checkpoints out of their folder, into a new one beside it."""
-    places = (folder.with_name(f"{folder.name}-aside-{number}") for number in count(1))
-    place = str(next(place for place in places if not place.exists()))
+    """A shell command that moves checkpoints into a new folder beside theirs."""
+    places = (f"{folder}-aside-{number}" for number in count(1))
+    place = next(place for place in places if not os.path.exists(place))
     return f"{shlex.join(['mkdir', place])} && {shlex.join(['mv', *map(str, checkpoints), place])}"
 
 
@@ -235,7 +216,7 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
         metadata = complete_metadata(path)
         objects = _checked_objects(path, metadata, excluded)
     except ValueError as error:
-        yield f"{field}: {error}{recovery_hint(job_config, field, path)}"
+        yield f"{field}: {error}{_recovery_hint(job_config, field, path)}"
         return
     if args := flavors.get(job_config.model.flavor):
         weights = meta_model(args).state_dict()
@@ -245,27 +226,24 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
     yield from resume_problems(job_config, field, path, objects)
     wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
     if missing := sorted(wanted - {key.split(".")[0] for key in metadata.state_dict_metadata}):
-        yield (
-            f"{field}: {path} holds no {', '.join(missing)}, so training can't go on from it; "
-            "use a checkpoint saved with checkpoint.last_save_model_only = false"
-        )
+        yield f"{field}: {path} holds no {', '.join(missing)}; use one with checkpoint.last_save_model_only = false"
     if dims and DATALOADER in wanted.difference(missing):
         degree, saved_degree = data_parallel_degree(dims), _saved_degree(metadata)
         if degree != saved_degree:
             yield (
-                f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}, and "
-                "its data position holds for no other; launch as many data-parallel ranks (or start "
-                "the data over on purpose: checkpoint.exclude_from_loading = ['dataloader'])"
+                f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}, and its data "
+                "position holds for no other; launch as many data-parallel ranks (or start the data over on purpose: "
+                "checkpoint.exclude_from_loading = ['dataloader'])"
             )
 
 
-def recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
+def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
     """How to go on where the checkpoint at `path`, which `field` leads to, can't be loaded."""
     folder = path.parent
     own = folder == checkpoint_folder(job_config)
     # an initial_load_path may name a run, or its folder of checkpoints
     places = [folder] if own else [folder, path, path / job_config.checkpoint.folder]
-    others = [place / f"step-{step}" for place in places for step in complete_steps(place)[::-1]]
+    others = (place / f"step-{step}" for place in places for step in complete_steps(place)[::-1])
     newest = next((other for other in others if other != path), None)
     if not own:
         return f"; the newest near it is {newest}: to start from that, set {field} to it" if newest else ""
@@ -298,24 +276,18 @@ def _shape_problems(job: JobConfig, field: str, path: str | Path, weights: Weigh
         )
 
 
-def _objects(path: Path, metadata: Metadata) -> Iterator[tuple[str, Path, bytes]]:
-    """What is no tensor in a checkpoint: key, file and the bytes that torch.save made of it."""
-    by_place = sorted(metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
-    for index, stored in by_place:
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            with open(path / stored.relative_path, "rb") as file:
-                file.seek(stored.offset)
-                yield index.fqn, path / stored.relative_path, file.read(stored.length)
-
-
 def _checked_objects(path: Path, metadata: Metadata, excluded: Collection[str]) -> dict[str, Any]:
     """Loads what is no tensor, as torch will, because here an error can name it. Raises ValueError."""
     loaded = {}
-    for key, file, saved in _objects(path, metadata):
-        if key.split(".")[0] in excluded:
+    for index, stored in metadata.storage_data.items():
+        key, file = index.fqn, path / stored.relative_path
+        is_object = isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata)
+        if not is_object or key.split(".")[0] in excluded:
             continue
         try:
-            loaded[key] = load_object(saved)
+            with open(file, "rb") as data:
+                data.seek(stored.offset)
+                loaded[key] = load_object(data.read(stored.length))
             if key.startswith(f"{DATALOADER}.dp_rank_"):
                 load_plain(loaded[key])
         except Exception as error:  # whatever the bytes happen to spell
@@ -331,28 +303,22 @@ def step_of(path: str | Path) -> int:
 
 def complete_metadata(path: Path) -> Metadata:
     """The metadata of the checkpoint in the step-N folder `path`; ValueError where it isn't complete."""
+    incomplete = f"{path} is not a complete checkpoint:"
     if not path.exists():
-        raise _incomplete(path, "it does not exist; train it first, or give the step-N folder of another")
+        raise ValueError(f"{incomplete} it does not exist; train it first, or give the step-N folder of another")
+    sizes: dict[str, int] = {}
     try:
         metadata = FileSystemReader(path).read_metadata()
-        sizes: dict[str, int] = {}
         for stored in metadata.storage_data.values():
             end = stored.offset + stored.length
             sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
     except Exception as error:  # whatever the bytes happen to spell
-        raise _incomplete(path, f"no .metadata that can be read ({error}); give the step-N folder of one") from error
-    broken = []
-    for name, size in sorted(sizes.items()):
-        held = (path / name).stat().st_size if (path / name).is_file() else 0
-        if held < size:
-            broken.append(f"{name} holds {held:,} of {size:,} bytes")
+        raise ValueError(f"{incomplete} no .metadata that can be read ({error}); give another step-N folder") from error
+    held = {name: (path / name).stat().st_size if (path / name).is_file() else 0 for name in sizes}
+    broken = [f"{name} holds {held[name]:,} of {sizes[name]:,} bytes" for name in sizes if held[name] < sizes[name]]
     if broken:
-        raise _incomplete(path, f"{', '.join(broken)}; restore it, or use another")
+        raise ValueError(f"{incomplete} {', '.join(broken)}; restore it, or use another")
     return metadata
-
-
-def _incomplete(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is not a complete checkpoint: {reason}")
 
 
 def _step_folders(folder: Path) -> dict[int, Path]:
@@ -370,8 +336,7 @@ def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
 def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
     """The complete checkpoints to delete after a save.
 
-    What SIGTERM has saved between two intervals bridges to the next: it pushes out none that is to be kept, and goes
-    when a later one is complete.
+    What SIGTERM saved bridges to the next interval: it pushes out none to be kept, and goes when a later is complete.
     """
     steps = complete_steps(folder)
     bridges = [step for step in steps if (folder / f"step-{step}" / INTERRUPTED).exists()]

@@ -4,8 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from math import gcd
-from netrc import NetrcParseError, netrc
+from netrc import netrc
 from operator import attrgetter
 from typing import Any, get_type_hints
 
@@ -21,7 +20,6 @@ from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.ulysses import check_heads
 from torchtitan_ext.model import LighthouseModelArgs, flavors
-from torchtitan_ext.patching import NotPatched, PatchingError, check_patched
 
 from .resume import checkpoint_problems, data_parallel_degree
 from .schedule import optimizer_problems
@@ -40,20 +38,8 @@ def check_job(job_config: JobConfig) -> None:
 
     Every rank reads the same files and comes to the same answer.
     """
-    problems = [*patch_problems(), *job_problems(job_config, launched_ranks())]
-    if problems:
+    if problems := job_problems(job_config, launched_ranks()):
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
-
-
-def patch_problems() -> list[str]:
-    """That torchtitan is as released. Other states than that and patched are left to the preflight."""
-    try:
-        check_patched()
-    except NotPatched as error:
-        return [str(error)]
-    except PatchingError:
-        pass  # its owner has changed it further
-    return []
 
 
 def launched_ranks() -> int | None:
@@ -146,58 +132,41 @@ def data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Valid
 
 def _number_problems(job_config: JobConfig) -> Iterator[str]:
     """Numbers that training divides by or allocates, and would trip over."""
-    positive = ["metrics.log_freq"]
-    positive += [
-        f"{name}.{field}" for name, _ in data_sections(job_config) for field in ("seq_len", "local_batch_size")
-    ]
-    positive += ["validation.freq"] if job_config.validation.enable else []
-    positive += ["checkpoint.interval"] if job_config.checkpoint.enable else []
+    positive = ["metrics.log_freq", "training.seq_len", "training.local_batch_size"]
+    if job_config.validation.enable:
+        positive += ["validation.seq_len", "validation.local_batch_size", "validation.freq"]
+        table, longest = job_config.training.seq_len, job_config.validation.seq_len
+        if longest > table:
+            yield f"validation.seq_len = {longest}: positions end at training.seq_len = {table}; use that at most"
+    if job_config.checkpoint.enable:
+        positive.append("checkpoint.interval")
     for field in positive:
         if (number := attrgetter(field)(job_config)) < 1:
             yield f"{field} = {number}: must be 1 or more"
-    table, longest = job_config.training.seq_len, job_config.validation.seq_len
-    if job_config.validation.enable and longest > table:
-        yield (
-            f"validation.seq_len = {longest}: the model's positions end at training.seq_len = {table}; use that at most"
-        )
 
 
 def _model_problems(job_config: JobConfig) -> Iterator[str]:
     flavor, dense_layers = job_config.model.flavor, job_config.lighthouse.dense_layers
+    parallelism = job_config.parallelism
     if flavor not in flavors:
         yield f"model.flavor = {flavor!r} is unknown: choose one of {', '.join(flavors)}"
-    else:
-        yield from _head_problems(job_config, flavors[flavor])
+    elif bad := [layer for layer in dense_layers or () if not 0 <= layer < flavors[flavor].n_layers]:
         n_layers = flavors[flavor].n_layers
-        if bad := [i for i in dense_layers or () if not 0 <= i < n_layers]:
-            yield (
-                f"lighthouse.dense_layers = {dense_layers}: {bad} out of range, flavor {flavor} has layers 0 to "
-                f"{n_layers - 1}"
-            )
+        yield f"lighthouse.dense_layers = {dense_layers}: {bad} out of range, {flavor} has layers 0 to {n_layers - 1}"
     if job_config.loss.fuse_output:
         legal: dict[str, tuple] = {"tensor_parallel_degree": (1,), "pipeline_parallel_degree": (1,)}
         for field, values in (legal | {"fsdp_reshard_after_forward": ("default", "never")}).items():
-            if (value := getattr(job_config.parallelism, field)) not in values:
+            if (value := getattr(parallelism, field)) not in values:
                 yield (
                     f"parallelism.{field} = {value!r}: loss.fuse_output needs the whole output projection beside the "
                     f"loss; use {' or '.join(map(repr, values))}, or set loss.fuse_output to false"
                 )
-
-
-def _head_problems(job_config: JobConfig, args: LighthouseModelArgs) -> Iterator[str]:
-    parallelism = job_config.parallelism
-    shards, degree = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
-    n_heads, n_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-    common = gcd(n_heads, n_kv_heads)
-    if shards < 1:
-        return  # named with the other degrees
-    if common % shards:
-        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        heads = f"{n_heads} heads and {n_kv_heads} KV heads"
-        yield f"parallelism.tensor_parallel_degree = {shards}: must divide {heads}; use one of {fitting}"
-    elif degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
+    degree, tensor_parallel = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    if flavor in flavors and degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
+        n_heads, n_kv_heads = flavors[flavor].n_heads, flavors[flavor].n_kv_heads or flavors[flavor].n_heads
         try:
-            check_heads(n_heads // shards, n_kv_heads // shards, degree)
+            if 0 < tensor_parallel <= n_kv_heads:  # else torch says so
+                check_heads(n_heads // tensor_parallel, n_kv_heads // tensor_parallel, degree)
         except ValueError as error:
             yield (
                 f"parallelism.context_parallel_degree = {degree}: {error}; or set "
@@ -229,39 +198,35 @@ def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
     """Why W&B couldn't start, without which torchtitan trains on. Rank 0 speaks for all."""
     if not job_config.metrics.enable_wandb or int(os.environ.get("RANK", 0)):
         return
-    try:
-        import wandb
+    import wandb
 
+    reason = "it has no whole API key on this machine"
+    try:
         settings = wandb.setup().settings  # wandb.login() would ask the server
-        wandb.teardown()
+        has_key = settings.identity_token_file or len(settings.api_key or "") >= 40
+        if has_key or settings.mode in ("offline", "dryrun", "disabled"):
+            return
+        with suppress(FileNotFoundError):
+            logins = netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).hosts.values()
+            if any(name == "user" for name, *_ in logins):  # as W&B's are called
+                return
     except Exception as error:  # whatever its settings spell
-        yield f"metrics.enable_wandb = true: W&B can't start ({error}); correct that, or set it to false"
-        return
-    has_key = settings.identity_token_file or len(settings.api_key or "") >= 40
-    with suppress(OSError, NetrcParseError):
-        logins = netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).hosts.values()
-        has_key = has_key or "user" in {name for name, *_ in logins}  # as W&B's are called
-    if not has_key and settings.mode not in ("offline", "dryrun", "disabled"):
-        yield (
-            "metrics.enable_wandb = true: W&B has no whole API key on this machine; call `wandb login`, set "
-            "WANDB_API_KEY, or set WANDB_MODE=offline to record locally"
-        )
+        reason = str(error)
+    finally:
+        wandb.teardown()
+    yield f"metrics.enable_wandb = true: W&B can't start ({reason}); call `wandb login`, or set WANDB_MODE=offline"
 
 
 def _data_problems(job_config: JobConfig) -> Iterator[str]:
-    path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
+    path, args = job_config.model.hf_assets_path, flavors.get(job_config.model.flavor)
     try:
-        tokenizer = load_tokenizer(path)
-        if problem := _tokenizer_problem(tokenizer, flavors.get(flavor)):
+        if problem := _tokenizer_problem(load_tokenizer(path), args):
             yield f"model.hf_assets_path = {path!r}: {problem}"
     except ValueError as error:
         yield str(error)
     for name, section in data_sections(job_config):
         if (workers := section.dataloader.num_workers) not in (0, 1):
-            yield (
-                f"{name}.dataloader.num_workers = {workers}: use 0 or 1, because several workers would read the "
-                "same files, and resume in another order"
-            )
+            yield f"{name}.dataloader.num_workers = {workers}: several would read the same files; use 0 or 1"
         try:
             check_dataset(section.dataset, section.dataset_path)
         except ValueError as error:
@@ -269,11 +234,10 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
 
 
 def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArgs | None) -> str | None:
+    library = tokenizer.tokenizer
     for change in ("truncation", "padding"):
-        if setting := getattr(tokenizer.tokenizer, change):
-            return (
-                f"its tokenizer.json sets {change}, {setting}, which would change every document; set it to null there"
-            )
+        if setting := getattr(library, change):
+            return f"its tokenizer.json sets {change}, {setting}, which would change every document; set it to null"
     # Ids may leave gaps, and beyond the embeddings a GPU fails amid a step.
     last_id = max(tokenizer.get_vocab().values(), default=-1)
     if args and last_id >= args.vocab_size:
@@ -286,24 +250,19 @@ def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArg
             "documents would run into each other, because the tokenizer has no token that begins or ends one; name it "
             "as bos_token or eos_token in tokenizer_config.json there"
         )
-    if spelled := _spelled_tokens(tokenizer):
-        return (
-            f"a document that spells {' or '.join(spelled)} would get that control token, because the "
-            f"{type(tokenizer.tokenizer.model).__name__} model in tokenizer.json can choose it for text; lower its "
-            "score there below all others', or use a BPE tokenizer"
-        )
-    return None
-
-
-def _spelled_tokens(tokenizer: Any) -> list[str]:
-    """The special tokens that a document can spell, because the model's own vocabulary holds their strings."""
-    tokenizer.tokenizer.encode_special_tokens = True  # as documents are encoded
-    tokenizer.tokenizer.no_padding()
+    library.encode_special_tokens = True  # as documents are encoded
     unk_token = (tokenizer.config or {}).get("unk_token")  # which any text may be
-    return [
+    spelled = [
         token.content
-        for index, token in tokenizer.tokenizer.get_added_tokens_decoder().items()
+        for index, token in library.get_added_tokens_decoder().items()
         if token.special
         if token.content != unk_token or index in (tokenizer.bos_id, tokenizer.eos_id)
-        if index in tokenizer.tokenizer.encode(token.content, add_special_tokens=False).ids
+        if index in library.encode(token.content, add_special_tokens=False).ids
     ]
+    if spelled:
+        return (
+            f"a document that spells {' or '.join(spelled)} would get that control token, because the "
+            f"{type(library.model).__name__} model in tokenizer.json can choose it for text; lower its score there "
+            "below all others', or use a BPE tokenizer"
+        )
+    return None

@@ -17,17 +17,13 @@ def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
     schedule, steps = job_config.lr_scheduler, job_config.training.steps
     total = steps if schedule.total_steps is None else schedule.total_steps
     if total < steps:
-        yield (
-            f"lr_scheduler.total_steps = {total}: the schedule would end before training.steps = {steps}; "
-            f"set it to {steps} or more"
-        )
+        yield f"lr_scheduler.total_steps = {total}: ends before training.steps = {steps}; set it to {steps} or more"
     if not job_config.checkpoint.enable:
         return  # nothing continues from here, under another schedule
     if 0 < total < schedule.warmup_steps:
         yield (
-            f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: would shrink to {total}, and the rate jump in a "
-            f"longer run that goes on from this one; set it to {total} at most, or lr_scheduler.total_steps to the "
-            "steps of the whole training"
+            f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: would shrink to {total}, and a longer run's rate "
+            f"jump; set it to {total} at most, or lr_scheduler.total_steps to the steps of the whole training"
         )
     if job_config.lighthouse.enable and schedule.decay_ratio != 0.0 and schedule.total_steps is None:
         yield (
@@ -43,14 +39,10 @@ def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[s
     on_purpose = "; or, to change that from here on, set optimizer.override_checkpoint to true"
     group = {key.rpartition(".")[2]: value for key, value in saved.items() if key.startswith("optimizer.param_groups.")}
     base = (saved.get("lr_scheduler.base_lrs") or [group.get("initial_lr")])[0]
-    decoupled = group.get("decoupled_weight_decay")
-    trained_with = {
-        "name": None if decoupled is None else "AdamW" if decoupled else "Adam",
-        "lr": base,
-        **dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False)),
-        "eps": group.get("eps"),
-        "weight_decay": group.get("weight_decay"),
-    }
+    trained_with = {"lr": base} | {name: group.get(name) for name in ("eps", "weight_decay")}
+    trained_with |= dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+    if "decoupled_weight_decay" in group:
+        trained_with["name"] = "AdamW" if group["decoupled_weight_decay"] else "Adam"
     for name, value in trained_with.items():
         if value is not None and (now := getattr(job_config.optimizer, name)) != value:
             yield (

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan import train
 
 from torchtitan_ext.jobs.job_file import as_toml, parse_job
-from torchtitan_ext.jobs.rules import patch_problems
+from torchtitan_ext.patching import check_patched
 
 from .spec import register
 from .trainer import LighthouseTrainer
@@ -25,17 +25,16 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     register()
     try:
+        check_patched(changed_is_fine=True)  # main of torchtitan as released takes no job
         job = parse_job(options.file, overrides)
-        if problems := patch_problems():  # main of torchtitan as released takes no job
-            raise ValueError(*problems)
     except ValueError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"torchtitan_ext.train: {error}", file=sys.stderr)
         sys.exit(2)
     if options.print_config:
         print(as_toml(job))
-        sys.exit()
-    train.main(LighthouseTrainer, job)
+    else:
+        train.main(LighthouseTrainer, job)
 
 
 if __name__ == "__main__":

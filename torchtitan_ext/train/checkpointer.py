@@ -12,11 +12,7 @@ from torchtitan_ext.jobs.resume import INTERRUPTED, complete_steps, stale_checkp
 
 
 class LighthouseCheckpointManager(CheckpointManager):
-    """torchtitan's checkpoint manager for runs that may be interrupted.
-
-    The checkpoint of an interrupted process bridges to the next regular one: it does not count as one of
-    `keep_latest_k`, and is deleted once a later checkpoint is complete.
-    """
+    """torchtitan's checkpoint manager for runs that may be interrupted; see `stale_checkpoints`."""
 
     interrupting = False
     bridging = False
@@ -33,11 +29,7 @@ class LighthouseCheckpointManager(CheckpointManager):
         return self._should_save(step)
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """Save a checkpoint if this step is to have one.
-
-        Raises:
-            RuntimeError: this checkpoint, or with asynchronous saving the one before, could not be saved.
-        """
+        """Save a checkpoint if this step is to have one. Raises RuntimeError where it, or the one before, can't be."""
         try:
             super().save(curr_step, last_step)
         except (Exception, CheckpointException) as error:
@@ -48,8 +40,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             )
             raise RuntimeError(
                 f"{self.saving} could not be saved: {causes}. Training stops after step {curr_step}; "
-                f"{self.describe_latest()}. Make space, or remove what else is the cause, and launch the same "
-                "command again."
+                f"{self.describe_latest()}. Make space, or remove what else is the cause, and launch again."
             ) from error
 
     def save_interrupted(self, step: int) -> None:

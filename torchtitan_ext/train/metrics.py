@@ -32,7 +32,7 @@ def _continue_wandb_run(job_config: JobConfig, parallel_dims: ParallelDims) -> N
 class LighthouseMetricsProcessor(MetricsProcessor):
     """Logs the number of devices and `metrics.log_freq` too, and loses no logged step in a kill."""
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, args: BaseModelArgs, tag: str | None = None):
         if job_config.metrics.enable_wandb:
             _continue_wandb_run(job_config, parallel_dims)
         super().__init__(job_config, parallel_dims, tag)
@@ -49,32 +49,19 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         first, self.first_step = self.first_step, False
         return first or super().should_log(step)
 
-    def log(
-        self,
-        step: int,
-        global_avg_loss: float,
-        global_max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
-    ) -> None:
+    def log(self, step: int, avg_loss: float, max_loss: float, grad_norm: float, extra_metrics: Any = None) -> None:
         # A rank's loss covers 1/cp of the sequence; torchtitan divides by all tokens.
         n_parts = self.parallel_dims.cp
         extra_metrics = {**(extra_metrics or {}), **self.constants}
         if "n_tokens_seen" in extra_metrics:
             extra_metrics["n_tokens_seen"] /= n_parts
         try:
-            super().log(step, global_avg_loss, global_max_loss * n_parts, grad_norm, extra_metrics)
+            super().log(step, avg_loss, max_loss * n_parts, grad_norm, extra_metrics)
             for logger in getattr(self.logger, "_loggers", ()):
                 if isinstance(logger, TensorBoardLogger):
                     logger.writer.flush()
         except OSError as error:
             raise RuntimeError(
                 f"step {step} could not be logged in {self.job_config.job.dump_folder}: {error}. Make space, or remove "
-                "what else is the cause, and launch the same command again: it continues from the newest checkpoint"
+                "what else is the cause, and launch again: that continues from the newest checkpoint"
             ) from error
-
-
-def build_metrics_processor(
-    job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs | None = None, tag: str | None = None
-) -> MetricsProcessor:
-    return LighthouseMetricsProcessor(job_config, parallel_dims, tag)

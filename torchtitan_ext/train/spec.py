@@ -30,8 +30,8 @@ from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.loss import build_loss
 from torchtitan_ext.model.model import LighthouseSelfAttention
 
-from .metrics import build_metrics_processor
-from .optimizer import build_launch_schedulers
+from .metrics import LighthouseMetricsProcessor
+from .optimizer import LaunchSchedulers
 from .validator import LighthouseValidator
 
 NAME = "llama3_lighthouse"
@@ -107,8 +107,8 @@ def get_train_spec() -> TrainSpec:
         model_args=flavors,
         parallelize_fn=parallelize,
         build_dataloader_fn=build_dataloaders,
-        build_lr_schedulers_fn=build_launch_schedulers,
+        build_lr_schedulers_fn=LaunchSchedulers,
         build_loss_fn=build_loss,
         build_validator_fn=LighthouseValidator,
-        build_metrics_processor_fn=build_metrics_processor,
+        build_metrics_processor_fn=LighthouseMetricsProcessor,
     )

@@ -35,10 +35,9 @@ class Interrupted(SystemExit):
 
 
 class LighthouseTrainer(Trainer):
-    """torchtitan's trainer for runs that must not lose state in silence.
+    """A step whose loss or gradients are not finite stops the run before anything is saved, or is passed over.
 
-    A step whose loss or gradients are not finite stops the run before anything is saved, or is passed over
-    (`training.skip_nonfinite_steps`). On SIGTERM it finishes the step, saves and exits with 143.
+    On SIGTERM it finishes the step, saves and exits with 143.
     """
 
     checkpointer_cls = LighthouseCheckpointManager
@@ -59,28 +58,27 @@ class LighthouseTrainer(Trainer):
 
     def _begin_run(self, job_config: JobConfig) -> None:
         """Check the job before anything is built, and record it."""
-        if int(os.environ.get("RANK", 0)) == 0:
-            for problem in environment_problems():
-                logger.warning(problem)
+        is_first = int(os.environ.get("RANK", 0)) == 0
+        for problem in environment_problems() if is_first else ():
+            logger.warning(problem)
         check_job(job_config)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # Ranks whose torchrun was killed would train on, into the folder where the next launch continues:
             # they get a SIGTERM, save and end.
             _prctl_pr_set_pdeathsig(signal.SIGTERM)
-        if int(os.environ.get("RANK", 0)) == 0:
+        checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
+        if is_first:
             lock_folders(job_config)
-            if job_config.checkpoint.enable and not job_config.checkpoint.load_only:
+            if checkpoint.enable and not checkpoint.load_only:
                 remove_half_saved(checkpoint_folder(job_config))
             # torchtitan's job.save_config_file comes before the check: a refused job would replace the config
             # of the run that its folder holds.
             write_config(job_config)
-        checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
         excluded = excluded_states(job_config, parallel_dims(job_config, n_ranks) if n_ranks else None)
         if loaded := sorted({*checkpoint.exclude_from_loading} - {*excluded}):
             logger.info(
                 f"checkpoint.exclude_from_loading: the run goes on from its own checkpoint, with {', '.join(loaded)}; "
-                "to leave that out, start from this checkpoint in another job.dump_folder "
-                "(checkpoint.initial_load_path)"
+                "to leave that out, start from it in another job.dump_folder (checkpoint.initial_load_path)"
             )
         checkpoint.exclude_from_loading = excluded
 
@@ -137,12 +135,9 @@ class LighthouseTrainer(Trainer):
         self.outcomes.append((self.step, on_host, arrival))
 
     def _check_outcomes(self, but_last: int = 0) -> bool:
-        """Whether the steps were finite whose outcomes were not checked yet, leaving the last `but_last` for later.
+        """Whether the steps not checked yet, all but the last `but_last`, were finite; waits until the host knows.
 
-        Waits until the host has them. All ranks get the same answer, so no rank updates without the others.
-
-        Raises:
-            RuntimeError: one was not, one more in a row than training.skip_nonfinite_steps.
+        All ranks get the same answer. Raises RuntimeError for more in a row than training.skip_nonfinite_steps.
         """
         all_finite = True
         while len(self.outcomes) > but_last:
@@ -159,9 +154,8 @@ class LighthouseTrainer(Trainer):
             self.nonfinite_steps += 1
             if self.nonfinite_steps > self.job_config.training.skip_nonfinite_steps:
                 raise RuntimeError(
-                    f"{message} Training stops, and saves nothing; {self.checkpointer.describe_latest()}. If the "
-                    f"cause is in the data of the step, --training.skip_nonfinite_steps={self.nonfinite_steps} "
-                    "passes over it."
+                    f"{message} Training stops, and saves nothing; {self.checkpointer.describe_latest()}. If the cause "
+                    f"is in the step's data, --training.skip_nonfinite_steps={self.nonfinite_steps} passes over it."
                 )
             logger.warning(f"{message} Parameters and optimizer state stay as they are.")
         return all_finite

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed.utils import dist_sum
@@ -16,19 +15,15 @@ from torchtitan_ext.data import build_dataloader
 
 
 class LighthouseValidator(Validator):
-    """torchtitan's validator, on the same sequences each time, of which ranks may share each.
+    """torchtitan's validator, but each validation reads the same sequences, and all ranks as many batches.
 
-    torchtitan's draws on from where the last validation stopped, so that neither two validations of
-    a run nor a run and its resumed twin can be compared. To the end of the data (validation.steps = -1) it would
-    wait forever for ranks whose share of the documents ends sooner.
+    torchtitan's draws on from where the last validation stopped, and to the end of the data (validation.steps = -1)
+    waits forever for ranks whose share of the documents ends sooner.
     """
 
-    def __init__(
-        self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, **kwargs: Any
-    ):
-        source = dp_world_size, dp_rank, tokenizer
+    def __init__(self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: Any, **kwargs: Any):
+        source, validation = (dp_world_size, dp_rank, tokenizer), job_config.validation
         super().__init__(job_config, *source, **kwargs)
-        validation = job_config.validation
         whole = validation.steps == -1
         loader = build_dataloader(*source, job_config, infinite=not whole, section="validation")
         batches = list(islice(loader, None if whole else validation.steps))
@@ -44,10 +39,7 @@ class LighthouseValidator(Validator):
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Logs the sum of losses over the sum of labels that count, of all batches and ranks.
-
-        torchtitan takes the mean of the batches' means, which depends on how documents are batched.
-        """
+        """Logs the sum of losses over the number of labels; torchtitan's mean of means depends on the batches."""
         for part in model_parts:
             part.eval()
         losses, counts = [], []
