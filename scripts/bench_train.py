@@ -73,7 +73,7 @@ class BenchTrain:
         records = self.begin_records(output)
         make_folder(output.parent)
 
-        rows, profiles, limited = [], {}, {}
+        profiles, limited = {}, {}
         todo = [(nproc, words) for nproc in self.nproc for words in runs]
         with Display() as display:
             for number, (nproc, words) in enumerate(todo, 1):
@@ -98,7 +98,6 @@ class BenchTrain:
                         # The limits are those of one device that recomputes nothing.
                         if nproc == 1 and job.activation_checkpoint.mode == "none":
                             limited[key] = job
-                rows.append(row)
                 records["rows"].append(row)
                 records["profiles"] |= profiles
                 display.say(table([row]).splitlines()[-1])
@@ -109,20 +108,14 @@ class BenchTrain:
         for key, profile in profiles.items():
             print(f"\n{key}\n\n{step_profile.table(profile['parts_ms'], profile.get('limits_ms'))}")
         print(f"\n{records['machine']}\n\n{table(records['rows'])}\n\nrecords: {output}")
-        if failed := [row["name"] for row in rows if "error" in row]:
+        if failed := [row["name"] for row in records["rows"][-len(todo) :] if "error" in row]:
             raise CommandFailed(f"failed: {', '.join(failed)}; why is said above and in the logs beside {output}")
 
     def job_arguments(self, words: tuple[str, ...]) -> list[str]:
         """A run's torchtitan arguments after its job file: no checkpoints, local sources, and the run's settings."""
-        arguments = [
-            "--checkpoint.no_enable",
-            "--checkpoint.initial_load_path=None",
-            f"--training.steps={self.steps}",
-            "--training.global_batch_size=-1",
-            "--training.dataset=python_source",
-            f"--metrics.log_freq={self.window}",
-            "--metrics.enable_tensorboard",
-        ]
+        arguments = ["--checkpoint.no_enable", "--checkpoint.initial_load_path=None", f"--training.steps={self.steps}"]
+        arguments += ["--training.global_batch_size=-1", "--training.dataset=python_source"]
+        arguments += [f"--metrics.log_freq={self.window}", "--metrics.enable_tensorboard"]
         if self.profile:
             arguments += ["--profiling.enable_profiling", f"--profiling.profile_freq={self.steps}"]
             arguments += [f"--profiling.profiler_active={PROFILED}", "--profiling.profiler_warmup=1"]

@@ -100,8 +100,8 @@ class Table:
 
         from .experiment import report
 
-        published, output = tomllib.loads(PUBLISHED.read_text()), self.output or self.folder
-        text, paths = report.write(self.folder, output, published, self.other_seeds, self.ablations)
+        published = tomllib.loads(PUBLISHED.read_text())
+        text, paths = report.write(self.folder, self.output or self.folder, published, self.other_seeds, self.ablations)
         print(text, *paths, f"made from the records in {self.folder}/*/tb (TensorBoard)", sep="\n")
 
 
@@ -163,9 +163,10 @@ class Niah:
         settings.check(prompts, candidate)
         folder = make_folder(self.output or Path("outputs/niah") / candidate.name)
         if not self.contexts and (left_out := niah.CONTEXTS[len(contexts) :]):
-            note(f"left out: contexts {', '.join(map(str, left_out))}, beyond the {candidate.max_context} of training")
+            beyond = f"beyond the {candidate.max_context} of training"
+            print(f"left out: contexts {', '.join(map(str, left_out))}, {beyond}", file=sys.stderr)
         if candidate.lighthouse:
-            note(f"note: {candidate.path} is {FIRST_STAGE}, which is what this evaluates")
+            print(f"note: {candidate.path} is {FIRST_STAGE}, which is what this evaluates", file=sys.stderr)
         logits = candidate.load(torch.device(device), dtype)
         with Display() as display:
             n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials
@@ -193,7 +194,8 @@ class Export:
 
         checkpoint = find_checkpoint(self.checkpoint)
         if checkpoint.lighthouse:
-            note(f"warning: {checkpoint.path} is {FIRST_STAGE}; resume it in a stage 2 and export that")
+            remedy = "resume it in a stage 2 and export that"
+            print(f"warning: {checkpoint.path} is {FIRST_STAGE}; {remedy}", file=sys.stderr)
         dtype = getattr(torch, self.dtype)
         with Display() as display:
             n_bytes = checkpoint.n_bytes(dtype)
@@ -241,10 +243,6 @@ class CheckData:
 VERBS = {"patch": Patch, "preflight": Preflight, "splits": Splits, "table": Table, "ablate": Ablate, "niah": Niah}
 VERBS |= {"export": Export, "check-data": CheckData}
 TAKE_OVERRIDES = (Preflight, Splits, Ablate, CheckData)
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def main(arguments: list[str]) -> int:

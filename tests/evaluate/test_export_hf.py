@@ -221,11 +221,18 @@ def cut_short(path, kind="distcp"):
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def cut_short_in_hf(path):
+    cut_short(save_last_in_hf(path.parents[1], build()), "safetensors")
+
+
+def job_of(path):
+    return path.parents[1] / "config.json"
+
+
 def changed_job(path, section, field, value):
-    file = path.parents[1] / "config.json"
-    job = {"experimental": {}} | json.loads(file.read_text())
-    job[section][field] = value
-    file.write_text(json.dumps(job))
+    changed = {"experimental": {}} | json.loads(job_of(path).read_text())
+    changed[section][field] = value
+    job_of(path).write_text(json.dumps(changed))
 
 
 def another_tokenizer(path):
@@ -234,45 +241,25 @@ def another_tokenizer(path):
     changed_job(path, "model", "hf_assets_path", str(path.parents[1] / "own"))
 
 
-INCOMPLETE, RESTORE = "{path} is not a complete checkpoint", "restore it"
+def job(*change):
+    return lambda path: changed_job(path, *change)
+
+
+STEP, INCOMPLETE = "checkpoint/step-3", "{path} is not a complete checkpoint"
 # what is done to a run's step-3, what of the run is exported, and the reason and the remedy given
 SPOILED = {
     "no checkpoint": (lambda path: shutil.rmtree(path.parent), ".", "no complete checkpoint", "checkpoint.interval"),
     "not there": (lambda path: None, "checkpoint/step-4", INCOMPLETE, "or its run's folder"),
-    "no metadata": (lambda path: (path / ".metadata").unlink(), "checkpoint/step-3", INCOMPLETE, "or its run's folder"),
-    "cut short": (cut_short, "checkpoint/step-3", INCOMPLETE, RESTORE),
-    "cut short in HF": (
-        lambda path: cut_short(save_last_in_hf(path.parents[1], build()), "safetensors"),
-        *("checkpoint/step-12", INCOMPLETE, RESTORE),
-    ),
-    "no job": (
-        lambda path: (path.parents[1] / "config.json").unlink(),
-        *("checkpoint/step-3", "config.json: No such file", "give one that exists"),
-    ),
-    "another config": (
-        lambda path: (path.parents[1] / "config.json").write_text('{"model_type": "llama"}'),
-        *(".", "not the job config", "restore"),
-    ),
-    "unknown flavor": (
-        lambda path: changed_job(path, "model", "flavor", "7B"),
-        *(".", "model.flavor = '7B'", ", ".join(flavors)),
-    ),
-    "wrong flavor": (
-        lambda path: changed_job(path, "model", "flavor", "270M"),
-        *(".", "no model of flavor '270M'", "correct model.flavor"),
-    ),
-    "no tokenizer": (
-        lambda path: changed_job(path, "model", "hf_assets_path", "gone"),
-        *(".", "model.hf_assets_path = 'gone'", "correct the path"),
-    ),
-    "no extension": (
-        lambda path: changed_job(path, "experimental", "custom_import", "gone"),
-        *(".", "experimental.custom_import = 'gone' in ", "call from the folder that holds"),
-    ),
-    "another tokenizer": (
-        another_tokenizer,
-        *(".", 'transformers would encode "In 2023 it was', "look at the tokens that"),
-    ),
+    "no metadata": (lambda path: (path / ".metadata").unlink(), STEP, INCOMPLETE, "or its run's folder"),
+    "cut short": (cut_short, STEP, INCOMPLETE, "restore it"),
+    "cut short in HF": (cut_short_in_hf, "checkpoint/step-12", INCOMPLETE, "restore it"),
+    "no job": (lambda path: job_of(path).unlink(), STEP, "config.json: No such file", "give one that exists"),
+    "another config": (lambda path: job_of(path).write_text("{}"), ".", "not the job config", "restore"),
+    "unknown flavor": (job("model", "flavor", "7B"), ".", "model.flavor = '7B'", ", ".join(flavors)),
+    "wrong flavor": (job("model", "flavor", "270M"), ".", "no model of flavor '270M'", "correct model.flavor"),
+    "no tokenizer": (job("model", "hf_assets_path", "gone"), ".", "hf_assets_path = 'gone'", "correct the path"),
+    "no extension": (job("experimental", "custom_import", "gone"), ".", "custom_import = 'gone' in ", "call from the"),
+    "another tokenizer": (another_tokenizer, ".", 'transformers would encode "In 2023 it was', "look at the tokens"),
     "full folder": (lambda path: None, ".", "exists and is not empty", "name another folder"),
 }
 

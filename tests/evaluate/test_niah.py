@@ -208,32 +208,26 @@ def checkpoint(tmp_path):
     return save_run(tmp_path / "run", build(seq_len=600), lighthouse=True)
 
 
-def test_logits_are_the_models_at_the_last_position_wherever_it_lies(checkpoint, hugging_face, tmp_path):
-    model = build(seq_len=600)
-    prompts = niah.Prompts(BYTES)
+def test_logits_are_the_models_at_the_last_position_and_no_others_are_computed(
+    checkpoint, hugging_face, tmp_path, monkeypatch
+):
+    model, prompts, linear, shapes = build(seq_len=600), niah.Prompts(BYTES), torch.nn.functional.linear, []
     tokens = torch.tensor([prompts(600, 50, trial, 0) for trial in range(3)])
-    for path in (checkpoint, tmp_path / "run", hugging_face):
-        candidate = niah.find_candidate(path)
-        with torch.inference_mode():
-            got = candidate.load(CPU, torch.float32)(tokens)
-            assert (got - model(tokens)[:, -1]).abs().max() < 1e-4
-            in_bf16 = candidate.load(CPU, torch.bfloat16)(tokens)
-        assert in_bf16.dtype == torch.bfloat16
-        assert 0 < (in_bf16 - got).abs().max() < 0.2 * got.std()
-        assert niah.Prompts(candidate.tokenizer)(600, 50, 2, 0) == tokens[2].tolist()
-        assert candidate.max_context == 600
-
-
-def test_logits_of_the_other_positions_are_never_computed(checkpoint, hugging_face, monkeypatch):
-    shapes = []
-    linear = torch.nn.functional.linear
+    with torch.inference_mode():
+        expected = model(tokens)[:, -1]
     recorded = lambda *args: shapes.append((out := linear(*args)).shape) or out  # noqa: E731
     monkeypatch.setattr(torch.nn.functional, "linear", recorded)
-    for path in (checkpoint, hugging_face):
+    for path in (checkpoint, tmp_path / "run", hugging_face):
+        candidate = niah.find_candidate(path)
         shapes.clear()
         with torch.inference_mode():
-            niah.find_candidate(path).load(CPU, torch.float32)(torch.zeros(2, 50, dtype=torch.int64))
-        assert [shape for shape in shapes if shape[-1] == flavors["debug"].vocab_size] == [(2, 1, 384)]
+            got = candidate.load(CPU, torch.float32)(tokens)
+            in_bf16 = candidate.load(CPU, torch.bfloat16)(tokens)
+        assert [shape for shape in shapes if shape[-1] == flavors["debug"].vocab_size] == [(3, 1, 384)] * 2
+        assert (got - expected).abs().max() < 1e-4
+        assert in_bf16.dtype == torch.bfloat16 and 0 < (in_bf16 - got).abs().max() < 0.2 * got.std()
+        assert niah.Prompts(candidate.tokenizer)(600, 50, 2, 0) == tokens[2].tolist()
+        assert candidate.max_context == 600
 
 
 def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, monkeypatch, capsys):

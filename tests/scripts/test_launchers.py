@@ -49,22 +49,15 @@ class Launches:
     """Starts a script of this repository where the commands above are the stand-ins."""
 
     def __init__(self, folder):
-        self.calls, bin_folder = folder / "calls", folder / "bin"
+        self.calls, self.bin = folder / "calls", folder / "bin"
         self.calls.mkdir()
-        bin_folder.mkdir()
+        self.bin.mkdir()
         for name, script in STAND_INS.items():
-            self.command(bin_folder / name, script)
-        self.bin = bin_folder
-        self.env = {"PATH": f"{bin_folder}:/usr/bin:/bin", "CALLS": str(self.calls)}
+            self.command(self.bin / name, script)
+        self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "CALLS": str(self.calls)}
         # as of an allocation of two nodes with four GPUs each
-        self.slurm = {
-            "SLURM_JOB_ID": "4242",
-            "SLURM_JOB_NODELIST": "node[8-9]",
-            "HOSTS": "node8 node9",
-            "SLURM_NNODES": "2",
-            "SLURM_GPUS_ON_NODE": "4",
-            "CONFIG": CONFIG,
-        }
+        self.slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "node[8-9]", "HOSTS": "node8 node9"}
+        self.slurm |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "CONFIG": CONFIG}
 
     @staticmethod
     def command(path, script):
@@ -72,15 +65,9 @@ class Launches:
         path.chmod(0o755)
 
     def start(self, script, *overrides, **env):
-        return subprocess.Popen(
-            ["bash", f"scripts/{script}", *overrides],
-            cwd=ROOT,
-            env=self.env | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = ["bash", f"scripts/{script}", *overrides]
+        return subprocess.Popen(command, cwd=ROOT, env=self.env | env, start_new_session=True, **pipes)
 
     def run(self, script, *overrides, **env):
         process = self.start(script, *overrides, **env)
@@ -101,27 +88,20 @@ def launches(tmp_path):
 OVERRIDES = ["--job.description", "two words; $HOME * 'quoted'", "--training.steps", "3"]
 
 
-def test_every_node_of_a_slurm_job_gets_the_same_command(launches):
-    code, output = launches.run("train.slurm", *OVERRIDES, **launches.slurm)
-    assert code == 0, output
-    first, second = launches.torchruns()
-    assert vars(first) == vars(second)
-    assert (first.nnodes, first.nproc_per_node) == ("2", "4")
-    assert (first.rdzv_backend, first.rdzv_id) == ("c10d", "4242")
-    assert first.rdzv_endpoint.startswith("node8:")
-    assert first.module and first.training_script == "torchtitan_ext.train"
-    assert first.training_script_args == ["--job.config_file", CONFIG, *OVERRIDES]
-
-
-def test_two_jobs_on_one_node_meet_apart(launches):
+def test_every_node_of_a_slurm_job_gets_the_same_command_and_two_jobs_meet_apart(launches):
+    ports = set()
     for job in ("7654321", "7654322"):
-        code, output = launches.run("train.slurm", **launches.slurm | {"SLURM_JOB_ID": job})
+        code, output = launches.run("train.slurm", *OVERRIDES, **launches.slurm | {"SLURM_JOB_ID": job})
         assert code == 0, output
-    runs = launches.torchruns()
-    assert {run.rdzv_id for run in runs} == {"7654321", "7654322"}
-    ports = {int(run.rdzv_endpoint.split(":")[1]) for run in runs}
-    # neither reserved nor among those that Linux hands out by itself
-    assert len(ports) == 2 and all(1024 <= port < 32768 for port in ports)
+        first, second = (run for run in launches.torchruns() if run.rdzv_id == job)
+        assert vars(first) == vars(second)
+        assert (first.nnodes, first.nproc_per_node, first.rdzv_backend) == ("2", "4", "c10d")
+        assert first.module and first.training_script == "torchtitan_ext.train"
+        assert first.training_script_args == ["--job.config_file", CONFIG, *OVERRIDES]
+        host, port = first.rdzv_endpoint.split(":")
+        assert host == "node8" and 1024 <= int(port) < 32768  # not among those that Linux hands out by itself
+        ports.add(port)
+    assert len(ports) == 2
 
 
 def test_one_node_needs_no_meeting_point(launches):

@@ -74,13 +74,12 @@ class Run:
         return [(a, b) for (a, b), log_freq in pairs if b - a > log_freq]
 
 
-def read_run(folder: str | Path) -> Run | None:
+def read_run(folder: Path) -> Run | None:
     """The run dumped into `folder` (its `job.dump_folder`), or None if nothing is logged yet.
 
     Where a resumed process repeats steps, the later process's points replace every older one from its first step on.
     Raises FileNotFoundError if the records lack the job, ValueError if they lack a scalar.
     """
-    folder = Path(folder)
     starts = [points for file in folder.glob("**/events.out.tfevents.*") if (points := _read_start(file))]
     if not starts:
         return None

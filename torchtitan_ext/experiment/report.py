@@ -3,22 +3,18 @@
 An experiment is a folder that holds one run each for `dense` (from scratch), `stage1` (Lighthouse) and
 `stage2-<split>` (dense, from stage 1's checkpoint at step <split>).
 
-Definitions, the same for every run. T is the step at which stage 2 and dense end. The window W is T // 100 steps, but
-no fewer than 5 and no fewer than metrics.log_freq, so that it always holds a logged step. Means are over the logged
-steps of a window.
+Definitions. T is the step at which stage 2 and dense end. The window W is T // 100 steps, but no fewer than 5 and no
+fewer than metrics.log_freq, so that it always holds a logged step. Means are over the logged steps of a window.
 
 - before: mean loss of stage 1 over the steps in (split - W, split].
 - jump: loss at stage 2's first logged step, minus before. Nats.
-- recovery: the smallest number n of steps after the switch for which stage 2's mean loss over
-  (split + n - W, split + n] is at most before. The window lies in stage 2, so n is at least W; there is none where the
-  run ends first.
+- recovery: the smallest n, W at least, for which stage 2's mean loss over the steps in (split + n - W, split + n] is at
+  most before; none where the run ends first.
 - final loss: mean loss over the steps in (T - W, T]. Difference: final loss minus dense's.
-- validation loss: the last one of a finished run, on documents held out; difference as above. Only where the runs
-  validate (validation.enable).
-- dense at equal hours: dense's validation loss at the moment when it had spent the split's device-hours; linear
-  between two points. Training losses are of other batches at other times, so they don't compare.
-- device-hours: seconds x devices / 3600 over a run's logged steps; for a split, stage 1's up to the split and stage
-  2's (records.Run.device_hours).
+- validation loss: the last one of a finished run that validates; difference as above.
+- dense at equal hours: dense's validation loss when it had spent the split's device-hours; linear between two points.
+  Training losses are of other batches at other times, so they don't compare.
+- device-hours: Run.device_hours; for a split, stage 1's up to the split and stage 2's.
 - tok/s per device: median over the logged steps, the first one of each process start left out. For a split, of
   stage 1 up to the split.
 """
@@ -117,12 +113,11 @@ class Experiment:
         return any(run.validation_loss.size for run in self.runs)
 
 
-def read_experiment(folder: str | Path) -> Experiment:
+def read_experiment(folder: Path) -> Experiment:
     """The experiment in `folder`; a run of which nothing is logged yet is None.
 
     Raises FileNotFoundError if no run of the experiment is there.
     """
-    folder = Path(folder)
     splits = [int(m[1]) for p in folder.glob("*") if (m := re.fullmatch(r"stage2-(\d+)", p.name))]
     tails = {split: read_run(folder / f"stage2-{split}") for split in sorted(splits, reverse=True)}
     experiment = Experiment(read_run(folder / "dense"), read_run(folder / "stage1"), tails)
@@ -229,20 +224,15 @@ def _label(split: int, tail: Run) -> str:
 
 
 def write(
-    folder: str | Path,
-    output: str | Path,
-    published: dict,
-    other_seeds: Sequence[str | Path] = (),
-    ablations: Sequence[str | Path] = (),
+    folder: Path, output: Path, published: dict, other_seeds: Sequence[Path] = (), ablations: Sequence[Path] = ()
 ) -> tuple[str, list[Path]]:
     """Make FILES of the experiment in `folder` in `output`; returns the Markdown and the paths written.
 
     published: what configs/published.toml holds. other_seeds: folders of the same experiment from other seeds, or
-    parts of it; table.md compares their final losses. ablations: folders of experiments with other settings of
-    Lighthouse; table.md sets them beside this one.
+    parts of it. ablations: folders of experiments with other settings of Lighthouse. table.md compares them.
     """
     experiment = read_experiment(folder)
-    paths = [make_folder(Path(output)) / name for name in FILES]
+    paths = [make_folder(output) / name for name in FILES]
     text = markdown(experiment, published)
     if other_seeds:
         text += seeds_table([experiment, *map(read_experiment, other_seeds)])
@@ -269,9 +259,9 @@ def markdown(experiment: Experiment, published: dict) -> str:
     """Our table, then the published rows, each labelled for what it is."""
     run = experiment.runs[0]
     n_devices, w = int(run.n_devices[-1]), window(run.total_steps, run.log_freq)
-    runs = {"dense": (experiment.dense, 0), "stage1": (experiment.stage1, 0)}
-    runs |= {f"stage2-{split}": (tail, split) for split, tail in experiment.tails.items()}
-    lacking = "".join(f"- {name}: {status}\n" for name, of in runs.items() if (status := _status(*of)) != "finished")
+    status = {"dense": _status(experiment.dense), "stage1": _status(experiment.stage1)}
+    status |= {f"stage2-{split}": _status(tail, split) for split, tail in experiment.tails.items()}
+    lacking = "".join(f"- {name}: {how}\n" for name, how in status.items() if how != "finished")
     lacking += "\n" if lacking else ""
     dense, *splits = published["split_points"]
     theirs = [dense, *({"jump": published["jump"], "recovery": published["recovery"], **row} for row in splits)]
