@@ -29,18 +29,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A tokenizer of another kind: a token holds several characters, a digit comes with the space before it,
-    and encode() itself begins with bos."""
+    """A token holds several characters, a digit comes with the space before it, and encode() itself begins with bos."""
     folder = tmp_path_factory.mktemp("words")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", digit) for digit in "0123456789"] + [("a", "b"), ("i", "s"), ("4", "2")]
-    vocab = [*alphabet, *(a + b for a, b in merges), "<s>"]
+    merges = [*(("Ġ", digit) for digit in "0123456789"), ("a", "b"), ("i", "s"), ("4", "2")]
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), "<s>"]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>"])
-    start = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    bos = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     return HuggingFaceTokenizer(str(folder))
@@ -208,6 +206,12 @@ def checkpoint(tmp_path):
     return save_run(tmp_path / "run", build(seq_len=600), lighthouse=True)
 
 
+@pytest.fixture
+def hugging_face(checkpoint, tmp_path):
+    export(find_checkpoint(checkpoint), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
 def test_logits_are_the_models_at_the_last_position_and_no_others_are_computed(
     checkpoint, hugging_face, tmp_path, monkeypatch
 ):
@@ -268,12 +272,6 @@ def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, mon
     assert json.loads((tmp_path / "out/niah.json").read_text())["contexts"] == [100, 200]
 
 
-@pytest.fixture
-def hugging_face(checkpoint, tmp_path):
-    export(find_checkpoint(checkpoint), tmp_path / "hf")
-    return tmp_path / "hf"
-
-
 def without(path, name):
     (path / name).unlink()
     return path
@@ -283,8 +281,6 @@ SPOILED = [  # given the run's checkpoint and its export
     lambda path, hf: ([hf, "--contexts", 601], "601 exceed the context of 600 tokens"),
     lambda path, hf: ([without(hf, "tokenizer.json")], "put the model's tokenizer.json"),
     lambda path, hf: ([without(hf, "model.safetensors"), "--contexts", 99], "no file named model.safetensors"),
-    lambda path, hf: ([path.with_name("step-4")], "not a complete checkpoint"),
-    lambda path, hf: ([without(path.parents[1], "config.json") / "checkpoint/step-3"], "config.json: No such file"),
     lambda path, hf: ([path], "600 tokens"),  # no context of the protocol fits
     lambda path, hf: ([path, "--contexts", 100, 601], "601 exceed the context of 600 tokens"),
     lambda path, hf: ([path, "--contexts", 36], "36 hold no question: give 37"),
@@ -294,11 +290,9 @@ SPOILED = [  # given the run's checkpoint and its export
 
 
 @pytest.mark.parametrize("spoil", SPOILED)
-def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
-    checkpoint, hugging_face, monkeypatch, capsys, spoil, tmp_path
-):
+def test_what_cannot_be_evaluated_is_refused_in_a_sentence(checkpoint, hugging_face, monkeypatch, capsys, spoil):
     arguments, reason = spoil(checkpoint, hugging_face)
-    assert run_command(monkeypatch, "niah", *arguments, "--output", tmp_path / "out") == 2
+    assert run_command(monkeypatch, "niah", *arguments) == 2
     message = capsys.readouterr().err
     assert reason in message and "Traceback" not in message
 

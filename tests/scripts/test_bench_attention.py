@@ -9,6 +9,7 @@ from torchtitan_ext.lighthouse import LighthouseConfig
 from torchtitan_ext.lighthouse.config import SCORERS
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_row_for_each_scorer_at_each_length(tmp_path, monkeypatch, capsys):
     output, lengths = tmp_path / "bench.json", (512, 1024)
