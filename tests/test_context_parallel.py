@@ -11,13 +11,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from helpers import ring_attention  # noqa: F401
 from helpers.launches import in_group
 from helpers.lighthouse_cases import qkv, rotary_table
-from helpers.models import args, build, parse
+from helpers.models import args
 from torch.distributed.device_mesh import init_device_mesh
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import apply_cp_to_attention_module, prepare_context_parallel_input
 
 from torchtitan_ext.lighthouse import LighthouseConfig, context_parallel, lighthouse_attention
@@ -26,21 +24,11 @@ from torchtitan_ext.lighthouse.context_parallel import context_parallel_attentio
 from torchtitan_ext.lighthouse.ulysses import UlyssesAttention, chunk_order
 from torchtitan_ext.model import Lighthouse
 from torchtitan_ext.model.model import LighthouseSelfAttention
-from torchtitan_ext.train.spec import parallelize
 
 SEQ_LEN = 2048
-CONFIGS = {
-    f"L{levels}-{rope}-{group}": (
-        LighthouseConfig(levels=levels, pooling_factor=p, top_k=32, tile_winners=2, rope=rope),
-        group,
-    )
-    for levels, p, rope, group in (
-        (2, 4, "selected", 1),
-        (3, 4, "base", 2),
-        (3, 4, "selected", 2),
-        (4, 2, "selected", 1),
-        (4, 4, "base", 1),
-    )
+CONFIGS = {  # and how many query heads share a KV head
+    f"{levels} levels, {rope}": (LighthouseConfig(levels, p, 32, tile_winners=2, rope=rope), group)
+    for levels, p, rope, group in ((2, 4, "selected", 1), (3, 4, "selected", 2), (4, 4, "base", 1))
 }
 
 
@@ -86,14 +74,14 @@ def compare(config, group, load_balance):
 
 
 def layers_agree():
-    for name, (config, group) in CONFIGS.items():
+    for config, group in CONFIGS.values():
         for load_balance in (True, False):
             worst = compare(config, group, load_balance)
-            assert max(worst) < 1e-12, (name, load_balance, worst)
+            assert max(worst) < 1e-12, (config, load_balance, worst)
 
 
 def spill_matters():
-    config, group = CONFIGS["L3-selected-2"]
+    config, group = CONFIGS["3 levels, selected"]
     spill = context_parallel._spill
     for load_balance in (True, False):
         with patch.object(context_parallel, "_spill", lambda *args: 0 * spill(*args)):
@@ -112,10 +100,10 @@ def positions_are_torchtitans():
 
 def modules_agree(device, dtype, backend, bound):
     """The attention module, eager and compiled, through our attention and, for two ranks, torch's ring."""
-    lighthouse = Lighthouse(enable=True, top_k=128, tile_winners=8)
+    lighthouse = Lighthouse(enable=True, top_k=32, tile_winners=2)
     n_heads = max(4, dist.get_world_size())
     model_args = args(dim=256, n_heads=n_heads, n_kv_heads=2, lighthouse=lighthouse)
-    rank, seq_len, dim = dist.get_rank(), 8192, model_args.dim
+    rank, dim, seq_len = dist.get_rank(), model_args.dim, SEQ_LEN
     g = torch.Generator().manual_seed(0)
     x, weights = (torch.randn(1, seq_len, dim, generator=g).to(device, dtype) for _ in range(2))
     table = rotary_table(seq_len, dim // model_args.n_heads, torch.complex64).to(device)
@@ -148,59 +136,12 @@ def modules_agree(device, dtype, backend, bound):
                 assert (a - b).abs().max() < bound * b.abs().max(), (balancer, ring, run)
 
 
-def training_steps_agree():
-    world, seq_len = dist.get_world_size(), 512
-    ways = [("headtail", "allgather"), (None, "allgather"), ("headtail", "alltoall")]
-    for balancer, rotate_method in ways[: 3 if world == 2 else 2]:
-        job_config = parse(
-            "configs/text/stage1.toml",
-            *("--lighthouse.top_k=32", "--lighthouse.tile_winners=2", f"--training.seq_len={seq_len}"),
-            *("--training.mixed_precision_param=float32", "--lighthouse.dense_layers", "0"),
-            f"--parallelism.context_parallel_degree={world}",
-            f"--parallelism.context_parallel_load_balancer={balancer}",
-            f"--parallelism.context_parallel_rotate_method={rotate_method}",
-        )
-        model_args = args(
-            n_layers=3, n_heads=max(4, world), n_kv_heads=2, max_seq_len=seq_len, lighthouse=job_config.lighthouse
-        )
-        one, shared = build(model_args), build(model_args)
-        dims = ParallelDims(1, 1, cp=world, tp=1, pp=1, ep=1, etp=1, world_size=world)
-        parallelize(shared, dims, job_config)
-        ours = [module for module in shared.modules() if isinstance(module, UlyssesAttention)]
-        assert bool(ours) == (rotate_method == "allgather")
-        optimizers = [torch.optim.SGD(model.parameters(), 0.1, 0.9) for model in (one, shared)]
-        losses = []
-        for step in range(3):
-            tokens = torch.randint(384, (2, seq_len + 1), generator=torch.Generator().manual_seed(step))
-            inputs, labels = tokens[:, :-1], tokens[:, 1:]
-            own_inputs, own_labels, extra = prepare_context_parallel_input(
-                *(inputs, labels, {}, dims.get_mesh("cp"), torch.device("cpu"), balancer)
-            )
-            of_step = []
-            for model, optimizer, x, y, kwargs in (
-                (one, optimizers[0], inputs, labels, {}),
-                (shared, optimizers[1], own_inputs, own_labels, extra),
-            ):
-                loss = F.cross_entropy(model(x, **kwargs).flatten(0, 1), y.flatten(), reduction="sum")
-                loss = loss / labels.numel()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                of_step.append(loss.detach())
-            dist.all_reduce(of_step[1])
-            losses.append(of_step)
-        torch.testing.assert_close(*torch.tensor(losses).T, rtol=1e-5, atol=0)
-        for a, b in zip(one.parameters(), shared.parameters(), strict=True):
-            torch.testing.assert_close(b.full_tensor(), a, rtol=1e-4, atol=1e-5)
-        assert losses[0][0] != losses[1][0]
-
-
 def run_rank(rank):
     layers_agree()
-    spill_matters()
     positions_are_torchtitans()
-    modules_agree("cpu", torch.float32, "aot_eager", 1e-5)
-    training_steps_agree()
+    if dist.get_world_size() != 4:  # on two and on eight is enough
+        spill_matters()
+        modules_agree("cpu", torch.float32, "aot_eager", 1e-5)
 
 
 @pytest.mark.slow

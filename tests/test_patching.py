@@ -219,10 +219,12 @@ def cpu_is_the_device(rank, n_ranks, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_device_is_the_cpu_where_there_is_no_accelerator(tmp_path):
     start_ranks(cpu_is_the_device, 1, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_no_dense_model_needs_triton():
     code = """
 import sys
@@ -237,6 +239,7 @@ except ImportError:
     assert answer.stdout == "blocked\n", answer.stderr
 
 
+@pytest.mark.slow
 def test_stock_llama3_trains_on_the_cpu(tmp_path):
     """torchtitan's own trainer, model and data set; the loss of a repeated text falls."""
     text = "the keeper lit the lamp " * 400

@@ -106,17 +106,6 @@ def test_only_blank_lines_are_no_document(tmp_path):
     assert "no document" in check(path, workers=1)[1]
 
 
-@pytest.mark.parametrize("kind", SKIPPED)
-def test_training_stops_with_file_and_line(kind, tmp_path):
-    damage, place, what = SKIPPED[kind]
-    path = write_c4(tmp_path, [SHARDS[0], SHARDS[0]])
-    file = Path(c4_files(str(path))[1])
-    damage(file)
-    with pytest.raises(ValueError) as error:
-        list(loader("c4_local", path, 8, infinite=False))
-    assert f"{file}, {place}: " in str(error.value) and what in str(error.value)
-
-
 def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path, monkeypatch):
     """Python closes the generator when the module's names may be gone."""
     documents = datasets.read_documents(c4_files(str(write_c4(tmp_path, SHARDS)))[0])

@@ -70,20 +70,6 @@ def test_a_label_is_kept_where_the_question_is_whole_before_it(n_tokens, seed):
         assert torch.equal(kept, labels)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_resumed_stream_is_the_uninterrupted_one(workers):
-    def batches(source, n):
-        return [(x["input"].tolist(), y.tolist()) for x, y in islice(source, n)]
-
-    args = {"dataset": "passkey", "path": "100", "seq_len": 30, "batch_size": 2}
-    args |= {"rank": 1, "world": 2, "workers": workers}
-    whole, part, resumed = (loader(**args) for _ in range(3))
-    expected = batches(whole, 12)
-    assert batches(part, 7) == expected[:7]
-    resumed.load_state_dict(part.state_dict())
-    assert batches(resumed, 5) == expected[7:]
-
-
 def test_check_dataset_accepts_a_length():
     check_dataset("passkey", str(JobConfig().training.seq_len - 1))
     check_dataset("PassKey", str(MIN_LENGTH))

@@ -328,7 +328,7 @@ def test_needs_no_network(dataset, tmp_path, monkeypatch):
     "dataset, path, words",
     [
         ("c5", None, ["training.dataset = 'c5'", *LOCAL]),
-        ("c4_local", None, ["training.dataset_path is not set", "c4-train"]),
+        ("c4_local", None, ["training.dataset_path = ''", "not a folder"]),
         ("c4_local", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
         ("c4_local", "empty", ["training.dataset_path = ", "empty", "c4-train"]),
         ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),

@@ -78,17 +78,7 @@ def test_an_override_that_does_not_exist_is_named_beside_the_nearest_that_does()
     assert "--lighthouse.level=3" in said and "--lighthouse.levels INT" in said
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("levels", 1),
-        ("pooling_factor", 3),
-        ("top_k", 100),
-        ("tile_winners", 5),
-        ("scorer", "random"),
-        ("rope", "later"),
-    ],
-)
+@pytest.mark.parametrize("field, value", [("levels", 1), ("rope", "later")])
 def test_a_setting_that_is_never_legal_stops_the_parsing(write, field, value):
     assert f"{field} = {value!r}" in refusal(STAGE1, f"--lighthouse.{field}={value}")
     assert f"{field} = {value!r}" in refusal(write(f"[lighthouse]\n{field} = {value!r}\n"))

@@ -72,6 +72,7 @@ def estimate(*settings, n_gpus=1, config="configs/530m/stage1.toml"):
     return sum(peak_memory(job, args, parallel_dims(job, n_gpus)).values())
 
 
+@pytest.mark.slow
 def test_the_estimate_grows_with_what_is_kept_and_shrinks_with_what_is_shared(monkeypatch):
     modes = ["full", "selective", "none"]
     by_mode = [estimate(f"activation_checkpoint.mode={mode}") for mode in modes]

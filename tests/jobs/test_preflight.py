@@ -108,6 +108,7 @@ def test_every_job_is_good_on_as_many_gpus_as_it_has_sequences_for(check, file):
     is_good(check, file, n_gpus=min(8, sequences // training.local_batch_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_gpus, configs, n_nodes, overrides", LAUNCHES)
 def test_documented_launches_are_good(check, n_gpus, configs, n_nodes, overrides):
     for stage in ("stage1", "dense"):  # stage 2 is dense too
@@ -307,6 +308,7 @@ def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, t
     assert plan._checkpoints_to_come(planned) == most - there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "gpu_memory", "words", "remedy"),
     [

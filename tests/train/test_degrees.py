@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers import ring_attention  # noqa: F401
 from helpers.launches import in_group
 from helpers.models import build, parse
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -18,10 +19,12 @@ STEPS, SEQUENCES, SEQ_LEN = 2, 8, 256  # sequences a step
 SETTINGS = [
     *("--checkpoint.no_enable", f"--training.seq_len={SEQ_LEN}", f"--training.global_batch_size={SEQUENCES}"),
     *("--lighthouse.top_k=16", "--lighthouse.tile_winners=4", f"--training.steps={STEPS}"),
+    *("--lighthouse.dense_layers", "0"),
     *("--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--training.max_norm=0.1"),
     *("--validation.enable", "--validation.dataset=passkey", "--validation.dataset_path=255"),
     *(f"--validation.seq_len={SEQ_LEN}", "--validation.steps=1"),
 ]
+BALANCED = "--parallelism.context_parallel_load_balancer headtail"
 WAYS = {  # of four ranks: replicate, shard and context parallel, and other settings
     "replicas": (4, 1, 1, ""),
     "compiled replicas": (4, 1, 1, "--compile.enable --compile.backend=aot_eager"),
@@ -31,6 +34,8 @@ WAYS = {  # of four ranks: replicate, shard and context parallel, and other sett
     "replicated shards": (2, 2, 1, "--parallelism.fsdp_no_sync"),
     "replicas that share sequences": (2, 1, 2, ""),
     "shards that share sequences": (1, 2, 2, ""),
+    "balanced sequences": (1, 2, 2, BALANCED),
+    "rings that share sequences": (1, 2, 2, f"{BALANCED} --parallelism.context_parallel_rotate_method alltoall"),
 }
 
 

@@ -32,5 +32,6 @@ def validators(rank):
     assert 0 < (labels != -100).float().mean() < 0.05  # the answers alone, as in training
 
 
+@pytest.mark.slow
 def test_ranks_validate_on_as_many_batches_each_and_on_what_training_counts():
     in_group(validators, 2)

@@ -24,8 +24,7 @@ from torchtitan_ext.data.unpickling import load_plain
 class TextDataset(HuggingFaceTextDataset):
     """torchtitan's data set, but streams resume after a re-loop, and map-style data has a new order in each pass.
 
-    Of passkey documents only the answers are labels. skip_damaged: leave out what `read_documents` yields as damage;
-    otherwise its first stops the run.
+    Of passkey documents only the answers are labels. skip_damaged: go on after what `read_documents` yields as damage.
     """
 
     def __init__(self, *args: Any, skip_damaged: bool = False) -> None:

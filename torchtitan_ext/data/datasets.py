@@ -46,8 +46,6 @@ OTHER_FORMATS = "docs/data.md, section 5, says how to train on other formats"
 
 def c4_files(dataset_path: str) -> list[str]:
     """The gzip'd JSON-lines files of a copy of allenai/c4, given its root or `en`. Raises ValueError without any."""
-    if not dataset_path:
-        raise ValueError("training.dataset_path is not set: c4_local needs the folder that holds en/c4-train.*.json.gz")
     root = _folder(dataset_path)
     pattern = "c4-train.*.json.gz"
     files = sorted(root.glob(f"en/{pattern}")) or sorted(root.glob(pattern))
@@ -75,9 +73,13 @@ def read_documents(file: str) -> Iterator[dict[str, str]]:
         with gzip.open(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    sample = _sample_of_line(line)
-                except ValueError as error:
-                    sample = {"damage": f"{file}, line {number}: {error}", "file": file}
+                    content = line.decode().strip().strip("\ufeff")
+                    sample = {"text": json.loads(content)["text"]} if content else {}
+                    for text in sample.values():
+                        text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
+                except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+                    what = f'not a JSON object in UTF-8 with a string "text" ({type(error).__name__}: {error})'
+                    sample = {"damage": f"{file}, line {number}: {what}", "file": file}
                 yield sample
     except corrupt as error:
         yield {"damage": f"{file}, after line {number}: {error}", "file": file}
@@ -156,19 +158,6 @@ def _what_lies_in(root: Path) -> str:
         return "it holds no file"
     largest = max(files, key=os.path.getsize).relative_to(root)
     return f"it holds {len(files):,} files, '{largest}' the largest; {OTHER_FORMATS}"
-
-
-def _sample_of_line(line: bytes) -> dict[str, str]:
-    try:
-        content = line.decode().strip().strip("\ufeff")
-        if not content:
-            return {}
-        text = json.loads(content)["text"]
-        text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f'not a JSON object in UTF-8 with a string "text" ({reason})') from error
-    return {"text": text}
 
 
 def pieces_of_document(text: str) -> list[str]:

@@ -55,8 +55,8 @@ def passkey_documents(dataset_path: str) -> Dataset:
 def passkey_text(sample: dict[str, int]) -> str:
     """The document of a row: the same needle again and again in filler, the last at its end.
 
-    Every needle after the first is a question with its answer. Their number is drawn log-uniformly from 2 to as many
-    as fit, so some are near enough to learn from early, and some at opposite ends of the document.
+    Every needle after the first asks and answers. Their number is drawn log-uniformly from 2 to as many as fit, so some
+    are near enough to learn from early, and some at opposite ends.
     """
     rng = random.Random(f"passkey {sample['index']}")
     hidden = needle(rng.choice(DIGITS))

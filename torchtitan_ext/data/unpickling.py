@@ -1,9 +1,8 @@
 """Limit what a resumed run unpickles to plain data, tensors and the classes of a checkpoint's metadata.
 
-A pickle names the functions that build it, and loading it calls them; a checkpoint lies on a disk that others may
-write to. torch unpickles without a limit, and without a setting for one, in two places: `.metadata`, and
-`torch.load(..., weights_only=False)` of what is no tensor. torchtitan does in a third, the data position, which
-`data/dataloader.py` reads with `load_plain` first.
+A pickle names functions, and loading it calls them; others may write to a checkpoint's disk. torch unpickles without a
+limit in two places: `.metadata`, and `torch.load(..., weights_only=False)` of what is no tensor. torchtitan does in a
+third, the data position, which `data/dataloader.py` reads with `load_plain` first.
 """
 
 import io

@@ -41,10 +41,9 @@ def environment_problems() -> Iterator[str]:
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            yield f"{requirement.name} is not installed, {DISTRIBUTION} needs {needed}"
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            yield f"{requirement.name} is {version}, {DISTRIBUTION} needs {needed}"
+            version = None
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            yield f"{requirement.name} is {version or 'not installed'}, {DISTRIBUTION} needs {needed}"
     try:
         check_patched()
     except (PatchingError, OSError) as error:

@@ -27,7 +27,7 @@ def lock_folders(job_config: JobConfig) -> None:
 
 
 def lock(field: str, path: Path) -> IO[str]:
-    """The locked file `path`; closing it, or the end of this process, releases the lock. No child inherits it.
+    """The locked file `path`, until it is closed or this process ends; no child inherits the lock.
 
     Raises ValueError where another process holds it, naming that and `field`, which led there.
     """

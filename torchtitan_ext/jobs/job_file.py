@@ -20,10 +20,7 @@ DEFAULTS = {"job": {"custom_config_module": OwnSections.__module__}}
 
 
 def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The sections of a TOML file, on top of those of the file that it `extends`, whose path counts from its folder.
-
-    Raises ValueError, naming the file.
-    """
+    """The sections of a TOML file, over those of the file beside it that it `extends`. Raises ValueError, naming it."""
     file = Path(file)
     if file.resolve() in extending:
         raise ValueError(f"{file}: extends itself, by way of {', '.join(map(str, extending))}; break that circle")
@@ -51,10 +48,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job of a TOML file and torchtitan arguments, parsed but not checked, and what it imports imported.
-
-    Raises ValueError, naming the file. torchtitan answers what is wrong with a traceback, or much later.
-    """
+    """The job of a TOML file and torchtitan arguments, not checked, and what it imports imported. Raises ValueError."""
     sections = merged(DEFAULTS, read_toml(config_file))
     where = " ".join([str(config_file), *overrides])
     try:

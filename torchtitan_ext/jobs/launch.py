@@ -57,7 +57,7 @@ def torchrun(nproc: int, config_file: str | Path) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment for a training, with what is better set and its user has not."""
+    """This process's environment for a training, with what is better set unless its user has."""
     ours = {
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow down others of a shared CPU
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed ones leave gaps that no long activation fits into
@@ -73,8 +73,7 @@ def training(command: list[str], log_file: Path, **environment: str) -> Iterator
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    # nohup ignores SIGHUP, which holds here too
-    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # as nohup sets it
     before = {s: signal.signal(s, interrupt) for s in ends}
     try:
         with (

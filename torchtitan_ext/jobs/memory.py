@@ -52,12 +52,8 @@ def no_estimate_reason(job_config: JobConfig, dims: ParallelDims) -> str | None:
 def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: ParallelDims) -> dict[str, float]:
     """GiB that the allocator of one GPU reserves at a step's peak, by what takes them; the sum is the estimate.
 
-    Args:
-        job_config: a job without a `no_estimate_reason`.
-        args: the model's, with the job's settings.
-        dims: how the ranks share the work.
-
-    As measured with FSDP's mixed precision, AdamW, Liger-Kernel's loss and expandable segments.
+    Of a job without a `no_estimate_reason`, with FSDP's mixed precision, AdamW, Liger-Kernel's loss and expandable
+    segments. args: the model's, with the job's settings.
     """
     training = job_config.training
     width = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize

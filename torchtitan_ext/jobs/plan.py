@@ -24,7 +24,6 @@ from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequence
 
 MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
-SMALL = 100_000_000  # parameters: of fewer, the MFU is another
 H200 = ("NVIDIA H200", 139.0)  # GiB
 
 
@@ -203,7 +202,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
 def _time(plan: Plan, tokens: int, gpu: str, tok_s: float | None) -> str:
     source = "as given"
     if not tok_s:
-        if plan.n_params <= SMALL or not plan.job.compile.enable:
+        if plan.n_params <= 100_000_000 or not plan.job.compile.enable:
             return "no estimate: small models, or without compile.enable, were not measured; --tok-s gives the speed"
         mfu = MFU.get(plan.job.activation_checkpoint.mode, MFU["full"])
         tok_s = mfu / 100 * get_peak_flops(gpu) / plan.flops

@@ -152,7 +152,7 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
     elif step in (-1, *steps) and (rewritten := _rewrite_problem(job_config, step)):
         yield rewritten
     elif step in steps and step > total:
-        yield f"training.steps = {total}: {folder} holds a run past it, at step {step}; raise it, or delete {folder}"
+        yield f"training.steps = {total}: {folder} is past it, at step {step}; raise it, or change job.dump_folder"
     elif path:
         field = "job.dump_folder" if load_step == -1 else f"checkpoint.load_step = {load_step}"
         yield from _state_problems(job_config, dims, field, path)

@@ -52,7 +52,9 @@ def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[s
     if base and (rates := saved.get("lr_scheduler._last_lr")):
         step, rate = saved.get("lr_scheduler.last_epoch", 0), rates[0]
         with suppress(Exception):  # torchtitan will refuse these settings
-            rate = base * _scale(job_config, step)
+            optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
+            schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, max(0, job_config.training.steps))
+            rate = base * schedulers.schedulers[0].lr_lambdas[0](step)
         if not isclose(rate, rates[0], rel_tol=1e-6):
             schedule = job_config.lr_scheduler
             names = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor", "total_steps")
@@ -62,10 +64,3 @@ def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[s
                 f"from {rates[0]:.3g} to {rate:.3g} at step {step}, where {path} goes on; set them as they were when "
                 f"it was trained{on_purpose}"
             )
-
-
-def _scale(job_config: JobConfig, step: int) -> float:
-    """torchtitan's rate after `step` steps, as a multiple of `optimizer.lr`."""
-    optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
-    schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, max(0, job_config.training.steps))
-    return schedulers.schedulers[0].lr_lambdas[0](step)

@@ -63,16 +63,14 @@ class LighthouseTrainer(Trainer):
             logger.warning(problem)
         check_job(job_config)
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            # Ranks whose torchrun was killed would train on, into the folder where the next launch continues:
-            # they get a SIGTERM, save and end.
+            # Ranks whose torchrun is killed get SIGTERM, else they train on where the next launch continues.
             _prctl_pr_set_pdeathsig(signal.SIGTERM)
         checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
         if is_first:
             lock_folders(job_config)
             if checkpoint.enable and not checkpoint.load_only:
                 remove_half_saved(checkpoint_folder(job_config))
-            # torchtitan's job.save_config_file comes before the check: a refused job would replace the config
-            # of the run that its folder holds.
+            # torchtitan's job.save_config_file comes before the check: a refused job would replace the run's.
             write_config(job_config)
         excluded = excluded_states(job_config, parallel_dims(job_config, n_ranks) if n_ranks else None)
         if loaded := sorted({*checkpoint.exclude_from_loading} - {*excluded}):
@@ -98,18 +96,13 @@ class LighthouseTrainer(Trainer):
 
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
         self.microbatch += 1
-        if self.job_config.parallelism.fsdp_no_sync:
-            self._sync_gradients(self.microbatch == self.gradient_accumulation_steps)
-        return super().forward_backward_step(**batch)
-
-    def _sync_gradients(self, sync: bool) -> None:
-        """Whether the next backward pass reduces gradients and frees the weights that forward left gathered."""
-        never = self.job_config.parallelism.fsdp_reshard_after_forward == "never"
-        for module in self.model_parts:
+        parallelism, is_last = self.job_config.parallelism, self.microbatch == self.gradient_accumulation_steps
+        for module in self.model_parts if parallelism.fsdp_no_sync else ():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(sync)
-                if never:
-                    module.set_reshard_after_backward(sync)
+                module.set_requires_gradient_sync(is_last)
+                if parallelism.fsdp_reshard_after_forward == "never":
+                    module.set_reshard_after_backward(is_last)  # frees the weights that forward left gathered
+        return super().forward_backward_step(**batch)
 
     def update_parameters(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         self._share_outcome(loss.detach(), grad_norm)
@@ -135,9 +128,9 @@ class LighthouseTrainer(Trainer):
         self.outcomes.append((self.step, on_host, arrival))
 
     def _check_outcomes(self, but_last: int = 0) -> bool:
-        """Whether the steps not checked yet, all but the last `but_last`, were finite; waits until the host knows.
+        """Whether the steps not checked yet, all but the last `but_last`, were finite; all ranks get the same answer.
 
-        All ranks get the same answer. Raises RuntimeError for more in a row than training.skip_nonfinite_steps.
+        Raises RuntimeError for more in a row that were not than training.skip_nonfinite_steps.
         """
         all_finite = True
         while len(self.outcomes) > but_last:
