@@ -49,8 +49,7 @@ class Soak:
             raise ValueError(f"--steps {self.steps}: give {3 * SAMPLE} or more")
         if self.kills >= self.steps - self.interval:
             raise ValueError(
-                f"--kills {self.kills}: they come before the last checkpoint, so --steps {self.steps} less --interval "
-                f"{self.interval} must be more"
+                f"--kills {self.kills}: give fewer than --steps less --interval, {self.steps - self.interval}"
             )
         if self.output.exists():
             raise ValueError(f"{self.output} holds the runs of an earlier soak: delete it, or name another --output")

@@ -107,7 +107,7 @@ WRONG = [
     ("bench_train", [*BENCH, "a", "{}/empty"], ["{}/empty", "path of a job file"]),
     ("write_settings", ["--output", "{}/empty"], ["{}/empty: Is a directory; give a file"]),
     ("soak", ["--steps", 10], ["--steps 10: give 60 or more"]),
-    ("soak", ["--steps", 60], ["--kills 20", "--interval 50", "more"]),
+    ("soak", ["--steps", 60], ["--kills 20", "fewer than", "10"]),
     ("soak", ["--output", "{}/empty"], ["{}/empty holds the runs", "delete it, or name"]),
     ("soak", ["--output", "{}/file/x"], ["{}/file/x/undisturbed: Not a", "choose"]),
 ]

@@ -16,11 +16,7 @@ MOUNT = "mount what lies there, or copy it, and give its path"
 REMEDIES = {
     errno.ENOENT: "give one that exists",
     errno.EISDIR: "give a file",
-    errno.ENOTDIR: "choose another path, whose parents are folders",
     errno.EEXIST: "choose another path, or move what is there",
-    errno.EACCES: "choose another path, or change its permissions",
-    errno.EPERM: "choose another path, or change its permissions",
-    errno.EROFS: "choose another path",
     errno.ENOSPC: "make room there, or choose another path",
 }
 
@@ -71,7 +67,7 @@ def end(error: BaseException, program: str) -> int:
         )
     elif isinstance(error, OSError) and error.errno is not None:
         file = f"{error.filename}: " if error.filename is not None else ""
-        reason = f"{file}{error.strerror}; {REMEDIES.get(error.errno, 'correct that, and call again')}"
+        reason = f"{file}{error.strerror}; {REMEDIES.get(error.errno, 'choose another path, or correct that')}"
     elif isinstance(error, CommandFailed):
         code = 1
     elif not isinstance(error, (OSError, ValueError)):
