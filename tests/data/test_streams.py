@@ -331,12 +331,10 @@ def test_needs_no_network(dataset, tmp_path, monkeypatch):
         ("c4_local", None, ["training.dataset_path = ''", "not a folder"]),
         ("c4_local", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
         ("c4_local", "empty", ["training.dataset_path = ", "empty", "c4-train"]),
-        ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
         ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
         ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
         ("c4_test", "missing", ["training.dataset = ", "missing", "training.dataset_path"]),
         ("c4_local", "other", ["c4-train", "2 files", "'data/1.parquet' the largest", "docs/data.md"]),
-        ("python_source", "other", [".py", "2 files", "'data/1.parquet'", "docs/data.md"]),
         ("c4_local", "other/data/1.parquet", ["not a folder", "docs/data.md"]),
     ],
 )

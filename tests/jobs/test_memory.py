@@ -98,10 +98,8 @@ def test_the_estimate_grows_with_what_is_kept_and_shrinks_with_what_is_shared(mo
     ("settings", "words"),
     [
         (["compile.no_enable"], "compile.enable = false"),
-        (["compile.components=model"], "compile.components = ['model']"),
         (["activation_checkpoint.mode=memory_budget"], "'memory_budget'"),
         (["parallelism.tensor_parallel_degree=2"], "tensor_parallel_degree = 2"),
-        (["parallelism.pipeline_parallel_degree=2"], "pipeline_parallel_degree = 2"),
         (["parallelism.data_parallel_replicate_degree=2", "parallelism.data_parallel_shard_degree=1"], "without FSDP"),
         (["training.enable_cpu_offload"], "enable_cpu_offload"),
     ],

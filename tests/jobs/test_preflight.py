@@ -6,8 +6,8 @@ import logging
 import re
 import shutil
 import sys
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed.checkpoint as dcp
@@ -254,58 +254,41 @@ def test_the_first_documents_are_read(only_problem, check, tmp_path):
 
 
 def test_a_sequence_of_the_validation_data_is_read(only_problem, check, tmp_path):
-    names = [f"{number}.txt" for number in range(1000)]
-    for name in names:
-        (tmp_path / name).write_text(name)
-    arguments = ["--validation.enable", "--validation.dataset=python_source_validation"]
+    arguments = ["--validation.enable", "--validation.dataset=python_source_validation", "--validation.steps=-1"]
     arguments += [f"--validation.dataset_path={tmp_path}", "--validation.seq_len=4096"]
-    only_problem(*arguments, "--validation.steps=-1", words=["not one sequence", "4096"])
-    for name in names:
-        (tmp_path / name).write_text(name * 1000)
-    assert check(*arguments, "--validation.steps=-1")[0] == 0
+    for length in (1, 1000):
+        for name in (f"{number}.txt" for number in range(1000)):
+            (tmp_path / name).write_text(name * length)
+        if length == 1:
+            only_problem(*arguments, words=["not one sequence", "4096"])
+    assert check(*arguments)[0] == 0
     words = ["validation.dataset_path", "no document for data-parallel rank 63"]
     only_problem(*arguments, "--nproc=64", "--training.global_batch_size=64", words=words)
 
 
 def test_the_disk_must_hold_the_checkpoints_to_come(check, only_problem, monkeypatch):
-    Usage = namedtuple("Usage", "total used free")
     job, args = job_of(TEXT)
     n_bytes = 12 * sum(p.numel() for p in meta_model(args).parameters())
     held = n_bytes * (job.checkpoint.keep_latest_k + 1)
-    for free, fits in [(held, True), (held - 1, False)]:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(free, 0, free))
-        if fits:
-            assert check()[0] == 0
-        else:
-            only_problem(words=["job.dump_folder", "checkpoint.keep_latest_k"])
-            assert check("--checkpoint.no_enable", "--checkpoint.initial_load_path=None")[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=held))
+    assert check()[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=held - 1))
+    only_problem(words=["job.dump_folder", "checkpoint.keep_latest_k"])
+    assert check("--checkpoint.no_enable", "--checkpoint.initial_load_path=None")[0] == 0
 
 
-@pytest.mark.parametrize("keep", [0, 2])
-@pytest.mark.parametrize("there", [0, 1, 3])
-@pytest.mark.parametrize("steps", [1, 10, 35])
-def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, there, steps):
-    folders = [f"checkpoint/step-{10 * n}" for n in range(1, there + 1)]
-    for folder in folders:
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / ".metadata").touch()
-    job, args = job_of(
-        "configs/text/dense.toml",
-        *(f"job.dump_folder={tmp_path}", f"training.steps={10 * there + steps}"),
-        *("checkpoint.interval=10", f"checkpoint.keep_latest_k={keep}"),
-    )
-    planned = plan.Plan(job, parallel_dims(job, 1), args, n_params=1, flops=1)
-
-    held = list(range(there))
-    most = there
-    for step in range(10 * there + 1, 10 * there + steps + 1):
-        if step % 10 == 0 or step == job.training.steps:
-            held.append(step)
-            most = max(most, len(held))
-            held = held[-keep:] if keep else held
-    if keep and there > keep:  # kept by other settings; after the first save they go
-        most = there + 1
-    assert plan._checkpoints_to_come(planned) == most - there
+@pytest.mark.parametrize(
+    "keep, there, steps, more",
+    # the oldest goes after the next is written; of more than are kept, all go after the first save
+    [(0, 0, 1, 1), (0, 3, 35, 4), (2, 0, 35, 3), (2, 1, 35, 2), (2, 3, 35, 1)],
+)
+def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, there, steps, more):
+    for n in range(1, there + 1):
+        (tmp_path / f"checkpoint/step-{10 * n}").mkdir(parents=True)
+        (tmp_path / f"checkpoint/step-{10 * n}/.metadata").touch()
+    settings = f"job.dump_folder={tmp_path}", f"training.steps={10 * there + steps}", f"checkpoint.keep_latest_k={keep}"
+    job, args = job_of("configs/text/dense.toml", "checkpoint.interval=10", *settings)
+    assert plan._checkpoints_to_come(plan.Plan(job, parallel_dims(job, 1), args, n_params=1, flops=1)) == more
 
 
 @pytest.mark.slow

@@ -172,14 +172,7 @@ def test_a_seed_checkpoint_is_only_weights_and_must_be_complete(job, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value", "saved"),
-    [
-        ("name", "Adam", "AdamW"),
-        ("lr", 1e-3, 1e-2),
-        ("beta1", 0.8, 0.9),
-        ("beta2", 0.99, 0.95),
-        ("eps", 1e-6, 1e-8),
-        ("weight_decay", 0.3, 0.1),
-    ],
+    [("name", "Adam", "AdamW"), ("lr", 1e-3, 1e-2), ("beta2", 0.99, 0.95), ("weight_decay", 0.3, 0.1)],
 )
 def test_another_optimizer_than_the_checkpoints_must_be_asked_for(launch, field, value, saved, tmp_path):
     path, job = launch()
