@@ -39,6 +39,7 @@ def n_skipped(data):
 damaged_files = st.lists(st.sampled_from([None, *SKIPPED]), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(kinds=damaged_files.map(lambda kinds: [*kinds, None]))
 def test_what_is_left_is_every_intact_document_in_order(kinds):
@@ -50,6 +51,7 @@ def test_what_is_left_is_every_intact_document_in_order(kinds):
         assert n_skipped(data) == sum(map(bool, kinds))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     kinds=damaged_files.map(lambda kinds: [None, *kinds]),
@@ -117,6 +119,7 @@ def test_every_damage_is_skipped_by_one_rank(tmp_path):
         assert sum(map(n_skipped, ranks)) == sum(map(bool, kinds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capfd, caplog):
     path, _ = write_damaged(tmp_path, ["no JSON", None, "cut short"])

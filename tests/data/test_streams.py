@@ -84,6 +84,7 @@ def test_documents_are_kept_apart_and_can_not_spell_what_does_it(tmp_path, layou
 texts = st.lists(st.integers(0, 40).map(lambda n: ("é<bos>text " * n)[:n]), max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     dataset=st.sampled_from(LOCAL),

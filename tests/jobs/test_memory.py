@@ -30,6 +30,7 @@ def test_the_estimates_are_near_what_was_measured(row, monkeypatch):
     assert MFU[job.activation_checkpoint.mode] == pytest.approx(row["mfu"], abs=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("lighthouse", [False, True])
 def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, mode, lighthouse):

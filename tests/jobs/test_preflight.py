@@ -101,6 +101,7 @@ def is_good(check, file, *overrides, n_gpus):
     assert "GiB per GPU" in report or "no estimate: compile.enable = false" in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_job_is_good_on_as_many_gpus_as_it_has_sequences_for(check, file):
     training = job_of(str(file))[0].training
@@ -142,6 +143,7 @@ def version_of(**changed):
     return version
 
 
+@pytest.mark.slow
 def test_versions_are_held_against_the_supported_ones(check, only_problem, monkeypatch, caplog, tmp_path):
     job, _ = job_of(TEXT, f"job.dump_folder={tmp_path}")
     [pin] = re.findall(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
@@ -207,6 +209,7 @@ def test_a_number_that_nothing_can_be_derived_from_is_a_problem_beside_others(ch
         assert setting.replace("=", " = ") in problems and "books" in problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degree", [1, 3])
 def test_each_rank_reads_on_where_it_stopped_at_the_checkpoint(check, tmp_path, degree):
     job, _ = job_of(TEXT)

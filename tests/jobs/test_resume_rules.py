@@ -250,6 +250,7 @@ def test_a_broken_checkpoint_or_a_run_to_start_from_is_answered_with_a_complete_
 places = st.floats(0, 1, exclude_max=True)  # of the file
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cut=places | st.just(1.0), changes=st.dictionaries(places, st.binary(max_size=2), max_size=3))
 def test_no_damage_of_metadata_gets_past_the_check_with_another_error(tmp_path_factory, cut, changes):
