@@ -22,8 +22,8 @@ from torchtitan_ext.console import make_folder
 from torchtitan_ext.experiment.timing import copy_gb_s, interleaved_times_ms, kernels_ms, this_machine, times_ms
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
-from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.config import SCORERS
+from torchtitan_ext.lighthouse.kernels import causal_attention
 from torchtitan_ext.progress import Display
 
 ON_GPU = torch.cuda.is_available()
@@ -172,10 +172,10 @@ class BenchAttention:
 def attention(q, k, v, *, enable_gqa=False):
     """Causal SDPA, on a GPU by cuDNN, else flash."""
     if not ON_GPU:
-        return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
+        return causal_attention(q, k, v, enable_gqa=enable_gqa)
     backends = [torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION]
     with torch.nn.attention.sdpa_kernel(backends, set_priority=True):
-        return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
+        return causal_attention(q, k, v, enable_gqa=enable_gqa)
 
 
 def forward_backward(function, inputs, grad):

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.distributed.context_parallel import apply_cp_to_attention_module, prepare_context_parallel_input
 
 from torchtitan_ext.lighthouse import LighthouseConfig, context_parallel, lighthouse_attention
-from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.context_parallel import context_parallel_attention
+from torchtitan_ext.lighthouse.kernels import causal_attention
 from torchtitan_ext.lighthouse.ulysses import UlyssesAttention, chunk_order
 from torchtitan_ext.model import Lighthouse
 from torchtitan_ext.model.model import LighthouseSelfAttention
@@ -63,7 +63,7 @@ def compare(config, group, load_balance):
         config=config,
         mesh=mesh(),
         load_balance=load_balance,
-        attention=UlyssesAttention(causal_sdpa, mesh(), load_balance),
+        attention=UlyssesAttention(causal_attention, mesh(), load_balance),
         freqs_cis=table,
     )
     out = attend(*own)
@@ -123,7 +123,7 @@ def modules_agree(device, dtype, backend, bound):
         if ring:
             apply_cp_to_attention_module([shared.inner_attention], mesh(device), "sdpa")
         else:
-            shared.inner_attention = UlyssesAttention(causal_sdpa, mesh(device), load_balance)
+            shared.inner_attention = UlyssesAttention(causal_attention, mesh(device), load_balance)
         tokens = torch.zeros(1, seq_len, device=device, dtype=torch.long)
         extra = prepare_context_parallel_input(*(tokens, tokens, {}, mesh(device), torch.device(device), balancer))[2]
         own, own_weights, own_expected = (shards(t.detach(), load_balance)[rank] for t in (x, weights, expected))

@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention, select_entries, torch_ops
-from torchtitan_ext.lighthouse.attention import LighthouseAttention, causal_sdpa
+from torchtitan_ext.lighthouse.attention import LighthouseAttention
+from torchtitan_ext.lighthouse.kernels import causal_attention
 from torchtitan_ext.lighthouse.naive import naive_attention, naive_select
 
 SMALL = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, tile_winners=8)
@@ -129,7 +130,7 @@ def test_the_first_entry_wins_at_every_level_even_with_the_lowest_score():
 
 
 def test_attention_is_one_call_on_the_gathered_rows():
-    attend = Mock(wraps=causal_sdpa)
+    attend = Mock(wraps=causal_attention)
     lighthouse_attention(*qkv(256, 2, 2, 3), SMALL, attention=attend)
     [call] = attend.call_args_list
     gathered = SMALL.gathered_len(256)

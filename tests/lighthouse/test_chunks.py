@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention, torch_ops, triton_ops
-from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel, context_parallel_attention
+from torchtitan_ext.lighthouse.kernels import causal_attention
 from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 
 SEQ_LEN = 2048
@@ -41,7 +41,7 @@ def test_inputs_that_do_not_fit_are_named_on_every_rank():
     for rank, load_balance in product((0, 1), (True, False)):
         mesh = Mock(**{"size.return_value": 2, "get_local_rank.return_value": rank})
         attend = partial(
-            context_parallel_attention, config=config, mesh=mesh, load_balance=load_balance, attention=causal_sdpa
+            context_parallel_attention, config=config, mesh=mesh, load_balance=load_balance, attention=causal_attention
         )
         with pytest.raises(ValueError, match=r"must be \[B, N, H, D\]"):
             attend(q, k[:, :-2], v[:, :-2])
@@ -97,4 +97,4 @@ def test_heads_that_ranks_cannot_share_are_named():
     mesh = Mock(**{"size.return_value": 2})
     q, k, v = (x.transpose(1, 2) for x in qkv(8, n_kv_heads=3))
     with pytest.raises(ValueError, match=r"3 heads and 3 KV heads .* to 2 ranks, but to 1, 3"):
-        UlyssesAttention(causal_sdpa, mesh, False)(q, k, v)
+        UlyssesAttention(causal_attention, mesh, False)(q, k, v)

@@ -15,7 +15,7 @@ from torch.export import Dim, export
 
 from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, torch_ops, triton_ops
 from torchtitan_ext.lighthouse import attention as layer
-from torchtitan_ext.lighthouse.attention import causal_sdpa
+from torchtitan_ext.lighthouse.kernels import causal_attention
 from torchtitan_ext.lighthouse.naive import naive_attention
 from torchtitan_ext.lighthouse.scorers import norm_scores
 
@@ -85,7 +85,7 @@ def poisoned():
 def attend(q, k, v, *, enable_gqa):
     """Causal SDPA that needs no S x S matrix, for any dtype and grouping."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return causal_sdpa(q, k, v)
+    return causal_attention(q, k, v)
 
 
 def layer_and_gradients(tensors, config, freqs_cis=None, **kwargs):
@@ -269,7 +269,7 @@ def test_output_has_the_dtype_of_q_under_autocast(either_path):
     seen = []
 
     def attention(*tensors, **kwargs):
-        seen.append(causal_sdpa(*tensors, **kwargs))
+        seen.append(causal_attention(*tensors, **kwargs))
         return seen[0]
 
     with torch.autocast(DEVICE, torch.bfloat16):

@@ -103,7 +103,7 @@ def test_compile_without_a_graph_break_forward_and_backward(scorer, rope):
 def test_are_a_well_formed_torch_library_operator(scorer, dilation):
     for batch, seq_len in [(1, 64), (2, 64), (2, dilation)]:
         inputs = [x.detach() for x in qkv(seq_len, batch, 2, 2, 8, torch.float32)]
-        torch.library.opcheck(torch.ops.lighthouse.attention_scores.default, (*inputs, scorer, dilation))
+        torch.library.opcheck(torch.ops.lighthouse.attention_scores.default, (*inputs, scorer, dilation, "sdpa"))
 
 
 @pytest.mark.parametrize("scorer", SCORERS)

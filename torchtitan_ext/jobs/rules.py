@@ -19,7 +19,7 @@ from torchtitan_ext.data import check_dataset
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.ulysses import check_heads
-from torchtitan_ext.model import LighthouseModelArgs, flavors
+from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
 
 from .resume import checkpoint_problems, data_parallel_degree
 from .schedule import optimizer_problems
@@ -38,8 +38,16 @@ def check_job(job_config: JobConfig) -> None:
 
     Every rank reads the same files and comes to the same answer.
     """
-    if problems := job_problems(job_config, launched_ranks()):
+    if problems := job_problems(job_config, launched_ranks()) or [*kernel_problems(job_config)]:
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
+
+
+def kernel_problems(job_config: JobConfig) -> Iterator[str]:
+    """That the kernel which the job names can't run on this machine."""
+    try:
+        choose_kernel(job_config)
+    except ValueError as error:
+        yield str(error)
 
 
 def launched_ranks() -> int | None:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import torch_ops
 from .config import LighthouseConfig
+from .kernels import causal_attention
 from .torch_ops import Selection, entries, gathered_rows
 
 try:
@@ -17,11 +17,6 @@ except ImportError:  # no Triton on this platform: the torch path serves it
     triton_ops = None  # type: ignore[assignment]
 
 Attention = Callable[..., Tensor]
-
-
-def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
-    """The stock kernel, causal: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
 def ops_for(x: Tensor) -> ModuleType:
@@ -62,16 +57,25 @@ def check_inputs(
 
 @torch.no_grad()
 def select_slots(
-    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None, starts: Sequence[int] = (0,)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: LighthouseConfig,
+    freqs_cis: Tensor | None,
+    attention: Attention = causal_attention,
+    starts: Sequence[int] = (0,),
 ) -> Tensor:
     """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw.
+
+    The scorer `dilated` attends by the kernel that `attention.kernel` names, else by the first of torch's that can.
 
     For chunks of a sequence, which only the scorer `norm` can score, `starts` is as in `torch_ops`."""
     ops = ops_for(q)
     if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":
         table = freqs_cis[: q.shape[1]].unsqueeze(1)  # norms don't change under rotation
         q, k = torch_ops.rotate(q, table), torch_ops.rotate(k, table)
-    return ops.select(ops.score(q, k, v, config), config, starts)
+    scores = ops.score(q, k, v, config, getattr(attention, "kernel", "sdpa"))
+    return ops.select(scores, config, starts)
 
 
 def call_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def lighthouse_attention(
     config: LighthouseConfig,
     *,
     freqs_cis: Tensor | None = None,
-    attention: Attention = causal_sdpa,
+    attention: Attention = causal_attention,
 ) -> Tensor:
     """Hierarchical attention over an adaptively gathered short sequence; for training only.
 
@@ -133,7 +137,7 @@ def lighthouse_attention(
     """
     check_inputs(q, k, v, config, freqs_cis)
     ops = ops_for(q)
-    slots = select_slots(q, k, v, config, freqs_cis)
+    slots = select_slots(q, k, v, config, freqs_cis, attention)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config)
     return ops.scatter(call_attention(attention, q, k, v), slots, config)
 
@@ -141,7 +145,7 @@ def lighthouse_attention(
 class LighthouseAttention(nn.Module):
     """`lighthouse_attention` as a module without parameters: the settings and `attention` are as there."""
 
-    def __init__(self, config: LighthouseConfig, attention: Attention = causal_sdpa) -> None:
+    def __init__(self, config: LighthouseConfig, attention: Attention = causal_attention) -> None:
         super().__init__()
         self.config, self.attention = config, attention
 

@@ -89,7 +89,7 @@ def context_parallel_attention(
     batch, per_rank, chunk_len = q.shape[0], len(chunks), q.shape[1] // len(chunks)
     starts = [chunk * chunk_len for chunk in chunks]
     q, k, v = (x.unflatten(1, (per_rank, chunk_len)).flatten(0, 1) for x in (q, k, v))
-    slots = select_slots(q, k, v, config, freqs_cis, starts)
+    slots = select_slots(q, k, v, config, freqs_cis, starts=starts)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config, starts)
     out = call_attention(attention, q, k, v)
 

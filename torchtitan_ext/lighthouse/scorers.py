@@ -10,19 +10,13 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import LighthouseConfig
+from .kernels import causal_attention
 
 LOG_GATE = math.log(0.5) / 16
 """Log of what `gla` keeps of its state per token: log(sigmoid(0)) / 16, for every head."""
 
-_SDPA_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,  # fp32 on a GPU
-    SDPBackend.MATH,
-]
 _GLA_CHUNK = 128  # tokens; about head_dim, where pairs in a chunk and states take equal memory
 _HAS_FLA = find_spec("fla") is not None
 
@@ -49,13 +43,6 @@ def output_scores(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
     n_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
     k, v = (x.unsqueeze(3).expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (k, v))
     return norm_scores(attend(q, k, v), attend(k, q, v), n_kv_heads)
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal, through the stock kernel: three [B, N, H, D] -> [B, N, H, D]."""
-    with sdpa_kernel(_SDPA_BACKENDS, set_priority=True):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def chunked_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,8 +81,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return chunked_linear_attention(q, k, v)
 
 
-def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int) -> Tensor:
-    """Norms of causal softmax attention's outputs within each residue class of the positions.
+def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int, kernel: str) -> Tensor:
+    """Norms of causal attention's outputs, by the kernel of that name, within each residue class of the positions.
 
     q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32; N is a multiple of `dilation`.
     """
@@ -103,26 +90,33 @@ def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int) -> Tensor:
         x.unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1)  # [B * dilation, N / dilation, ...]
         for x in (q, k, v)
     )
-    scores = output_scores(softmax_attention, *classes)
+
+    def attend(*heads: Tensor) -> Tensor:
+        return causal_attention(*(x.transpose(1, 2) for x in heads), kernel=kernel).transpose(1, 2)
+
+    scores = output_scores(attend, *classes)
     return scores.unflatten(1, (-1, dilation)).permute(0, 1, 3, 4, 2).flatten(3)
 
 
 # One operator, so that torch.compile sees no graph break and activation checkpointing one output to keep.
 @torch.library.custom_op("lighthouse::attention_scores", mutates_args=())
-def _attention_scores_op(q: Tensor, k: Tensor, v: Tensor, scorer: str, dilation: int) -> Tensor:
+def _attention_scores_op(q: Tensor, k: Tensor, v: Tensor, scorer: str, dilation: int, kernel: str) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
-        scores = dilated_scores(q, k, v, dilation) if scorer == "dilated" else output_scores(linear_attention, q, k, v)
-        return scores.contiguous()
+        if scorer == "dilated":
+            return dilated_scores(q, k, v, dilation, kernel).contiguous()
+        return output_scores(linear_attention, q, k, v).contiguous()
 
 
 @_attention_scores_op.register_fake
-def _(q, k, v, scorer, dilation):
+def _(q, k, v, scorer, dilation, kernel):
     batch, seq_len, n_kv_heads, _ = k.shape
     return k.new_empty(2, batch, n_kv_heads, seq_len, dtype=accumulator(k))
 
 
-def base_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> Tensor:
-    """Each token's scores by `config.scorer`: q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32."""
+def base_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, kernel: str = "sdpa") -> Tensor:
+    """Each token's scores by `config.scorer`: q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32.
+
+    `dilated` attends by the kernel of that name."""
     if config.scorer == "norm":
         return norm_scores(q, k, k.shape[2])
-    return _attention_scores_op(q.detach(), k.detach(), v.detach(), config.scorer, config.dilation)
+    return _attention_scores_op(q.detach(), k.detach(), v.detach(), config.scorer, config.dilation, kernel)

@@ -72,10 +72,10 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
             raise NotImplementedError(f"forward-mode differentiation (torch.func.jvp): {remedy}")
 
 
-def score(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> Tensor:
+def score(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, kernel: str = "sdpa") -> Tensor:
     """See `torch_ops.score`."""
     if config.scorer != "norm":
-        return torch_ops.score(q, k, v, config)
+        return torch_ops.score(q, k, v, config, kernel)
     return _score_op(q.detach(), k.detach(), config.levels, config.pooling_factor)
 
 

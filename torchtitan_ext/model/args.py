@@ -1,8 +1,10 @@
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from torchtitan.config import JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
+
+from torchtitan_ext.lighthouse.kernels import KERNELS, unusable_reason
 
 from .settings import Lighthouse
 
@@ -14,6 +16,7 @@ class LighthouseModelArgs(TransformerModelArgs):
     dense_layers: tuple[int, ...] = ()
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
     fuse_output: bool = False
+    kernel: str = "sdpa"
 
     @property
     def lighthouse_layers(self) -> list[int]:
@@ -28,6 +31,8 @@ class LighthouseModelArgs(TransformerModelArgs):
         super().update_from_config(job_config, **kwargs)
         self.lighthouse = job_config.lighthouse
         self.fuse_output = job_config.loss.fuse_output
+        kernel = job_config.attention.kernel
+        self.kernel = choose_kernel(job_config)[0] if kernel == "auto" else kernel
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters and FLOPs a token that training computes, forward and backward.
@@ -72,3 +77,22 @@ flavors = {
     # Llama 3's own, grouped heads and all, with as many dense layers at either end.
     "8B": LighthouseModelArgs(**vars(llama3_args["8B"]), dense_layers=(0, 1, 30, 31)),
 }
+
+
+def choose_kernel(job_config: JobConfig) -> tuple[str, list[str]]:
+    """The kernel by which a job attends on this machine, and why none of the faster ones.
+
+    Raises ValueError for a kernel that the job names and that can't run.
+    """
+    args, parallelism, wanted = flavors[job_config.model.flavor], job_config.parallelism, job_config.attention.kernel
+    ring = parallelism.context_parallel_degree > 1 and parallelism.context_parallel_rotate_method == "alltoall"
+    dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
+    reasons: list[str] = []
+    for kernel in KERNELS if wanted == "auto" else (wanted,):
+        reason = unusable_reason(kernel, dtype, args.dim // args.n_heads, job_config.debug.deterministic)
+        if ring and kernel == "fa4":
+            reason = "torch's ring attention (parallelism.context_parallel_rotate_method) is for torch's kernels"
+        if not reason:
+            return kernel, reasons
+        reasons.append(f"{kernel}: {reason}")
+    raise ValueError(f"attention.kernel = {wanted!r} can't run: {reasons[0]}; or use 'auto'")

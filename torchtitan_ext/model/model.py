@@ -9,6 +9,7 @@ from torchtitan.protocols.model import AttentionMasksType
 
 from torchtitan_ext.lighthouse import lighthouse_attention
 from torchtitan_ext.lighthouse.context_parallel import context_parallel_attention
+from torchtitan_ext.lighthouse.kernels import CausalAttention
 
 from .args import LighthouseModelArgs
 from .loss import ProjectionForLoss
@@ -62,6 +63,8 @@ class LighthouseTransformer(Transformer):
         super().__init__(model_args)
         for layer in model_args.lighthouse_layers:
             self.layers[str(layer)].attention = LighthouseSelfAttention(model_args)
+        for block in self.layers.values():
+            block.attention.inner_attention = CausalAttention(model_args.kernel)
         if model_args.fuse_output:
             self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size, bias=False)
 

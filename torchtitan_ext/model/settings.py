@@ -1,6 +1,7 @@
 """The sections that this package adds to a job's TOML; named by `job.custom_config_module`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torchtitan_ext.lighthouse import LighthouseConfig
 
@@ -12,6 +13,16 @@ class Lighthouse(LighthouseConfig):
 
     dense_layers: list[int] | None = None
     """Layers that keep dense attention, counted from 0. None means the flavor's own list."""
+
+
+@dataclass
+class Attention:
+    kernel: Literal["auto", "fa4", "cudnn", "flash", "sdpa"] = "auto"
+    """
+    What attends, in dense and in Lighthouse layers: FlashAttention-4 (the package flash-attn-4), cuDNN, torch's own
+    flash kernel, or the first that can of torch's kernels. auto is the fastest that is installed and fits GPU, dtype
+    and head dimension.
+    """
 
 
 @dataclass
@@ -62,6 +73,7 @@ class JobConfig:
     model: Model = field(default_factory=Model)
     parallelism: Parallelism = field(default_factory=Parallelism)
     training: Training = field(default_factory=Training)
+    attention: Attention = field(default_factory=Attention)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
     optimizer: Optimizer = field(default_factory=Optimizer)
     loss: Loss = field(default_factory=Loss)

@@ -13,7 +13,6 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS
-from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
@@ -25,6 +24,7 @@ from torchtitan_ext.data import build_dataloader
 from torchtitan_ext.data.datasets import OWN_DATASETS
 from torchtitan_ext.data.unpickling import restrict_unpickling
 from torchtitan_ext.lighthouse.attention import triton_ops
+from torchtitan_ext.lighthouse.kernels import CausalAttention
 from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.loss import build_loss
@@ -43,6 +43,7 @@ def register() -> None:
     # Texts encoded as a batch may be shared out to threads, of which the library warns at every later fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     DATASETS.update(OWN_DATASETS)
+    _op_sac_save_list.add(torch.ops.lighthouse.flash_attention_4.default)  # torch's own kernels are in it
     # What attention's output was computed from: with it kept, selective activation checkpointing makes no
     # selection twice, nor the attention that scored it.
     _op_sac_save_list.add(torch.ops.lighthouse.attention_scores.default)
@@ -67,8 +68,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         else:  # no ring then, which torchtitan has put in
             for module in model.modules():
                 if isinstance(module, Attention):
-                    stock = ScaledDotProductAttentionWrapper()
-                    module.inner_attention = UlyssesAttention(stock, mesh, load_balance)
+                    kernel = CausalAttention(module.inner_attention.kernel)
+                    module.inner_attention = UlyssesAttention(kernel, mesh, load_balance)
     if device_type == "cpu":
         seed_shards(parallel_dims)
         for module in model.modules():

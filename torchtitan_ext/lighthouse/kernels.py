@@ -1,0 +1,113 @@
+"""Causal attention by a kernel of a given name: torch's own, or FlashAttention-4 as one operator."""
+
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    # efficient: fp32 on a GPU
+    "sdpa": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
+KERNELS = ("fa4", *BACKENDS)  # fastest first; the last is the first of torch's that can run, and one always can
+_FA4 = "flash_attn.cute.interface"
+
+
+def unusable_reason(kernel: str, dtype: torch.dtype, head_dim: int, deterministic: bool = False) -> str | None:
+    """Why a kernel can't train heads of `head_dim` in `dtype` on this machine, None if it can."""
+    if kernel == "sdpa":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if kernel == "fa4":
+        return _fa4_unusable_reason(dtype, head_dim)
+    if kernel == "cudnn" and deterministic:
+        return "its backward pass does not repeat bitwise"
+    x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device="cuda", requires_grad=True)
+    params = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, True, False)
+    is_usable = getattr(torch.backends.cuda, f"can_use_{'flash' if kernel == 'flash' else 'cudnn'}_attention")
+    with sdpa_kernel(BACKENDS[kernel]):
+        return None if is_usable(params) else f"torch can't run it here for heads of {head_dim} channels in {dtype}"
+
+
+def _fa4_unusable_reason(dtype: torch.dtype, head_dim: int) -> str | None:
+    try:
+        import_module(_FA4)
+    except ImportError as error:
+        return f"flash-attn-4 can't be imported ({error}); pip install 'torchtitan-lighthouse[fa4]'"
+    major, minor = torch.cuda.get_device_capability()
+    if major not in (9, 10):
+        return f"it is for compute capability 9 and 10, this GPU has {major}.{minor}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it is for float16 and bfloat16, not {dtype}"
+    if head_dim % 8 or head_dim > (256 if major == 9 else 128):
+        return f"a head of {head_dim} channels is none of its sizes, multiples of 8 up to {256 if major == 9 else 128}"
+    return None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "sdpa", enable_gqa: bool = False) -> Tensor:
+    """[B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D], by a kernel of KERNELS; H > H_kv with enable_gqa only.
+
+    Under torch.use_deterministic_algorithms the backward pass repeats bitwise, or `cudnn` is refused.
+    """
+    if kernel == "fa4":
+        return flash_attention_4(*(x.transpose(1, 2) for x in (q, k, v)))[0].transpose(1, 2)
+    with sdpa_kernel(BACKENDS[kernel], set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+
+
+class CausalAttention(nn.Module):
+    """`causal_attention` by one kernel, as a module."""
+
+    def __init__(self, kernel: str = "sdpa") -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
+        return causal_attention(q, k, v, kernel=self.kernel, enable_gqa=enable_gqa)
+
+
+# The package's functions return more with each version, and none of the public ones is a backward pass.
+@torch.library.custom_op("lighthouse::flash_attention_4", mutates_args=())
+def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention of q [B, S, H, D] over k and v [B, S, H_kv, D]: the output [B, S, H, D] and, for the
+    backward pass, logarithms of the sums of weights, fp32 [B, H, S]."""
+    with torch.cuda.device_of(q):
+        out, lse, *_ = import_module(_FA4)._flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    return out, lse
+
+
+@flash_attention_4.register_fake
+def _(q, k, v):
+    batch, seq_len, n_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, n_heads, seq_len, dtype=torch.float32)
+
+
+@torch.library.custom_op("lighthouse::flash_attention_4_backward", mutates_args=())
+def _flash_attention_4_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with torch.cuda.device_of(q):
+        return import_module(_FA4)._flash_attn_bwd(q, k, v, out, grad, lse, causal=True, deterministic=deterministic)
+
+
+@_flash_attention_4_backward.register_fake
+def _(grad, q, k, v, out, lse):
+    return tuple(map(torch.empty_like, (q, k, v)))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    return _flash_attention_4_backward(grad, *ctx.saved_tensors)
+
+
+flash_attention_4.register_autograd(_backward, setup_context=_save)
