@@ -1,15 +1,15 @@
-"""Time one Lighthouse layer beside dense SDPA and beside SDPA on the gathered rows only (the floor).
+"""Time one Lighthouse layer beside dense attention and beside attention on the gathered rows only (the floor).
 
-On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a range of contexts, and the
-recipe's context by each scorer; minutes. On a CPU: one small case by each; seconds. Writes the records as JSON
-and, for several lengths, a log-log plot of the first scorer beside them.
+All three attend by the same kernel. On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a
+range of contexts, and the recipe's context by each scorer; minutes. On a CPU: one small case by each; seconds. Writes
+the records as JSON and, for several lengths, a log-log plot of the first scorer beside them.
 """
 
 import json
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -23,7 +23,7 @@ from torchtitan_ext.experiment.timing import copy_gb_s, interleaved_times_ms, ke
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.config import SCORERS
-from torchtitan_ext.lighthouse.kernels import causal_attention
+from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, unusable_reason
 from torchtitan_ext.progress import Display
 
 ON_GPU = torch.cuda.is_available()
@@ -38,17 +38,19 @@ FIGURE: list[tuple[int, dict]] = [
 ]
 DENSE_UP_TO = 524_288  # tokens; beyond, dense SDPA is not timed
 DIRECTIONS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
-CURVES = {  # label, color and style
-    "dense": ("dense SDPA", figures.VERMILION, "o-"),
-    "lighthouse": ("Lighthouse", figures.BLUE, "o-"),
-    "floor": ("SDPA on the gathered rows", figures.GREEN, ".--"),
+CURVES = {  # label and color
+    "dense": ("dense", figures.VERMILION),
+    "lighthouse": ("Lighthouse", figures.BLUE),
+    "floor": ("gathered rows only", figures.GREEN),
 }
+STYLES = ("o-", ".--", "x:", "+-.")  # of the kernels
 
 
 @dataclass
 class BenchAttention:
     seq_lens: Positives = () if ON_GPU else (8192,)  # tokens; on a GPU, without any, those of the figure
     scorers: tuple[Literal[SCORERS], ...] = SCORERS  # of a call with --seq-lens
+    kernels: tuple[Literal[KERNELS], ...] = ()  # that attend; without any, cuDNN and FlashAttention-4, what can run
     levels: Positive = 3  # of the pyramid, the base included
     pooling_factor: Positive = 4  # entries that one of the next level averages
     top_k: int = 0 if ON_GPU else 256  # winners; 0 is a 64th of the tokens
@@ -62,6 +64,10 @@ class BenchAttention:
     def run(self) -> None:
         if self.output.is_dir():
             raise ValueError(f"--output {self.output}: is a folder; name a file")
+        kernels = self.kernels or [name for name in ("cudnn", "fa4") if not self.unusable_reason(name)] or ["sdpa"]
+        for name in kernels:
+            if reason := self.unusable_reason(name):
+                raise ValueError(f"--kernels {name}: {reason}")
         cases = [(n, {"scorer": scorer}) for n in self.seq_lens for scorer in self.scorers] or FIGURE
         layers = [self.case(seq_len, **settings) for seq_len, settings in cases]
         make_folder(self.output.parent)
@@ -77,10 +83,11 @@ class BenchAttention:
         rows: list[dict] = []
         with Display() as display:
             # Dense attention's time, of which there is most, grows with the square.
-            display.begin(f"{len(layers)} layers", sum(min(seq_len, DENSE_UP_TO) ** 2 for seq_len, _ in layers))
-            for seq_len, config in layers:
-                display.say(f"{seq_len:,} tokens, {config.scorer} ...")
-                row, stages = self.time(seq_len, config)
+            work = sum(min(seq_len, DENSE_UP_TO) ** 2 for seq_len, _ in layers)
+            display.begin(f"{len(layers)} layers", len(kernels) * work)
+            for (seq_len, config), kernel in product(layers, kernels):
+                display.say(f"{seq_len:,} tokens, {config.scorer}, {kernel} ...")
+                row, stages = self.time(seq_len, config, CausalAttention(kernel))
                 row["stages"] = [
                     {"stage": stage, "ms": ms, "mb": n / 1e6, "gb_s": n / ms / 1e6, "limit_ms": n / bytes_per_ms}
                     for stage, (ms, n) in stages.items()
@@ -93,7 +100,9 @@ class BenchAttention:
         forms = {"stage": "", "ms": ".3f", "mb": ".0f", "gb_s": ".0f", "limit_ms": ".3f"}
         for row in rows:
             cells = [[f"{stage[key]:{form}}" for key, form in forms.items()] for stage in row["stages"]]
-            print(f"\n{row['seq_len']:,} tokens, {row['scorer']}\n{figures.markdown_table(head, cells)}")
+            print(
+                f"\n{row['seq_len']:,} tokens, {row['scorer']}, {row['kernel']}\n{figures.markdown_table(head, cells)}"
+            )
         print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {self.output}")
         if len({row["seq_len"] for row in rows}) > 1:
             path = self.output.with_suffix(".png")
@@ -108,16 +117,21 @@ class BenchAttention:
         config.check_seq_len(seq_len)
         return seq_len, config
 
-    def time(self, seq_len: int, config: LighthouseConfig) -> tuple[dict, dict[str, tuple[float, float]]]:
+    def unusable_reason(self, kernel: str) -> str | None:
+        return unusable_reason(kernel, DTYPE, self.head_dim)
+
+    def time(
+        self, seq_len: int, config: LighthouseConfig, attention: CausalAttention
+    ) -> tuple[dict, dict[str, tuple[float, float]]]:
         """The record, and each stage alone: milliseconds and bytes that it must move."""
         torch.manual_seed(0)
         heads, gathered_len = (self.n_heads, self.n_kv_heads, self.n_kv_heads), config.gathered_len(seq_len)
         freqs_cis = rotary_table(seq_len, self.head_dim)
         lighthouse = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
-        sdpa = partial(attention, enable_gqa=self.n_heads > self.n_kv_heads)
+        attend = partial(attention, enable_gqa=self.n_heads > self.n_kv_heads)
 
         def dense(*inputs: torch.Tensor) -> torch.Tensor:
-            return sdpa(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
+            return attend(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
 
         inputs = [self.tensor(seq_len, n) for n in heads]
         grad = torch.randn_like(inputs[0])
@@ -129,19 +143,21 @@ class BenchAttention:
             peak = torch.cuda.max_memory_allocated() / 2**30
         # The floor in the layout the layer hands over: rows of a head next to each other.
         rows = [self.tensor(n, gathered_len) for n in heads]
-        cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (sdpa, rows, torch.randn_like(rows[0]))}
+        cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (attend, rows, torch.randn_like(rows[0]))}
         times = medians_ms(cases, self.repeats)
         if seq_len <= DENSE_UP_TO:
             times |= medians_ms({"dense": (dense, inputs, grad)}, max(self.repeats // 10, 2))
-        stages = self.time_stages(config, *inputs, freqs_cis)
+        stages = self.time_stages(config, attention, *inputs, freqs_cis)
         settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
-        record = {"seq_len": seq_len, **settings, "gathered_len": gathered_len, **times}
+        record = {"seq_len": seq_len, **settings, "kernel": attention.kernel, "gathered_len": gathered_len, **times}
         return record | {"peak_gib": peak, "score_ms": stages["score"][0]}, stages
 
     def tensor(self, *shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, self.head_dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
 
-    def time_stages(self, config: LighthouseConfig, q, k, v, freqs_cis) -> dict[str, tuple[float, float]]:
+    def time_stages(
+        self, config: LighthouseConfig, attention: CausalAttention, q, k, v, freqs_cis
+    ) -> dict[str, tuple[float, float]]:
         ops, n_heads, n_kv_heads = layer.ops_for(q), self.n_heads, self.n_kv_heads
         row = self.head_dim * q.element_size()
         base, rows = q.shape[1] * row, config.gathered_len(q.shape[1]) * row
@@ -169,15 +185,6 @@ class BenchAttention:
         }
 
 
-def attention(q, k, v, *, enable_gqa=False):
-    """Causal SDPA, on a GPU by cuDNN, else flash."""
-    if not ON_GPU:
-        return causal_attention(q, k, v, enable_gqa=enable_gqa)
-    backends = [torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION]
-    with torch.nn.attention.sdpa_kernel(backends, set_priority=True):
-        return causal_attention(q, k, v, enable_gqa=enable_gqa)
-
-
 def forward_backward(function, inputs, grad):
     torch.autograd.grad(function(*inputs), inputs, grad)
 
@@ -199,33 +206,47 @@ def rotary_table(seq_len: int, head_dim: int) -> torch.Tensor:
 
 def table(rows: list[dict]) -> str:
     """Milliseconds and the two ratios, forward and forward + backward."""
-    head = ["seq_len", "L, p, k", "S", "scorer", "its own ms", "pass", "dense ms", "floor ms", "Lighthouse ms"]
+    head = [
+        "seq_len",
+        "L, p, k",
+        "S",
+        "scorer",
+        "its own ms",
+        "kernel",
+        "pass",
+        "dense ms",
+        "floor ms",
+        "Lighthouse ms",
+    ]
     cells = []
     for r in rows:
         for direction, label in DIRECTIONS.items():
             dense, floor, ours = (r.get(f"{name}_{direction}_ms") for name in ("dense", "floor", "lighthouse"))
             settings = [f"{r['seq_len']:,}", f"{r['levels']}, {r['pooling_factor']}, {r['top_k']}"]
-            settings += [f"{r['gathered_len']:,}", r["scorer"], f"{r['score_ms']:.3f}", label]
+            settings += [f"{r['gathered_len']:,}", r["scorer"], f"{r['score_ms']:.3f}", r["kernel"], label]
             times = [f"{dense:.2f}" if dense else "-", f"{floor:.3f}", f"{ours:.3f}"]
             ratios = [f"{dense / ours:.1f}x" if dense else "-", f"{ours / floor:.3f}x"]
             peak = f"{r['peak_gib']:.2f}" if r["peak_gib"] and direction == "fwd_bwd" else "-"
             cells.append([*settings, *times, *ratios, peak])
-    return figures.markdown_table([*head, "against dense", "of the floor", "peak GiB"], cells)
+    return figures.markdown_table(head, cells)
 
 
 def draw(rows: list[dict], machine: dict):
     rows = [row for row in rows if row["scorer"] == rows[0]["scorer"]]
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
     figure = figures.new_figure(11, 4.5)
     panels = figure.subplots(1, 2, sharex=True)
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
-        for name, (label, color, style) in CURVES.items():
+        for (name, (what, color)), (kernel, style) in product(CURVES.items(), zip(kernels, STYLES, strict=False)):
+            label = f"{what}, {kernel}"
             # no line joins points of different settings
-            for _, part in groupby(rows, lambda row, name=name: name != "dense" and row["levels"]):
+            of_kernel = [row for row in rows if row["kernel"] == kernel]
+            for _, part in groupby(of_kernel, lambda row, name=name: name != "dense" and row["levels"]):
                 points = [(row["seq_len"], ms) for row in part if (ms := row.get(f"{name}_{direction}_ms"))]
                 panel.plot(*zip(*points, strict=True), style, color=color, label=label)
                 label = None
         for row in rows:
-            if row["levels"] != rows[0]["levels"]:
+            if row["levels"] != rows[0]["levels"] and row["kernel"] == kernels[0]:
                 point = row["seq_len"], row[f"lighthouse_{direction}_ms"]
                 note = f"L={row['levels']}, k={row['top_k']:,}"
                 panel.annotate(note, point, (0, -20), textcoords="offset points", ha="right", size=8)

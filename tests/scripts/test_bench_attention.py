@@ -22,7 +22,7 @@ def test_a_row_for_each_scorer_at_each_length(tmp_path, monkeypatch, capsys):
     assert list(rows) == [(seq_len, scorer) for seq_len in lengths for scorer in SCORERS]
     config = LighthouseConfig(top_k=32, tile_winners=8)
     for (seq_len, scorer), row in rows.items():
-        assert row["gathered_len"] == config.gathered_len(seq_len)
+        assert row["gathered_len"] == config.gathered_len(seq_len) and row["kernel"] == "sdpa"
         times = {key: value for key, value in row.items() if key.endswith("_ms")}
         assert len(times) == 7 and all(value > 0 for value in times.values())
         for name in ("dense", "floor", "lighthouse"):
