@@ -160,3 +160,17 @@ def run_gpu(rank):
 @pytest.mark.timeout(600)
 def test_gpus_that_share_a_sequence():
     in_group(run_gpu, 2, backend="nccl")
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_the_device_of_their_inputs():
+    config = LighthouseConfig(levels=3, top_k=16, tile_winners=4)
+
+    def run(device):
+        inputs = [x.detach().to(device).requires_grad_() for x in qkv(512, dtype=torch.float32)]
+        table = rotary_table(512, 4, torch.complex64).to(device)
+        out = lighthouse_attention(*inputs, config, freqs_cis=table)
+        return [x.cpu() for x in (out, *torch.autograd.grad(out.sin().sum(), inputs))]
+
+    with torch.cuda.device(0):
+        assert all(torch.equal(*pair) for pair in zip(run("cuda:0"), run("cuda:1"), strict=True))

@@ -17,6 +17,7 @@ from torchtitan_ext.model.settings import JobConfig as OwnSections
 
 # What our entry point knows, so that no job file needs to say it.
 DEFAULTS = {"job": {"custom_config_module": OwnSections.__module__}}
+RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
 
 
 def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -27,7 +28,8 @@ def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, A
     try:
         values = tomllib.loads(file.read_text())
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; give the path of a job file") from error
+        moved = [f"{old} is {new} now" for old, new in RENAMED.items() if file.parent.as_posix().endswith(old)]
+        raise ValueError(f"{file}: {error.strerror}; {(moved or ['give the path of a job file'])[0]}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: no TOML ({error}); correct that") from error
     parent = values.pop("extends", None)
