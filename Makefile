@@ -44,7 +44,7 @@ test: lint  ## lint, then the test suite (CPU, under 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-fast: setup  ## the tests that launch no processes, for the inner loop (under 90 seconds on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not gpu and not eight and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not eight and not slow"
 
 test-eight: setup  ## FSDP and context parallelism on eight CPU processes: exact resume, and what one process trains
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m eight

@@ -101,6 +101,7 @@ def launches(output) -> list[list[str]]:
     return lines
 
 
+@pytest.mark.slow
 def test_every_run_starts_where_it_must_and_once(plan, output):
     runner.run_all(plan(output, splits=SPLITS))
     total, last = "160", str(max(SPLITS))
@@ -146,6 +147,7 @@ def test_torchtitan_reads_the_command_as_meant(plan, tmp_path, monkeypatch):
         assert config.lighthouse.enable == (run.name == "stage1")
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_the_same_command_continues_it(plan, output, monkeypatch):
     monkeypatch.setenv("SAVE", "0")  # it ends early, without an error
     with pytest.raises(console.CommandFailed, match=r"dense failed .*checkpoint of step 160"):
@@ -215,6 +217,7 @@ def test_dense_and_stage_2_must_end_alike(configs, output, tmp_path):
         runner.plan(tmp_path, output)
 
 
+@pytest.mark.slow
 def test_settings_changed_since_a_run_are_not_mixed_with_it(plan, output):
     (run,) = plan(output, only=["dense"], overrides=["--optimizer.lr=0.5"])
     runner.run_all([run])

@@ -180,6 +180,7 @@ DTYPES = [(torch.float32, "selected"), (torch.bfloat16, "base"), (torch.float16,
 CASES += on_a_gpu(*((shape, *case) for shape in FULL for case in DTYPES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "dtype", "rope"), CASES, ids=str)
 def test_gather_and_scatter_equal_the_torch_path_both_ways(shape, dtype, rope, poisoned):
     assert_gather_and_scatter_equal(*inputs_of(shape, dtype, rope))
