@@ -1,10 +1,10 @@
-# Every target works by itself from a fresh clone; `make` lists them.
+# Every target works in a fresh clone; `make` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table test test-eight test-gpu test-gpus soak bench docs lint coverage clean
+.PHONY: help setup demo table test test-fast test-eight test-gpu test-gpus soak bench docs patches lint coverage clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -22,35 +22,38 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	"if there is a mirror) and the free disk, then call make again, which goes on" >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.patched: $(VENV)/.installed $(wildcard patches/*)
-	$(BIN)/python -m torchtitan_ext.patching apply
+$(VENV)/.patched: $(VENV)/.installed $(wildcard patches/*.patch)
+	$(BIN)/python -m torchtitan_ext patch apply
 	@touch $@
 
 demo: setup  ## the whole path on this machine, in minutes: dense, Lighthouse, three splits, table, plot, retrieval
 	$(MAKE) --no-print-directory table PRESET=passkey
-	for run in stage1 stage2-900; do $(BIN)/python scripts/niah.py outputs/passkey/$$run \
+	for run in stage1 stage2-900; do $(BIN)/python -m torchtitan_ext niah outputs/passkey/$$run \
 		--contexts 64 128 256 512 --output outputs/passkey/niah/$$run || exit; done
 
-PRESET ?= demo
+PRESET ?= text
 NPROC ?= 1
 OVERRIDES ?=
 table: setup  ## the split-point experiment of configs/PRESET, continued where it stopped, then table and plot
-	$(BIN)/python scripts/run_splits.py --configs configs/$(PRESET) --nproc $(NPROC) -- $(OVERRIDES)
-	$(BIN)/python scripts/make_table.py outputs/$(PRESET)
+	$(BIN)/python -m torchtitan_ext splits --configs configs/$(PRESET) --nproc $(NPROC) $(OVERRIDES)
+	$(BIN)/python -m torchtitan_ext table outputs/$(PRESET)
 
 # Files of few tests take longest, because those launch processes: they would come last.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: lint  ## lint, then the test suite (CPU, under 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
+test-fast: setup  ## the tests that launch no processes, for the inner loop (under 90 seconds on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not eight and not slow"
+
 test-eight: setup  ## FSDP and context parallelism on eight CPU processes: exact resume, and what one process trains
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_context_parallel.py tests/test_resume.py -m eight
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m eight
 
 test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUDA device
-	$(BIN)/python -m pytest tests/test_kernels.py tests/test_scorers.py tests/test_loss.py -m "gpu or not gpu"
+	$(BIN)/python -m pytest tests/lighthouse tests/model/test_loss.py -m "gpu or not gpu"
 
 test-gpus: setup  ## exact resume of six of the 530M recipe's layers across the switch, context parallelism, on two CUDA devices
-	$(BIN)/python -m pytest tests/test_context_parallel.py tests/test_resume.py -m gpu
+	$(BIN)/python -m pytest tests/test_context_parallel.py tests/train/test_resume.py -m gpu
 
 soak: setup  ## 2,000 steps with 20 kills against an undisturbed run, on the CPU in 10 minutes
 	$(BIN)/python scripts/soak.py
@@ -58,9 +61,12 @@ soak: setup  ## 2,000 steps with 20 kills against an undisturbed run, on the CPU
 bench: setup  ## one attention layer beside dense SDPA and the floor
 	$(BIN)/python scripts/bench_attention.py
 
-docs: setup  ## docs/settings.md and the pictures of docs/method.md, written anew from the code
+docs: setup  ## docs/settings.md and the picture of docs/method.md, written anew from the code
 	$(BIN)/python scripts/write_settings.py
 	$(BIN)/python scripts/draw_method.py
+
+patches: setup  ## the first time build/torchtitan, a checkout with a commit per patch; then patches/ from its commits
+	PYTHON=$(abspath $(BIN)/python) scripts/patches.sh
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,435 +1,268 @@
-"""Time one Lighthouse layer beside dense SDPA and beside SDPA on the gathered rows alone (the floor).
+"""Time one Lighthouse layer beside dense attention and beside attention on the gathered rows only (the floor).
 
-On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a range of contexts, and the
-recipe's context by each scorer. On a CPU: one small case by each. Writes the records as JSON and, for several
-lengths, a log-log plot of the first scorer beside them.
-
-    python scripts/bench_attention.py                       # minutes on a GPU, seconds on a CPU
-    python scripts/bench_attention.py --seq-lens 98304 --scorers norm dilated --top-k 1536
+All three attend by the same kernel. On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a
+range of contexts, and the recipe's context by each scorer; minutes. On a CPU: one small case by each; seconds. Writes
+the records as JSON and, for several lengths, a log-log plot of the first scorer beside them.
 """
 
-import argparse
 import json
-import platform
-import statistics
 import sys
-import time
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
+from statistics import median
+from typing import Literal
 
-import _start
 import torch
 
-from torchtitan_ext.command_line import CommandFailed, Display, at_least, make_folder
+from torchtitan_ext import figures
+from torchtitan_ext.arguments import Positive, Positives, start
+from torchtitan_ext.console import make_folder
+from torchtitan_ext.experiment.timing import copy_gb_s, interleaved_times_ms, kernels_ms, this_machine, times_ms
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
-from torchtitan_ext.lighthouse.attention import causal_sdpa
 from torchtitan_ext.lighthouse.config import SCORERS
+from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, unusable_reason
+from torchtitan_ext.progress import Display
 
-ROPE_THETA = 10000.0
-# Contexts of the figure, and the settings that differ there: short ones need smaller tiles, the longest a
-# fourth level. The recipe's context is timed by every scorer.
-FIGURE = [
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
+# Contexts of the figure, and the settings that differ there: short ones need smaller tiles, the longest a fourth
+# level. The recipe's context is timed by every scorer.
+FIGURE: list[tuple[int, dict]] = [
     *((seq_len, {"tile_winners": 32}) for seq_len in (4_096, 8_192, 16_384, 32_768, 65_536)),
     *((98_304, {"scorer": scorer}) for scorer in SCORERS),
     *((seq_len, {}) for seq_len in (262_144, 524_288)),
-    (1_048_576, {"levels": 4, "top_k": 4_096, "repeats": 10}),
+    (1_048_576, {"levels": 4, "top_k": 4_096}),
 ]
+DENSE_UP_TO = 524_288  # tokens; beyond, dense SDPA is not timed
+DIRECTIONS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+CURVES = {  # label and color
+    "dense": ("dense", figures.VERMILION),
+    "lighthouse": ("Lighthouse", figures.BLUE),
+    "floor": ("gathered rows only", figures.GREEN),
+}
+STYLES = ("o-", ".--", "x:", "+-.")  # of the kernels
 
 
-def cuda_sdpa(q, k, v, *, enable_gqa=False):
-    """Causal SDPA, cuDNN first, then flash."""
-    backends = [
-        torch.nn.attention.SDPBackend.CUDNN_ATTENTION,
-        torch.nn.attention.SDPBackend.FLASH_ATTENTION,
-    ]
-    with torch.nn.attention.sdpa_kernel(backends, set_priority=True):
-        return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
+@dataclass
+class BenchAttention:
+    seq_lens: Positives = () if ON_GPU else (8192,)  # tokens; on a GPU, without any, those of the figure
+    scorers: tuple[Literal[SCORERS], ...] = SCORERS  # of a call with --seq-lens
+    kernels: tuple[Literal[KERNELS], ...] = ()  # that attend; without any, cuDNN and FlashAttention-4, what can run
+    levels: Positive = 3  # of the pyramid, the base included
+    pooling_factor: Positive = 4  # entries that one of the next level averages
+    top_k: int = 0 if ON_GPU else 256  # winners; 0 is a 64th of the tokens
+    tile_winners: Positive = 128 if ON_GPU else 32  # winners per tile
+    n_heads: Positive = 8 if ON_GPU else 4  # query heads
+    n_kv_heads: Positive = 8 if ON_GPU else 4  # key and value heads
+    head_dim: Positive = 128 if ON_GPU else 64  # channels per head
+    repeats: Positive = 30 if ON_GPU else 5  # of each timing; the median counts
+    output: Path = Path("results" if ON_GPU else "outputs", "bench_attention.json")  # the plot goes beside it
 
+    def run(self) -> None:
+        if self.output.is_dir():
+            raise ValueError(f"--output {self.output}: is a folder; name a file")
+        kernels = self.kernels or [name for name in ("cudnn", "fa4") if not self.unusable_reason(name)] or ["sdpa"]
+        for name in kernels:
+            if reason := self.unusable_reason(name):
+                raise ValueError(f"--kernels {name}: {reason}")
+        cases = [(n, {"scorer": scorer}) for n in self.seq_lens for scorer in self.scorers] or FIGURE
+        layers = [self.case(seq_len, **settings) for seq_len, settings in cases]
+        make_folder(self.output.parent)
 
-def kernels_ms(function, repeats):
-    """Mean milliseconds that the function's kernels take on the GPU, the gaps between their launches left out."""
-    function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            function()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / repeats / 1e3
+        bytes_per_ms, dtype = 1e6 * copy_gb_s(), "bf16" if ON_GPU else "fp32"
+        machine = {
+            **this_machine(),
+            "threads": torch.get_num_threads(),
+            "command": " ".join(["python", *sys.argv]),
+            "copy_gb_s": bytes_per_ms / 1e6,
+            "settings": f"{dtype}, B=1, H={self.n_heads}, H_kv={self.n_kv_heads}, D={self.head_dim}",
+        }
+        rows: list[dict] = []
+        with Display() as display:
+            # Dense attention's time, of which there is most, grows with the square.
+            work = sum(min(seq_len, DENSE_UP_TO) ** 2 for seq_len, _ in layers)
+            display.begin(f"{len(layers)} layers", len(kernels) * work)
+            for (seq_len, config), kernel in product(layers, kernels):
+                display.say(f"{seq_len:,} tokens, {config.scorer}, {kernel} ...")
+                row, stages = self.time(seq_len, config, CausalAttention(kernel))
+                row["stages"] = [
+                    {"stage": stage, "ms": ms, "mb": n / 1e6, "gb_s": n / ms / 1e6, "limit_ms": n / bytes_per_ms}
+                    for stage, (ms, n) in stages.items()
+                ]
+                rows.append(row)
+                self.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+                display.count(min(seq_len, DENSE_UP_TO) ** 2)
 
+        head = ("stage", "ms", "MB moved", "GB/s", "at the copy's bandwidth, ms")
+        forms = {"stage": "", "ms": ".3f", "mb": ".0f", "gb_s": ".0f", "limit_ms": ".3f"}
+        for row in rows:
+            cells = [[f"{stage[key]:{form}}" for key, form in forms.items()] for stage in row["stages"]]
+            print(
+                f"\n{row['seq_len']:,} tokens, {row['scorer']}, {row['kernel']}\n{figures.markdown_table(head, cells)}"
+            )
+        print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {self.output}")
+        if len({row["seq_len"] for row in rows}) > 1:
+            path = self.output.with_suffix(".png")
+            draw(rows, machine).savefig(path, dpi=150)
+            print(f"plot: {path}")
 
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+    def case(self, seq_len: int, scorer: str = "norm", **settings: int) -> tuple[int, LighthouseConfig]:
+        """A layer to time: these arguments with some settings replaced. Raises ValueError."""
+        args = replace(self, **settings)  # type: ignore[arg-type]
+        top_k = args.top_k or max(seq_len // 64, args.tile_winners)
+        config = LighthouseConfig(args.levels, args.pooling_factor, top_k, scorer, tile_winners=args.tile_winners)
+        config.check_seq_len(seq_len)
+        return seq_len, config
 
+    def unusable_reason(self, kernel: str) -> str | None:
+        return unusable_reason(kernel, DTYPE, self.head_dim)
 
-def medians_ms(functions, repeats, device):
-    """Median milliseconds of each function; the repeats of all are interleaved after one warm-up each."""
-    times = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            if device == "cuda":
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                function()
-                stop.record()
-                times[name].append((start, stop))
-            else:
-                begin = time.perf_counter()
-                function()
-                times[name].append(1e3 * (time.perf_counter() - begin))
-        if repeat == 0:
-            synchronize(device)
-    synchronize(device)
-    return {
-        name: statistics.median(t if device == "cpu" else t[0].elapsed_time(t[1]) for t in runs[1:])
-        for name, runs in times.items()
-    }
+    def time(
+        self, seq_len: int, config: LighthouseConfig, attention: CausalAttention
+    ) -> tuple[dict, dict[str, tuple[float, float]]]:
+        """The record, and each stage alone: milliseconds and bytes that it must move."""
+        torch.manual_seed(0)
+        heads, gathered_len = (self.n_heads, self.n_kv_heads, self.n_kv_heads), config.gathered_len(seq_len)
+        freqs_cis = rotary_table(seq_len, self.head_dim)
+        lighthouse = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
+        attend = partial(attention, enable_gqa=self.n_heads > self.n_kv_heads)
+
+        def dense(*inputs: torch.Tensor) -> torch.Tensor:
+            return attend(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
+
+        inputs = [self.tensor(seq_len, n) for n in heads]
+        grad = torch.randn_like(inputs[0])
+        peak = None
+        if ON_GPU:
+            forward_backward(lighthouse, inputs, grad)
+            torch.cuda.reset_peak_memory_stats()
+            forward_backward(lighthouse, inputs, grad)
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        # The floor in the layout the layer hands over: rows of a head next to each other.
+        rows = [self.tensor(n, gathered_len) for n in heads]
+        cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (attend, rows, torch.randn_like(rows[0]))}
+        times = medians_ms(cases, self.repeats)
+        if seq_len <= DENSE_UP_TO:
+            times |= medians_ms({"dense": (dense, inputs, grad)}, max(self.repeats // 10, 2))
+        stages = self.time_stages(config, attention, *inputs, freqs_cis)
+        settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
+        record = {"seq_len": seq_len, **settings, "kernel": attention.kernel, "gathered_len": gathered_len, **times}
+        return record | {"peak_gib": peak, "score_ms": stages["score"][0]}, stages
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, self.head_dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
+
+    def time_stages(
+        self, config: LighthouseConfig, attention: CausalAttention, q, k, v, freqs_cis
+    ) -> dict[str, tuple[float, float]]:
+        ops, n_heads, n_kv_heads = layer.ops_for(q), self.n_heads, self.n_kv_heads
+        row = self.head_dim * q.element_size()
+        base, rows = q.shape[1] * row, config.gathered_len(q.shape[1]) * row
+        all_heads = n_heads + 2 * n_kv_heads
+        scores = ops.score(q, k, v, config)
+        slots = ops.select(scores, config)
+        gathered = ops.gather(q, k, v, freqs_cis, slots, config)
+        grads = [torch.randn_like(x) for x in gathered]
+        out = layer.call_attention(attention, *(x.detach() for x in gathered)).requires_grad_()
+        positions = ops.scatter(out, slots, config)
+        grad = torch.randn_like(positions)
+        read_by_scorer = n_heads + n_kv_heads * (1 if config.scorer == "norm" else 2)
+        backward = partial(torch.autograd.grad, retain_graph=True)
+        stages = {
+            "score": (lambda: ops.score(q, k, v, config), base * read_by_scorer + scores.numel() * 4),
+            "select": (lambda: ops.select(scores, config), scores.numel() * 4 + slots.numel() * 4),
+            "gather": (lambda: ops.gather(q, k, v, freqs_cis, slots, config), (base + rows) * all_heads),
+            "scatter": (lambda: ops.scatter(out, slots, config), (base + rows) * n_heads),
+            "scatter backward": (lambda: backward(positions, out, grad), (base + rows) * n_heads),
+            "gather backward": (lambda: backward(gathered, (q, k, v), grads), (base + rows) * all_heads),
+        }
+        return {
+            name: (kernels_ms(call, self.repeats) if ON_GPU else median(times_ms(call, self.repeats)), n_bytes)
+            for name, (call, n_bytes) in stages.items()
+        }
 
 
 def forward_backward(function, inputs, grad):
     torch.autograd.grad(function(*inputs), inputs, grad)
 
 
-def rotary_table(seq_len, head_dim, device):
-    freqs = ROPE_THETA ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
-    angles = torch.arange(seq_len, device=device)[:, None] * freqs
+def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:
+    """Medians of function, inputs and output gradient, forward and forward + backward, all interleaved."""
+    calls = {}
+    for name, (function, inputs, grad) in cases.items():
+        calls[f"{name}_fwd_ms"] = partial(function, *(x.detach() for x in inputs))
+        calls[f"{name}_fwd_bwd_ms"] = partial(forward_backward, function, inputs, grad)
+    return {name: median(times) for name, times in interleaved_times_ms(calls, repeats).items()}
+
+
+def rotary_table(seq_len: int, head_dim: int) -> torch.Tensor:
+    freqs = 10000.0 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
+    angles = torch.arange(seq_len, device=DEVICE)[:, None] * freqs
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def stages_of(q, k, v, config, freqs_cis, attention, device, repeats):
-    """Each stage alone: {stage: (milliseconds, bytes it must move)}."""
-    ops = layer._operators_for(q)
-    item, (batch, seq_len, n_heads, head_dim), n_kv_heads = q.element_size(), q.shape, k.shape[2]
-    base = batch * seq_len * head_dim * item
-    rows = batch * config.gathered_len(seq_len) * head_dim * item
-    heads = n_heads + 2 * n_kv_heads
-    scores = ops.score(q, k, v, config)
-    slots = ops.select(scores, config)
-    small = scores.numel() * 4 + slots.numel() * 4
-    gathered = ops.gather(q, k, v, freqs_cis, slots, config)
-    grads = [torch.randn_like(x) for x in gathered]
-    out = layer._attend(attention, *(x.detach() for x in gathered)).requires_grad_()
-    positions = ops.scatter(out, slots, config)
-    grad = torch.randn_like(positions)
-    functions = {
-        "score": (
-            lambda: ops.score(q, k, v, config),
-            base * (n_heads + n_kv_heads * (1 if config.scorer == "norm" else 2))
-            + scores.numel() * 4,
-        ),
-        "select": (lambda: ops.select(scores, config), small),
-        "gather": (lambda: ops.gather(q, k, v, freqs_cis, slots, config), (base + rows) * heads),
-        "scatter": (lambda: ops.scatter(out, slots, config), (base + rows) * n_heads),
-        "scatter backward": (
-            lambda: torch.autograd.grad(positions, out, grad, retain_graph=True),
-            (base + rows) * n_heads,
-        ),
-        "gather backward": (
-            lambda: torch.autograd.grad(gathered, (q, k, v), grads, retain_graph=True),
-            (base + rows) * heads,
-        ),
-    }
-    calls = {name: function for name, (function, _) in functions.items()}
-    if device == "cuda":
-        times = {name: kernels_ms(function, repeats) for name, function in calls.items()}
-    else:
-        times = medians_ms(calls, repeats, device)
-    return {name: (times[name], moved) for name, (_, moved) in functions.items()}
-
-
-def copy_bandwidth(device):
-    """Bytes a second that a large copy moves, reads and writes counted."""
-    source = torch.empty(
-        2**31 if device == "cuda" else 2**27, dtype=torch.uint8, device=device
-    ).random_()
-    target = torch.empty_like(source)
-    return (
-        2e3
-        * source.numel()
-        / medians_ms({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
-    )
-
-
-def config_of(seq_len, args):
-    """The layer's settings for one row. Raises ValueError."""
-    top_k = args.top_k or max(seq_len // 64, args.tile_winners)
-    config = LighthouseConfig(
-        args.levels,
-        args.pooling_factor,
-        top_k,
-        args.scorer,
-        args.dilation,
-        tile_winners=args.tile_winners,
-    )
-    config.check_seq_len(seq_len)
-    return config
-
-
-def bench(seq_len, args, device):
-    """One row of the records, and its stages."""
-    config = config_of(seq_len, args)
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    attention = cuda_sdpa if device == "cuda" else causal_sdpa
-
-    def rows(length, heads):
-        return torch.randn(
-            1, length, heads, args.head_dim, device=device, dtype=dtype, requires_grad=True
-        )
-
-    def attend(q, k, v):
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return attention(*heads_first, enable_gqa=args.n_heads > args.n_kv_heads).transpose(1, 2)
-
-    freqs_cis = rotary_table(seq_len, args.head_dim, device)
-    run = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
-    heads = (args.n_heads, args.n_kv_heads, args.n_kv_heads)
-    inputs = [rows(seq_len, h) for h in heads]
-    grad = torch.randn_like(inputs[0])
-    gathered_len = config.gathered_len(seq_len)
-
-    peak = None
-    if device == "cuda":
-        forward_backward(run, inputs, grad)
-        torch.cuda.reset_peak_memory_stats()
-        forward_backward(run, inputs, grad)
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    # The floor in the layout the layer hands over: rows of a head next to each other.
-    floor_inputs = [
-        torch.randn(
-            1, h, gathered_len, args.head_dim, device=device, dtype=dtype, requires_grad=True
-        )
-        for h in heads
+def table(rows: list[dict]) -> str:
+    """Milliseconds and the two ratios, forward and forward + backward."""
+    head = [
+        "seq_len",
+        "L, p, k",
+        "S",
+        "scorer",
+        "its own ms",
+        "kernel",
+        "pass",
+        "dense ms",
+        "floor ms",
+        "Lighthouse ms",
     ]
-    floor_grad = torch.randn_like(floor_inputs[0])
-    floor = partial(attention, enable_gqa=args.n_heads > args.n_kv_heads)
-    cases = {"floor": (floor, floor_inputs, floor_grad), "lighthouse": (run, inputs, grad)}
-    functions = {}
-    for name, (function, tensors, out_grad) in cases.items():
-        functions[f"{name}_fwd_ms"] = partial(function, *(x.detach() for x in tensors))
-        functions[f"{name}_fwd_bwd_ms"] = partial(forward_backward, function, tensors, out_grad)
-    times = medians_ms(functions, args.repeats, device)
-    dense = {
-        "dense_fwd_ms": partial(attend, *(x.detach() for x in inputs)),
-        "dense_fwd_bwd_ms": partial(forward_backward, attend, inputs, grad),
-    }
-    if seq_len <= args.dense_up_to:
-        times |= medians_ms(dense, max(args.repeats // 10, 2), device)
-    else:
-        times |= dict.fromkeys(dense)
-    record = {
-        "seq_len": seq_len,
-        "levels": config.levels,
-        "pooling_factor": config.pooling_factor,
-        "top_k": config.top_k,
-        "scorer": config.scorer,
-        "gathered_len": gathered_len,
-        **{name: times[name] for name in (*dense, *functions)},
-        "peak_gib": peak,
-    }
-    stages = stages_of(*inputs, config, freqs_cis, attention, device, args.repeats)
-    return record | {"score_ms": stages["score"][0]}, stages
-
-
-def table(records):
-    """Markdown: milliseconds and the two ratios, forward and forward + backward."""
-
-    def cells(record, direction):
-        dense, floor, ours = (
-            record[f"{w}_{direction}_ms"] for w in ("dense", "floor", "lighthouse")
-        )
-        against_dense = (
-            f"{dense:.2f} | {floor:.3f} | {ours:.3f} | {dense / ours:.1f}x"
-            if dense
-            else (f"- | {floor:.3f} | {ours:.3f} | -")
-        )
-        return f"{against_dense} | {ours / floor:.3f}x"
-
-    lines = [
-        "| seq_len | L, p, k | S | scorer | its own ms | pass | dense ms | floor ms | Lighthouse ms | against dense | of the floor | peak GiB |"
-    ]
-    lines.append("|" + "---|" * 12)
-    for r in records:
-        for direction, label in (("fwd", "forward"), ("fwd_bwd", "forward + backward")):
+    cells = []
+    for r in rows:
+        for direction, label in DIRECTIONS.items():
+            dense, floor, ours = (r.get(f"{name}_{direction}_ms") for name in ("dense", "floor", "lighthouse"))
+            settings = [f"{r['seq_len']:,}", f"{r['levels']}, {r['pooling_factor']}, {r['top_k']}"]
+            settings += [f"{r['gathered_len']:,}", r["scorer"], f"{r['score_ms']:.3f}", r["kernel"], label]
+            times = [f"{dense:.2f}" if dense else "-", f"{floor:.3f}", f"{ours:.3f}"]
+            ratios = [f"{dense / ours:.1f}x" if dense else "-", f"{ours / floor:.3f}x"]
             peak = f"{r['peak_gib']:.2f}" if r["peak_gib"] and direction == "fwd_bwd" else "-"
-            lines.append(
-                f"| {r['seq_len']:,} | {r['levels']}, {r['pooling_factor']}, {r['top_k']} | {r['gathered_len']:,} | "
-                f"{r['scorer']} | {r['score_ms']:.3f} | {label} | {cells(r, direction)} | {peak} |"
-            )
-    return "\n".join(lines)
+            cells.append([*settings, *times, *ratios, peak])
+    return figures.markdown_table(head, cells)
 
 
-def plot(records, machine, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = [r for r in records if r["scorer"] == records[0]["scorer"]]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
-    for axis, direction, title in zip(
-        axes, ("fwd", "fwd_bwd"), ("forward", "forward + backward"), strict=True
-    ):
-        for name, colour, style in (
-            ("dense", "#D55E00", "o-"), ("lighthouse", "#0072B2", "o-"), ("floor", "#009E73", ".--"),
-        ):  # fmt: skip
-            label = {
-                "dense": "dense SDPA",
-                "lighthouse": "Lighthouse",
-                "floor": "SDPA on the gathered rows",
-            }
+def draw(rows: list[dict], machine: dict):
+    rows = [row for row in rows if row["scorer"] == rows[0]["scorer"]]
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    figure = figures.new_figure(11, 4.5)
+    panels = figure.subplots(1, 2, sharex=True)
+    for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
+        for (name, (what, color)), (kernel, style) in product(CURVES.items(), zip(kernels, STYLES, strict=False)):
+            label = f"{what}, {kernel}"
             # no line joins points of different settings
-            for _, part in groupby(records, lambda r, name=name: name != "dense" and r["levels"]):
-                points = [(r["seq_len"], r[f"{name}_{direction}_ms"]) for r in part]
-                points = [point for point in points if point[1]]
-                axis.plot(
-                    *zip(*points, strict=True), style, color=colour, label=label.pop(name, None)
-                )
-        for r in records:
-            if r["levels"] != records[0]["levels"]:
-                point = r["seq_len"], r[f"lighthouse_{direction}_ms"]
-                note = f"L={r['levels']}, k={r['top_k']:,}"
-                axis.annotate(note, point, (0, -20), textcoords="offset points", ha="right", size=8)
-        axis.set(xscale="log", yscale="log", xlabel="context (tokens)", title=title)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(
-            [r["seq_len"] for r in records], [f"{r['seq_len'] // 1024}K" for r in records]
-        )
-        axis.grid(True, which="major", alpha=0.3)
-        axis.minorticks_off()
-    axes[0].set_ylabel("milliseconds a layer")
-    axes[0].legend(frameon=False)
-    first, usual = records[0], [r for r in records if r["levels"] == records[0]["levels"]]
-    shares = {r["seq_len"] / r["top_k"] for r in usual}
-    top_k = f"N/{shares.pop():g}" if len(shares) == 1 else f"{first['top_k']:,}"
-    settings = f"L={first['levels']}, p={first['pooling_factor']}, k={top_k}"
-    figure.suptitle(f"One attention layer, {machine['device']}, {machine['settings']}; {settings}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            of_kernel = [row for row in rows if row["kernel"] == kernel]
+            for _, part in groupby(of_kernel, lambda row, name=name: name != "dense" and row["levels"]):
+                points = [(row["seq_len"], ms) for row in part if (ms := row.get(f"{name}_{direction}_ms"))]
+                panel.plot(*zip(*points, strict=True), style, color=color, label=label)
+                label = None
+        for row in rows:
+            if row["levels"] != rows[0]["levels"] and row["kernel"] == kernels[0]:
+                point = row["seq_len"], row[f"lighthouse_{direction}_ms"]
+                note = f"L={row['levels']}, k={row['top_k']:,}"
+                panel.annotate(note, point, (0, -20), textcoords="offset points", ha="right", size=8)
+        panel.set(yscale="log", xlabel="context (tokens)", title=title)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks([row["seq_len"] for row in rows], [f"{row['seq_len'] // 1024}K" for row in rows])
+        panel.grid(True, which="major", alpha=0.3)
+        panel.minorticks_off()
+    panels[0].set_ylabel("milliseconds per layer")
+    panels[0].legend(frameon=False)
+    figure.suptitle(
+        f"One attention layer, {machine['device']}, {machine['settings']}; L={rows[0]['levels']}, "
+        f"p={rows[0]['pooling_factor']}, k=N/{rows[0]['seq_len'] / rows[0]['top_k']:g}"
     )
-    on_gpu = torch.cuda.is_available()
-    positive = at_least(1)
-    parser.add_argument(
-        "--seq-lens",
-        type=positive,
-        nargs="+",
-        metavar="TOKENS",
-        help="(default: the figure's on a GPU, 8192 on a CPU)",
-    )
-    parser.add_argument(
-        "--scorers",
-        nargs="+",
-        choices=SCORERS,
-        default=SCORERS,
-        help="of a call with --seq-lens (default: all)",
-    )
-    folder = Path("results" if on_gpu else "outputs")
-    for name, type_, default, what in (
-        ("--levels", positive, 3, "of the pyramid, the base included"),
-        ("--pooling-factor", positive, 4, "entries that one of the next level averages"),
-        ("--top-k", at_least(0), 0 if on_gpu else 256, "winners; 0 is a 64th of the tokens"),
-        ("--tile-winners", positive, 128 if on_gpu else 32, "winners a tile"),
-        ("--dilation", positive, 4, "residue classes of the dilated scorer"),
-        ("--n-heads", positive, 8 if on_gpu else 4, "query heads"),
-        ("--n-kv-heads", positive, 8 if on_gpu else 4, "key and value heads"),
-        ("--head-dim", positive, 128 if on_gpu else 64, "channels a head"),
-        ("--repeats", positive, 30 if on_gpu else 5, "of each timing; the median counts"),
-        ("--dense-up-to", positive, 524_288, "tokens; beyond, dense SDPA is not timed"),
-        ("--output", Path, folder / "bench_attention.json", "the records; the plot goes beside"),
-    ):
-        parser.add_argument(
-            name,
-            metavar="FILE" if type_ is Path else "N",
-            type=type_,
-            default=default,
-            help=f"{what} (default here: %(default)s)",
-        )
-    args = parser.parse_args()
-    if args.n_heads % args.n_kv_heads:
-        parser.error(
-            f"--n-heads {args.n_heads}: must be a multiple of --n-kv-heads {args.n_kv_heads}"
-        )
-    if args.head_dim % 2:
-        parser.error(f"--head-dim {args.head_dim}: must be even, RoPE turns pairs")
-    if args.output.is_dir():
-        parser.error(f"--output {args.output}: is a folder; name a file")
-
-    device = "cuda" if on_gpu else "cpu"
-    cases = FIGURE
-    if args.seq_lens or device == "cpu":
-        seq_lens = args.seq_lens or [8_192]
-        cases = [(seq_len, {"scorer": scorer}) for seq_len in seq_lens for scorer in args.scorers]
-    cases = [
-        (seq_len, argparse.Namespace(**vars(args) | {"scorer": "norm"} | settings))
-        for seq_len, settings in cases
-    ]
-    for case in cases:
-        config_of(*case)
-    make_folder(args.output.parent)
-
-    bandwidth = copy_bandwidth(device)
-    machine = {
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "threads": torch.get_num_threads(),
-        "command": " ".join(["python", *sys.argv]),
-        "copy_gb_s": bandwidth / 1e9,
-        "settings": f"{'bf16' if on_gpu else 'fp32'}, B=1, H={args.n_heads}, H_kv={args.n_kv_heads}, D={args.head_dim}",
-    }
-    records, stages = [], {}
-    with Display() as display:
-        # Dense attention's time, of which there is most, grows with the square.
-        work = [min(seq_len, args.dense_up_to) ** 2 for seq_len, _ in cases]
-        display.start(f"{len(cases)} layers", sum(work))
-        for (seq_len, settings), of_all in zip(cases, work, strict=True):
-            display.say(f"{seq_len:,} tokens, {settings.scorer} ...")
-            try:
-                record, stages_ms = bench(seq_len, settings, device)
-            except torch.OutOfMemoryError as error:
-                raise CommandFailed(
-                    f"--seq-lens {seq_len}: out of memory; leave it out, or lower --dense-up-to or --n-heads "
-                    f"(the records of those before are in {args.output})"
-                ) from error
-            display.advance(of_all)
-            records.append(record)
-            name = f"{seq_len} L{record['levels']} p{record['pooling_factor']} {record['scorer']}"
-            stages[name] = [
-                {
-                    "stage": name,
-                    "ms": ms,
-                    "mb": moved / 1e6,
-                    "gb_s": moved / ms / 1e6,
-                    "limit_ms": 1e3 * moved / bandwidth,
-                }
-                for name, (ms, moved) in stages_ms.items()
-            ]
-            args.output.write_text(
-                json.dumps({"machine": machine, "rows": records, "stages": stages}, indent=1) + "\n"
-            )
-
-    for name, rows in stages.items():
-        print(
-            f"\n{name}\n| stage | ms | MB moved | GB/s | at the copy's bandwidth, ms |\n|---|---|---|---|---|"
-        )
-        for r in rows:
-            print(
-                f"| {r['stage']} | {r['ms']:.3f} | {r['mb']:.0f} | {r['gb_s']:.0f} | {r['limit_ms']:.3f} |"
-            )
-    print(f"\n{machine}\n\n{table(records)}\n\nrecords: {args.output}")
-    if len({r["seq_len"] for r in records}) > 1:
-        plot(records, machine, args.output.with_suffix(".png"))
-        print(f"plot: {args.output.with_suffix('.png')}")
+    return figure
 
 
 if __name__ == "__main__":
-    _start.run(main)
+    start(BenchAttention)

@@ -3,7 +3,7 @@
 #
 #   fsdp   NGPU=8 GPUs, 98,304 tokens each: stage 1 and dense
 #   cp     one sequence on all of them: 1,048,576 tokens (1m, 1m-selective) and 262,144 with dense layers (256k)
-#   one    what these stand beside, on one GPU: stage 1, dense, 1m, and for 1m-selective a GPU's share of its tokens
+#   one    the comparison on one GPU: stage 1, dense, 1m, and for 1m-selective one GPU's share of its tokens
 #
 # Two to five minutes each. The rows of all go to OUTPUT=results/bench_eight.json.
 set -uo pipefail
@@ -20,7 +20,7 @@ selective=activation_checkpoint.mode=selective
 recipe=(--run stage1 configs/530m/stage1.toml --run dense configs/530m/dense.toml)
 
 bench() {
-    # All ranks of a sequence read the whole of it, in a quarter of a second a million tokens: beside the trainer.
+    # All ranks of a sequence read the whole of it, in a quarter of a second per million tokens: beside the trainer.
     python3 scripts/bench_train.py --append --output "${OUTPUT:-results/bench_eight.json}" \
         --steps 8 --window 2 --settings training.dataloader.num_workers=1 "$@" || failed=1
 }
@@ -36,7 +36,7 @@ cp)
         --run 256k configs/530m-256k/stage1.toml "$shared" activation_checkpoint.mode=none "$@"
     ;;
 one)
-    # An eighth of the tokens can't hold top_k = 4096 (their coarsest level has 2,048 entries). With 1,760 a token
+    # An eighth of the tokens can't hold top_k = 4096 (their coarsest level has 2,048 entries). With 1,760 each token
     # attends to as many rows as one of the whole sequence: gathered_len squared over seq_len is the same.
     bench "${recipe[@]}" \
         --run 1m configs/530m-1m/stage1.toml \
@@ -44,7 +44,7 @@ one)
         lighthouse.top_k=1760 lighthouse.tile_winners=110 "$@"
     ;;
 *)
-    echo "'$part': say what to measure, fsdp, cp or one (--help tells more)" >&2
+    echo "'$part': say what to measure, fsdp, cp or one (--help says more)" >&2
     exit 2
     ;;
 esac

@@ -2,11 +2,11 @@
 # Train one job file on this node's GPUs:
 #     NGPU=8 CONFIG=configs/530m/stage1.toml scripts/train.sh [overrides]
 # CONFIG  the job file
-# NGPU    processes, one a GPU (default: 8)
+# NGPU    processes, one per GPU (default: 8)
 # Overrides are torchtitan's: --metrics.log_freq 1. On many nodes the same command runs on each of them, with
 # NNODES        their number (default: 1)
 # RDZV_ENDPOINT host:port at which they meet, the host being one of them
-# RDZV_ID       a name of their own (default: train)
+# RDZV_ID       a name for this launch (default: train)
 # set too; scripts/train.slurm does that for a cluster. PET_MAX_RESTARTS=3 is torchrun's --max_restarts=3.
 set -euo pipefail
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
@@ -37,4 +37,4 @@ export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 exec torchrun --nnodes="${NNODES:-1}" --nproc_per_node="${NGPU:-8}" --rdzv_backend=c10d \
     --rdzv_endpoint="${RDZV_ENDPOINT:-localhost:0}" --rdzv_id="${RDZV_ID:-train}" \
-    -m torchtitan.train --job.config_file "$CONFIG" "$@"
+    -m torchtitan_ext.train --job.config_file "$CONFIG" "$@"

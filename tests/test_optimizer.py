@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import LRScheduler, Optimizer
 
-from torchtitan_ext.model.optimizer import build_launch_schedulers
+from torchtitan_ext.train.optimizer import LaunchSchedulers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -16,10 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def build(model, **settings):
     optimizers = build_optimizers([model], Optimizer(**settings), None)
     schedule = LRScheduler(warmup_steps=10, decay_ratio=0.0)
-    return {
-        "optimizer": optimizers,
-        "lr_scheduler": build_launch_schedulers(optimizers, schedule, 20),
-    }
+    return {"optimizer": optimizers, "lr_scheduler": LaunchSchedulers(optimizers, schedule, 20)}
 
 
 def train(model, states):

@@ -1,4 +1,4 @@
-"""The byte tokenizer and the data sets; importing this adds the data sets to torchtitan's."""
+"""What a run reads: the byte tokenizer, the data sets and their loader."""
 
 from torchtitan_ext.data.dataloader import build_dataloader
 from torchtitan_ext.data.datasets import check_dataset

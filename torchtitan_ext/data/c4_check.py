@@ -1,18 +1,21 @@
-"""The check of a local copy of C4: what it holds, what is damaged, what is missing."""
+"""Check a local copy of C4: what it holds, what is damaged, what is missing."""
 
 import os
 import re
 import shlex
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from torchtitan.config.job_config import Training
+
 from torchtitan_ext.data.datasets import pieces_of_document, read_documents
 
 FILE_NAME = re.compile(r"c4-train\.(\d{5})-of-(\d{5})\.json\.gz")
-PROBLEMS_KEPT = 5  # of one file; after a corrupt byte nearly every line is one
+PROBLEMS_KEPT = 5  # per file; after a corrupt byte nearly every line is one
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Contents:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the byte tokenizer: the bytes, and a bos and an eos a piece."""
+        """Tokens of the byte tokenizer: the bytes, and a bos and an eos per piece."""
         return self.utf8_bytes + 2 * self.pieces
 
     def add_problem(self, problem: str) -> None:
@@ -38,21 +41,20 @@ class Contents:
 
 
 def check_file(file: str) -> Contents:
-    """Reads one file as training does, and on past whatever is damaged."""
+    """Reads one file as training does, and on past what is damaged."""
     contents = Contents()
     try:
         for line, sample in enumerate(read_documents(file), 1):
             if "damage" in sample:
                 contents.add_problem(sample["damage"])
-            if "text" not in sample:
-                continue
-            text = sample["text"]
-            contents.documents += 1
-            contents.pieces += len(pieces_of_document(text))
-            contents.characters += len(text)
-            contents.utf8_bytes += len(text.encode())
-            if not text:
-                contents.add_problem(f"{file}, line {line}: empty text")
+            if "text" in sample:
+                text = sample["text"]
+                contents.documents += 1
+                contents.pieces += len(pieces_of_document(text))
+                contents.characters += len(text)
+                contents.utf8_bytes += len(text.encode())
+                if not text:
+                    contents.add_problem(f"{file}, line {line}: empty text")
     except ValueError as error:
         contents.add_problem(str(error))
     if not contents.documents and not contents.n_problems:
@@ -61,109 +63,76 @@ def check_file(file: str) -> Contents:
 
 
 def check_files(files: list[str], workers: int) -> Iterator[Contents]:
-    """`check_file` of each, in their order, by so many processes."""
+    """`check_file` of each, in their order, by as many processes."""
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # the parent stops them
-    with ProcessPoolExecutor(
-        min(workers, len(files)), initializer=signal.signal, initargs=ignore_interrupt
-    ) as pool:
+    with ProcessPoolExecutor(min(workers, len(files)), initializer=signal.signal, initargs=ignore_interrupt) as pool:
         yield from pool.map(check_file, files)
 
 
 def check_names(files: list[str]) -> tuple[list[str], list[str]]:
-    """What is wrong with the copy's file names, and what is to be known about them."""
-    matches = [FILE_NAME.fullmatch(os.path.basename(file)) for file in files]
-    indices: dict[int, set[int]] = {}  # of each total
-    for match in filter(None, matches):
-        indices.setdefault(int(match[2]), set()).add(int(match[1]))
-    problems, notes = [], []
-    if not all(matches):
-        other = files[matches.index(None)]
-        notes.append(
-            f"{matches.count(None):,} names don't say -NNNNN-of-NNNNN, {other} for one: "
-            "whether such a file is missing can't be told"
-        )
-    if len(indices) > 1:
-        totals = ", ".join(f"-of-{total:05d} ({len(indices[total]):,} files)" for total in indices)
-        problems.append(
-            f"{os.path.dirname(files[0])}: the names give different totals, {totals}, so documents may "
-            "come twice\n  remedy: keep the files of one copy in the folder"
-        )
-    elif indices:
-        [(total, present)] = indices.items()
-        if missing := sorted(set(range(total)) - present):
-            download = _download(files[0], "--include", "en/c4-train.*")
-            notes.append(
-                f"{len(missing):,} of {total:,} files are not here: {_ranges(missing)}; c4_local trains on "
-                "those that are" + (f"; to get the rest: {download}" if download else "")
-            )
-    return problems, notes
+    """Problems of the copy's file names, and notes on them."""
+    names = [match for file in files if (match := FILE_NAME.fullmatch(os.path.basename(file)))]
+    totals = Counter(match[2] for match in names)
+    if len(totals) > 1:
+        counts = ", ".join(f"-of-{total} ({n:,} files)" for total, n in totals.items())
+        problem = f"{os.path.dirname(files[0])}: the names give different totals, {counts}, so documents may come twice"
+        return [f"{problem}\n  remedy: keep the files of one copy in the folder"], []
+    missing = sorted(set(range(int(max(totals, default=0)))) - {int(match[1]) for match in names})
+    if not missing:
+        return [], []
+    download = _download(files[0], "--include", "en/c4-train.*")
+    note = f"{len(missing):,} of {int(max(totals)):,} files are not here: {_ranges(missing)}; c4_local trains on those "
+    return [], [f"{note}that are" + (f"; to get the rest: {download}" if download else "")]
 
 
 def remedy(file: str) -> str:
     """How to get an intact copy of one file."""
     # Without --force-download, a file that wasn't changed since it was fetched counts as up to date.
-    download = _download(file, f"en/{os.path.basename(file)}", "--force-download")
-    if download is None:
-        return "put an intact copy of the file in its place"
-    return f"fetch it again (or write it again, if the data is your own): {download}"
+    if download := _download(file, f"en/{os.path.basename(file)}", "--force-download"):
+        return f"fetch it again (or write it again, if the data is your own): {download}"
+    return "put an intact copy of the file in its place"
 
 
-def report(
-    files: list[str], checked: list[Contents], *, seq_len: int, global_batch_size: int, steps: int
-) -> tuple[str, bool]:
-    """The text for the user, and whether anything is damaged.
-
-    Args:
-        files: the copy's files.
-        checked: what `check_file` found in each.
-        seq_len, global_batch_size, steps: the training run that the copy is compared with.
-    """
+def report(files: list[str], checked: list[Contents], training: Training) -> tuple[str, bool]:
+    """What `check_file` found in each file, compared with what a run reads; and whether anything is damaged."""
     problems, notes = check_names(files)
     for file, contents in zip(files, checked, strict=True):
+        problems += contents.problems
+        if more := contents.n_problems - len(contents.problems):
+            problems.append(f"{file}: {more:,} more problems")
         if contents.n_problems:
-            more = contents.n_problems - len(contents.problems)
-            rest = [f"{file}: {more:,} more problems"] if more else []
-            problems.append("\n".join([*contents.problems, *rest, f"  remedy: {remedy(file)}"]))
+            problems.append(f"  remedy: {remedy(file)}")
 
-    fewest, most = (pick(contents.documents for contents in checked) for pick in (min, max))
     documents, characters, utf8_bytes, tokens = (
         sum(getattr(contents, name) for contents in checked)
         for name in ("documents", "characters", "utf8_bytes", "tokens")
     )
+    seq_len, batch = training.seq_len, training.global_batch_size
     # A sequence and its labels are seq_len + 1 tokens, and the next one starts after them.
-    sequences = tokens // (seq_len + 1)
-    wanted = steps * global_batch_size * (seq_len + 1)
+    sequences, wanted = tokens // (seq_len + 1), training.steps * batch * (seq_len + 1)
+    left_out = ", damaged lines left out" if problems else ""
     lines = [
         *problems,
         *(f"note: {note}" for note in notes),
-        f"{len(files):,} files, {documents:,} documents ({fewest:,} to {most:,} a file)"
-        + (", damaged lines left out" if problems else ""),
+        f"{len(files):,} files, {documents:,} documents{left_out}",
         f"text: {characters:,} characters, {utf8_bytes:,} bytes in UTF-8",
         f"byte tokenizer: {tokens:,} tokens with bos and eos, {sequences:,} sequences of {seq_len:,}, "
-        f"{sequences // global_batch_size:,} steps of {global_batch_size:,} sequences",
+        f"{sequences // batch:,} steps of {batch:,} sequences",
     ]
     if tokens:
-        lines.append(
-            f"{steps:,} such steps read {wanted:,} tokens: {wanted / tokens:,.2f} times the copy"
-        )
-    damaged = sum(contents.n_problems > 0 for contents in checked)
-    lines.append(f"damaged files: {damaged:,}")
+        lines.append(f"{training.steps:,} such steps read {wanted:,} tokens: {wanted / tokens:,.2f} times the copy")
+    lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")
     return "\n".join(lines), bool(problems)
 
 
 def _download(file: str, *what: str) -> str | None:
     """The command that fetches into the copy that `file` belongs to, where that has allenai/c4's layout."""
     root, folder = os.path.split(os.path.dirname(os.path.abspath(file)))
-    if folder != "en":
-        return None
     command = ["hf", "download", "allenai/c4", "--repo-type", "dataset", *what, "--local-dir", root]
-    return shlex.join(command)
+    return shlex.join(command) if folder == "en" else None
 
 
 def _ranges(numbers: list[int]) -> str:
     """Sorted numbers with runs drawn together: 00001, 00005 to 00007."""
-    texts = []
-    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in run]
-        texts.append(f"{run[0]:05d}" + (f" to {run[-1]:05d}" if len(run) > 1 else ""))
-    return ", ".join(texts)
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]:05d}" + (f" to {run[-1]:05d}" if len(run) > 1 else "") for run in runs)

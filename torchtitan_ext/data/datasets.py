@@ -10,16 +10,16 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
-from torchtitan.tools.logging import logger
+from torchtitan.tools.logging import logger, warn_once
 
-from torchtitan_ext.data.passkey import document_length, passkey_documents, passkey_text
+from torchtitan_ext.data.passkey import passkey_documents, passkey_text
 
 TEXT_SUFFIXES = (".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh")
 TEXT_SUFFIXES += (".rst", ".md", ".txt", ".toml")
@@ -38,28 +38,14 @@ MARKS = {
 # A document is held as tokens until it is trained on, in memory and in every checkpoint, and encoding takes some
 # 150 bytes of memory a character: a document of 200 MB would take 30 GB. Pages of C4 were crawled up to 1 MiB.
 LONGEST_DOCUMENT = 2**20  # characters
-SOURCE_PARTS = {
-    "python_source": None,
-    "python_source_train": False,
-    "python_source_validation": True,
-}
+# of the files held out for validation: all, without them, only them
+SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_source_validation": True}
 FROM_THE_HUB = {"c4", "c4_validation"}
 OTHER_FORMATS = "docs/data.md, section 5, says how to train on other formats"
 
 
 def c4_files(dataset_path: str) -> list[str]:
-    """The gzip'd JSON-lines files of a folder in the layout of allenai/c4, in their order.
-
-    Args:
-        dataset_path: the copy's root, or its `en` folder.
-
-    Raises:
-        ValueError: the folder isn't named, doesn't exist or holds no such file.
-    """
-    if not dataset_path:
-        raise ValueError(
-            "training.dataset_path is not set: c4_local needs the folder that holds en/c4-train.*.json.gz"
-        )
+    """The gzip'd JSON-lines files of a copy of allenai/c4, given its root or `en`. Raises ValueError without any."""
     root = _folder(dataset_path)
     pattern = "c4-train.*.json.gz"
     files = sorted(root.glob(f"en/{pattern}")) or sorted(root.glob(pattern))
@@ -72,22 +58,14 @@ def c4_files(dataset_path: str) -> list[str]:
 
 
 def read_documents(file: str) -> Iterator[dict[str, str]]:
-    """The lines of one file of gzip'd JSON, in their order.
+    """The lines of one file of gzip'd JSON, each an object in UTF-8 with a string `text`, with or without a mark.
 
-    Args:
-        file: each line a JSON object in UTF-8, with a string `text`; other fields are left alone. A byte order
-            mark may stand before it, and lines may be blank.
-
-    Yields:
-        {"text": the document}; {} for a blank line, so that a position counts lines; or, where a line is no
-        document or the file can't be decompressed to its end, {"damage": what is wrong, with the file and the
-        line, from 1; "file": the file}. A file that is cut short or corrupt ends there.
-
-    Raises:
-        ValueError: the file can't be read at all, which says nothing of what it holds.
+    Yields {"text": the document}; {} for a blank line, so that a position counts lines; where a line is no document or
+    the file can't be decompressed further, {"damage": what is wrong, with file and line, from 1; "file": the file}.
+    Raises ValueError where the file can't be read at all, which says nothing of what it holds.
     """
     number = 0
-    # Looked up now: when a program ends amid a file, the generator is closed after the module's names are gone.
+    # Looked up now: a program that ends amid a file closes the generator after the module's names are gone.
     corrupt = (EOFError, zlib.error, gzip.BadGzipFile)
     try:
         if not os.path.getsize(file):
@@ -95,9 +73,13 @@ def read_documents(file: str) -> Iterator[dict[str, str]]:
         with gzip.open(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    sample = _sample_of_line(line)
-                except ValueError as error:
-                    sample = {"damage": f"{file}, line {number}: {error}", "file": file}
+                    content = line.decode().strip().strip("\ufeff")
+                    sample = {"text": json.loads(content)["text"]} if content else {}
+                    for text in sample.values():
+                        text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
+                except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+                    what = f'not a JSON object in UTF-8 with a string "text" ({type(error).__name__}: {error})'
+                    sample = {"damage": f"{file}, line {number}: {what}", "file": file}
                 yield sample
     except corrupt as error:
         yield {"damage": f"{file}, after line {number}: {error}", "file": file}
@@ -105,36 +87,28 @@ def read_documents(file: str) -> Iterator[dict[str, str]]:
         raise ValueError(f"{file}, after line {number}: {error}") from error
 
 
-def source_pieces(dataset_path: str, held_out: bool | None = None) -> list[tuple[str, int]]:
-    """The text files of a tree in pieces that begin every `PIECE` bytes, in an order that mixes the pieces and depends on
-    nothing but the names inside.
+def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
+    """The text files of a tree in pieces of `PIECE` bytes, each a row of the file and its first byte in it.
 
-    Left out: other suffixes than TEXT_SUFFIXES, SKIPPED_FOLDERS, hidden files and folders, symbolic links.
+    Their mixed order depends only on the names inside. Left out: other suffixes than TEXT_SUFFIXES, SKIPPED_FOLDERS,
+    hidden files and folders, symbolic links. Raises ValueError where nothing is left.
 
-    Args:
-        dataset_path: the tree's root.
-        held_out: those of the files that are held out for validation, the others, or (None) all. A file's
-            place in the tree alone decides.
-
-    Returns:
-        Each piece's file, and its first byte in it.
-
-    Raises:
-        ValueError: the tree doesn't exist or has no such file.
+    held_out: only the files held out for validation, only the others, or (None) all.
     """
+    # A name need not be UTF-8. Only names and places are held, so a tree of any size loads at once.
     pieces = [
-        (file, start)
+        (os.fsencode(file), start)
         for _, file, start, is_held_out in _pieces_of_tree(_folder(dataset_path))
         if held_out in (None, is_held_out)
     ]
     if not pieces:
+        among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
         raise ValueError(
-            f"training.dataset_path = {dataset_path!r} has no text file"
-            + (f" among the one in {HELD_OUT} held out for validation" if held_out else "")
-            + f": give a folder with {'more ' * bool(held_out)}files that end in {', '.join(TEXT_SUFFIXES)}; "
-            + _what_lies_in(Path(dataset_path))
+            f"training.dataset_path = {dataset_path!r} has no text file{among}: give a folder with {more}files that "
+            f"end in {', '.join(TEXT_SUFFIXES)}; {_what_lies_in(Path(dataset_path))}"
         )
-    return pieces
+    files, starts = zip(*pieces, strict=True)
+    return Dataset.from_dict({"path": files, "start": starts})
 
 
 @cache  # a job asks several times, and large trees take seconds
@@ -156,29 +130,14 @@ def _pieces_of_tree(root: Path) -> list[tuple[bytes, str, int, bool]]:
 
 
 def check_dataset(dataset: str, dataset_path: str | None) -> None:
-    """Checks `training.dataset` and `training.dataset_path` without reading a document.
-
-    Raises:
-        ValueError: an unknown data set, or no files where they should be; it names the field, its value
-            and what would be right. What comes from the Hugging Face hub isn't looked for.
-    """
+    """Raises ValueError for an unknown data set, or no files where they should be; doesn't ask the Hugging Face hub."""
     name = dataset.lower()  # as torchtitan reads it
     if name not in DATASETS:
         known = ", ".join(sorted(DATASETS))
-        raise ValueError(
-            f"training.dataset = {dataset!r} is not a known data set; there are {known}"
-        )
+        raise ValueError(f"training.dataset = {dataset!r} is not a known data set; there are {known}")
     path = dataset_path or DATASETS[name].path
-    if name == "c4_local":
-        if gone := [file for file in c4_files(path) if not os.path.isfile(file)]:
-            raise ValueError(
-                f"training.dataset_path = {path!r}: {len(gone):,} of its files are links to nothing or no files, "
-                f"{gone[0]} first; put the files there, or take the names away"
-            )
-    elif name in SOURCE_PARTS:
-        source_pieces(path, SOURCE_PARTS[name])
-    elif name == "passkey":
-        document_length(path)
+    if name in OWN_DATASETS:
+        OWN_DATASETS[name].loader(path)
     elif name not in FROM_THE_HUB and not os.path.exists(path):
         raise ValueError(
             f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: "
@@ -188,62 +147,42 @@ def check_dataset(dataset: str, dataset_path: str | None) -> None:
 
 def _folder(path: str) -> Path:
     if not os.path.isdir(path):
-        raise ValueError(
-            f"training.dataset_path = {path!r} is not a folder: give one that exists"
-            + f" ({OTHER_FORMATS})" * os.path.isfile(path)
-        )
+        other = f" ({OTHER_FORMATS})" if os.path.isfile(path) else ""
+        raise ValueError(f"training.dataset_path = {path!r} is not a folder: give one that exists{other}")
     return Path(path)
 
 
 def _what_lies_in(root: Path) -> str:
-    files = (path for path in root.rglob("[!.]*") if os.path.isfile(path))
-    sizes = {str(file.relative_to(root)): os.path.getsize(file) for file in islice(files, 10_000)}
-    if not sizes:
+    files = sorted(path for path in islice(root.rglob("[!.]*"), 10_000) if path.is_file())
+    if not files:
         return "it holds no file"
-    largest = max(sorted(sizes), key=sizes.__getitem__)
-    return f"it holds {len(sizes):,} files, {largest!r} the largest; {OTHER_FORMATS}"
-
-
-def _sample_of_line(line: bytes) -> dict[str, str]:
-    try:
-        content = line.decode().strip().strip("\ufeff")
-        if not content:
-            return {}
-        text = json.loads(content)["text"]
-        text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
-    except UnicodeError as error:
-        raise ValueError(f"not UTF-8 ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, at character {error.pos + 1})") from error
-    except RecursionError as error:
-        raise ValueError("not JSON that can be read (nested too deeply)") from error
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError('not a JSON object with a string "text"') from error
-    return {"text": text}
+    largest = max(files, key=os.path.getsize).relative_to(root)
+    return f"it holds {len(files):,} files, '{largest}' the largest; {OTHER_FORMATS}"
 
 
 def pieces_of_document(text: str) -> list[str]:
-    """The text in pieces of LONGEST_DOCUMENT, which training takes for documents of their own."""
-    starts = range(0, max(1, len(text)), LONGEST_DOCUMENT)
-    return [text[start : start + LONGEST_DOCUMENT] for start in starts]
+    """The text in pieces of LONGEST_DOCUMENT, each of which training takes for a document."""
+    return [text[at : at + LONGEST_DOCUMENT] for at in range(0, max(1, len(text)), LONGEST_DOCUMENT)]
 
 
 def _read_json_lines(files: list[str]) -> Iterator[dict[str, str]]:
-    # Damage is a sample of its own, so that a position means the same whether damage is skipped or mended.
-    for file in files:
-        for sample in read_documents(file):
-            if "text" in sample:
-                yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
-            else:
-                yield sample
+    # Damage is a sample of its own, so that a position means the same whether damage is skipped or repaired.
+    for sample in chain.from_iterable(map(read_documents, files)):
+        if "text" in sample:
+            yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
+        else:
+            yield sample
 
 
 def _c4_dataset(path: str) -> IterableDataset:
     files = c4_files(path)
-    if not any(_read_json_lines(files)):
+    if gone := [file for file in files if not os.path.isfile(file)]:
         raise ValueError(
-            f"training.dataset_path = {path!r}: no document in its {len(files):,} files; give a folder with some"
+            f"training.dataset_path = {path!r}: {len(gone):,} of its files are links to nothing or no files, "
+            f"{gone[0]} first; put the files there, or take the names away"
         )
+    if not any(_read_json_lines(files)):
+        raise ValueError(f"training.dataset_path = {path!r}: no document in its {len(files):,} files; give others")
     return IterableDataset.from_generator(_read_json_lines, gen_kwargs={"files": files})
 
 
@@ -251,8 +190,8 @@ def _text(sample: dict[str, str]) -> str:
     if "damage" in sample:
         folder = os.path.dirname(sample["file"])
         raise ValueError(
-            f"{sample['damage']}; to find all that is damaged, run scripts/check_c4.py {folder}; to train "
-            "without it, set training.skip_damaged_data to true (validation data is never skipped: mend that)"
+            f"{sample['damage']}; to find all that is damaged, run python -m torchtitan_ext check-data {folder}; to "
+            "train without it, set training.skip_damaged_data to true (validation data is never skipped: repair it)"
         )
     return sample["text"]
 
@@ -272,41 +211,17 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
     elif "\ufffd" in text and text.encode(encoding) != data:
         unfit = f"bytes that are no {encoding}, and are trained on as U+FFFD"
     if unfit:
-        _warn_once(sample["path"], unfit)
+        warn_once(
+            logger, f"{os.fsdecode(sample['path'])!r} holds {unfit}: write it in UTF-8, or move it out of the tree"
+        )
     return text if sample["start"] else text.removeprefix("\ufeff")
 
 
-@cache
-def _warn_once(path: bytes, unfit: str) -> None:
-    logger.warning(
-        f"{os.fsdecode(path)!r} holds {unfit}: write it in UTF-8, or move it out of the tree"
-    )
-
-
-def _source_dataset(path: str, held_out: bool | None) -> Dataset:
-    # Paths and places alone are held: a tree of any size loads at once, and its n-th document is found by
-    # its index.
-    files, starts = zip(*source_pieces(path, held_out), strict=True)
-    # As bytes, because a name need not be UTF-8.
-    return Dataset.from_dict({"path": list(map(os.fsencode, files)), "start": starts})
-
-
-# load_dataset("json") asks the hub even for local files, which stalls a machine without a network, and
-# guesses each column's type from the first file. A generator over the files has the same shards and state.
-DATASETS["c4_local"] = DatasetConfig(
-    path="",
-    loader=_c4_dataset,
-    sample_processor=_text,
-)
-
-for name, held_out in SOURCE_PARTS.items():
-    DATASETS[name] = DatasetConfig(
-        path=sysconfig.get_path("stdlib"),
-        loader=partial(_source_dataset, held_out=held_out),
-        sample_processor=_text_of_piece,
-    )
-
-# Generated, each document from its index.
-DATASETS["passkey"] = DatasetConfig(
-    path="", loader=passkey_documents, sample_processor=passkey_text
-)
+# load_dataset("json") asks the hub even for local files, and guesses each column's type from the first file.
+OWN_DATASETS = {
+    "c4_local": DatasetConfig(path="", loader=_c4_dataset, sample_processor=_text),
+    "passkey": DatasetConfig(path="", loader=passkey_documents, sample_processor=passkey_text),
+} | {
+    name: DatasetConfig(sysconfig.get_path("stdlib"), partial(source_documents, held_out=held_out), _text_of_piece)
+    for name, held_out in SOURCE_PARTS.items()
+}

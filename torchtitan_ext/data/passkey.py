@@ -3,6 +3,7 @@
 import random
 import string
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torchtitan.components.loss import IGNORE_INDEX
@@ -22,77 +23,55 @@ MIN_LENGTH = 2 * len(needle("0"))
 
 
 def encode(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
-    """The tokens of `text` alone, without the bos that some tokenizers begin every text with."""
+    """The tokens of `text`, without the bos that some tokenizers begin every text with."""
     return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def question_and_answers(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
-    """The tokens of the question, and each digit's token after it.
+    """The tokens of `QUESTION` and each digit's after them; the last space may belong to either.
 
-    The question's tokens are those that `QUESTION` with any digit begins with: in some vocabularies the
-    last space belongs to the digit.
-
-    Raises:
-        ValueError: a digit is not one token of its own.
+    Raises ValueError where a digit is not one token.
     """
     asked = [encode(tokenizer, QUESTION + digit) for digit in DIGITS]
     question, answers = asked[0][:-1], [tokens[-1] for tokens in asked]
     if any(tokens[:-1] != question for tokens in asked) or len(set(answers)) < len(DIGITS):
         raise ValueError(
-            f"the tokenizer does not end {QUESTION + DIGITS[0]!r} to '... {DIGITS[-1]}' with one token a "
+            f"the tokenizer does not end {QUESTION + DIGITS[0]!r} to '... {DIGITS[-1]}' with one token per "
             "digit, as the answer has to be: retrieval can't be trained or evaluated with it"
         )
     return question, answers
 
 
-def document_length(dataset_path: str) -> int:
-    """The documents' length in characters, which for generated documents is all that `dataset_path` says.
-
-    Raises:
-        ValueError: it isn't a whole number, or no document is so short.
-    """
+def passkey_documents(dataset_path: str) -> Dataset:
+    """`N_DOCUMENTS` rows for `passkey_text`; `dataset_path` is the documents' length in characters, in digits."""
     if not dataset_path.isdecimal() or int(dataset_path) < MIN_LENGTH:
         raise ValueError(
-            f"training.dataset_path = {dataset_path!r}: passkey generates its documents and takes their length "
-            f"in characters here, {MIN_LENGTH} or more; with bytes as tokens, training.seq_len - 1 lets each "
-            "fill a sequence"
+            f"training.dataset_path = {dataset_path!r}: passkey takes its documents' length in characters here, "
+            f"{MIN_LENGTH} or more; with bytes as tokens, training.seq_len - 1 lets each fill a sequence"
         )
-    return int(dataset_path)
-
-
-def passkey_documents(dataset_path: str) -> Dataset:
-    """`N_DOCUMENTS` rows of index and length; `passkey_text` makes the document of a row."""
-    length = document_length(dataset_path)
-    return Dataset.from_dict({"index": range(N_DOCUMENTS), "length": [length] * N_DOCUMENTS})
+    return Dataset.from_dict({"index": np.arange(N_DOCUMENTS), "length": np.full(N_DOCUMENTS, int(dataset_path))})
 
 
 def passkey_text(sample: dict[str, int]) -> str:
-    """The document of a row: the same needle again and again, in filler, the last of them at its end.
+    """The document of a row: the same needle again and again in filler, the last at its end.
 
-    Every needle after the first is a question with its answer, so a document supervises many depths and
-    distances at once. Their number is drawn log-uniformly from 2 to as many as fit: some are near enough to
-    learn from early, and some so far apart that the digit has to come from the other end of the document.
+    Every needle after the first asks and answers. Their number is drawn log-uniformly from 2 to as many as fit, so some
+    are near enough to learn from early, and some at opposite ends.
     """
     rng = random.Random(f"passkey {sample['index']}")
     hidden = needle(rng.choice(DIGITS))
-    n_needles = round(2 * (sample["length"] / MIN_LENGTH) ** rng.random())
-    n_needles = min(n_needles, sample["length"] // len(hidden))
+    most = sample["length"] // len(hidden)
+    n_needles = min(round(2 * (sample["length"] / MIN_LENGTH) ** rng.random()), most)
     filler = "".join(rng.choices(FILLER, k=sample["length"] - n_needles * len(hidden)))
     cuts = sorted(rng.randint(0, len(filler)) for _ in range(n_needles - 1))
     starts, ends = [0, *cuts], [*cuts, len(filler)]
     return "".join(filler[a:b] + hidden for a, b in zip(starts, ends, strict=True))
 
 
-def answers_alone(tokens: torch.Tensor, labels: torch.Tensor, question: list[int]) -> torch.Tensor:
-    """The labels that follow a question, `IGNORE_INDEX` elsewhere: filler can't be predicted, and the noise of
-    its gradient drowns what the few digits say.
+def only_answers(tokens: torch.Tensor, labels: torch.Tensor, question: list[int]) -> torch.Tensor:
+    """The labels that follow a question, `IGNORE_INDEX` elsewhere: noise of random filler would drown the few digits.
 
-    Args:
-        tokens: [N], int64; labels: [N], the tokens that follow them.
-        question: the question's tokens.
-
-    Returns:
-        [N]; all labels where no question is asked, because a mean over none is not a number.
+    tokens, labels: [N], int64. All labels where no question is asked, because a mean over none is not a number.
     """
     before = torch.nn.functional.pad(tokens, (len(question) - 1, 0), value=-1)
     is_answer = (before.unfold(0, len(question), 1) == torch.tensor(question)).all(-1)

@@ -2,12 +2,6 @@
 
 from .attention import LighthouseAttention, lighthouse_attention, select_entries
 from .config import LighthouseConfig
-from .operators import Selection
+from .torch_ops import Selection
 
-__all__ = [
-    "LighthouseAttention",
-    "LighthouseConfig",
-    "Selection",
-    "lighthouse_attention",
-    "select_entries",
-]
+__all__ = ["LighthouseAttention", "LighthouseConfig", "Selection", "lighthouse_attention", "select_entries"]

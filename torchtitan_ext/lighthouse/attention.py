@@ -4,48 +4,32 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from . import operators
+from . import torch_ops
 from .config import LighthouseConfig
-from .operators import Selection, entries, gathered_rows
+from .kernels import causal_attention
+from .torch_ops import Selection, entries, gathered_rows
 
 try:
-    from . import kernels
+    from . import triton_ops
 except ImportError:  # no Triton on this platform: the torch path serves it
-    kernels = None  # type: ignore[assignment]
+    triton_ops = None  # type: ignore[assignment]
 
-Attention = Callable[..., torch.Tensor]
-
-
-def causal_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
-) -> torch.Tensor:
-    """The stock kernel, causal: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+Attention = Callable[..., Tensor]
 
 
-def _operators_for(x: torch.Tensor) -> ModuleType:
+def ops_for(x: Tensor) -> ModuleType:
     """The Triton operators where they run, else the torch ones."""
-    return kernels if kernels and x.is_cuda and x.dtype != torch.float64 else operators
+    return triton_ops if triton_ops and x.is_cuda and x.dtype != torch.float64 else torch_ops
 
 
-def _check_inputs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: LighthouseConfig,
-    freqs_cis: torch.Tensor | None,
-    degree: int = 1,
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None, degree: int = 1
 ) -> None:
     """Raise ValueError unless the inputs of one of `degree` ranks fit each other and `config`."""
-    if (
-        q.ndim != 4
-        or k.shape != v.shape
-        or k.shape != (*q.shape[:2], *k.shape[2:3], q.shape[3])
-        or 0 in (*q.shape[2:], k.shape[2])
-    ):
+    fit = q.ndim == 4 and k.shape == v.shape and k.shape == (*q.shape[:2], *k.shape[2:3], q.shape[3])
+    if not fit or 0 in (*q.shape[2:], k.shape[2]):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be [B, N, H, D]"
             " and twice [B, N, H_kv, D], with H, H_kv and D at least 1"
@@ -60,15 +44,9 @@ def _check_inputs(
     if freqs_cis is None:
         return
     if head_dim % 2:
-        raise ValueError(
-            f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs"
-        )
-    if (
-        freqs_cis.ndim != 2
-        or freqs_cis.shape[0] < seq_len
-        or freqs_cis.shape[1] != head_dim // 2
-        or not freqs_cis.is_complex()
-    ):
+        raise ValueError(f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs")
+    fits = freqs_cis.ndim == 2 and freqs_cis.shape[0] >= seq_len and freqs_cis.shape[1] == head_dim // 2
+    if not fits or not freqs_cis.is_complex():
         raise ValueError(
             f"freqs_cis {tuple(freqs_cis.shape)}, {freqs_cis.dtype}: must be complex"
             f" [at least N = {seq_len}, D/2 = {head_dim // 2}]"
@@ -78,27 +56,29 @@ def _check_inputs(
 
 
 @torch.no_grad()
-def _slots(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+def select_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     config: LighthouseConfig,
-    freqs_cis: torch.Tensor | None,
+    freqs_cis: Tensor | None,
+    attention: Attention = causal_attention,
     starts: Sequence[int] = (0,),
-) -> torch.Tensor:
+) -> Tensor:
     """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw.
 
-    For chunks of a sequence, which only the scorer `norm` can score, `starts` is as in `operators`."""
-    ops = _operators_for(q)
+    The scorer `dilated` attends by the kernel that `attention.kernel` names, else by the first of torch's that can.
+
+    For chunks of a sequence, which only the scorer `norm` can score, `starts` is as in `torch_ops`."""
+    ops = ops_for(q)
     if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":
         table = freqs_cis[: q.shape[1]].unsqueeze(1)  # norms don't change under rotation
-        q, k = operators.rotate(q, table), operators.rotate(k, table)
-    return ops.select(ops.score(q, k, v, config), config, starts)
+        q, k = torch_ops.rotate(q, table), torch_ops.rotate(k, table)
+    scores = ops.score(q, k, v, config, getattr(attention, "kernel", "sdpa"))
+    return ops.select(scores, config, starts)
 
 
-def _attend(
-    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
+def call_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention on gathered rows: [B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D] in q's dtype.
 
     Raises ValueError if `attention` returns another shape."""
@@ -108,38 +88,31 @@ def _attend(
     if q.shape[1] > k.shape[1]:
         enable_gqa = True
     out = attention(q, k, v, enable_gqa=enable_gqa)
-    if not isinstance(out, torch.Tensor) or out.shape != shape:
-        returned = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise ValueError(
-            f"attention returned {returned}: must return [B, H, S, D] = {tuple(shape)}, as q"
-        )
+    returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if returned != tuple(shape):
+        raise ValueError(f"attention returned {returned}: must return [B, H, S, D] = {tuple(shape)}, as q")
     return out.to(dtype)  # autocast's, or another of attention's own
 
 
 def select_entries(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: LighthouseConfig,
-    *,
-    freqs_cis: torch.Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, *, freqs_cis: Tensor | None = None
 ) -> Selection:
     """The entries that `lighthouse_attention` gathers for these arguments, in gathered order."""
-    _check_inputs(q, k, v, config, freqs_cis)
+    check_inputs(q, k, v, config, freqs_cis)
     seq_len = q.shape[1]
-    slots = _slots(q, k, v, config, freqs_cis)
+    slots = select_slots(q, k, v, config, freqs_cis)
     return entries(gathered_rows(slots, config.gathered_len(seq_len)), config, seq_len)
 
 
 def lighthouse_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     config: LighthouseConfig,
     *,
-    freqs_cis: torch.Tensor | None = None,
-    attention: Attention = causal_sdpa,
-) -> torch.Tensor:
+    freqs_cis: Tensor | None = None,
+    attention: Attention = causal_attention,
+) -> Tensor:
     """Hierarchical attention over an adaptively gathered short sequence; for training only.
 
     With the selection held fixed, output t depends on inputs up to t alone. The selection itself looks
@@ -162,34 +135,20 @@ def lighthouse_attention(
         ValueError: shapes that don't fit each other or the settings; the message says what would be right.
         NotImplementedError: inputs with tangents of forward-mode differentiation, on a GPU.
     """
-    _check_inputs(q, k, v, config, freqs_cis)
-    ops = _operators_for(q)
-    slots = _slots(q, k, v, config, freqs_cis)
+    check_inputs(q, k, v, config, freqs_cis)
+    ops = ops_for(q)
+    slots = select_slots(q, k, v, config, freqs_cis, attention)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config)
-    return ops.scatter(_attend(attention, q, k, v), slots, config)
+    return ops.scatter(call_attention(attention, q, k, v), slots, config)
 
 
 class LighthouseAttention(nn.Module):
-    """`lighthouse_attention` as a module without parameters, so that it can stand for an attention layer.
+    """`lighthouse_attention` as a module without parameters: the settings and `attention` are as there."""
 
-    Args:
-        config: the layer's settings.
-        attention: what attends on the gathered rows; see `lighthouse_attention`.
-    """
-
-    def __init__(self, config: LighthouseConfig, attention: Attention = causal_sdpa) -> None:
+    def __init__(self, config: LighthouseConfig, attention: Attention = causal_attention) -> None:
         super().__init__()
-        self.config = config
-        self.attention = attention
+        self.config, self.attention = config, attention
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        freqs_cis: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `lighthouse_attention`: [B, N, H, D] and 2 x [B, N, H_kv, D] -> [B, N, H, D]."""
-        return lighthouse_attention(
-            q, k, v, self.config, freqs_cis=freqs_cis, attention=self.attention
-        )
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor | None = None) -> Tensor:
+        """[B, N, H, D] and 2 x [B, N, H_kv, D] -> [B, N, H, D]."""
+        return lighthouse_attention(q, k, v, self.config, freqs_cis=freqs_cis, attention=self.attention)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import accumulate
 
 SCORERS = ("norm", "dilated", "gla")
 ROPE_PLACEMENTS = ("selected", "base")
@@ -24,7 +24,7 @@ class LighthouseConfig:
     """Entries of one level that one entry of the next level summarises (a power of two)."""
 
     top_k: int = 1536
-    """Winners a head and level: a multiple of `tile_winners`."""
+    """Winners per head and level: a multiple of `tile_winners`."""
 
     scorer: str = "norm"
     """What makes an entry matter: its norms (norm), or those of attention's outputs, softmax within residue
@@ -37,7 +37,7 @@ class LighthouseConfig:
     """Rotate each gathered row at its entry's end (selected), or every token before pooling (base)."""
 
     tile_winners: int = 128
-    """Winners a tile, half by query score and half by key score (even)."""
+    """Winners per tile, half by query score and half by key score (even)."""
 
     def __post_init__(self) -> None:
         def require(legal: bool, field: str, rule: str) -> None:
@@ -53,16 +53,11 @@ class LighthouseConfig:
         require(m >= 2 and m % 2 == 0, "tile_winners", "must be even and at least 2")
         require(self.scorer in SCORERS, "scorer", f"must be one of {', '.join(SCORERS)}")
         require(self.dilation >= 1, "dilation", "must be at least 1")
-        require(
-            self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}"
-        )
+        require(self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}")
         # The last rule, so that what it proposes is legal.
         nearest = max(m, (self.top_k + m // 2) // m * m)
-        require(
-            self.top_k >= m and self.top_k % m == 0,
-            "top_k",
-            f"must be a multiple of tile_winners = {m}, for example {nearest}",
-        )
+        rule = f"must be a multiple of tile_winners = {m}, for example {nearest}"
+        require(self.top_k >= m and self.top_k % m == 0, "top_k", rule)
 
     @property
     def n_tiles(self) -> int:
@@ -73,16 +68,9 @@ class LighthouseConfig:
         """Base positions that one entry of `level` covers."""
         return self.pooling_factor**level
 
-    def level_lens(self, seq_len: int) -> list[int]:
-        """Entries at each level, the base first."""
-        return [seq_len // self.span(level) for level in range(self.levels)]
-
     def level_offsets(self, seq_len: int) -> list[int]:
         """Row of each level's first entry in the pyramid (levels one after another), then its length."""
-        offsets = [0]
-        for n in self.level_lens(seq_len):
-            offsets.append(offsets[-1] + n)
-        return offsets
+        return list(accumulate((seq_len // self.span(level) for level in range(self.levels)), initial=0))
 
     def seq_len_of(self, n_entries: int) -> int:
         """Sequence length whose pyramid has `n_entries` entries."""
@@ -96,60 +84,48 @@ class LighthouseConfig:
 
     def allows(self, seq_len: int, n_chunks: int = 1) -> bool:
         """Whether sequences of `seq_len` are legal, `n_chunks` of which end where tiles do."""
-        coarsest = seq_len // self.span(self.levels - 1)
-        return (
-            seq_len == coarsest * self.span(self.levels - 1)
-            and coarsest % self.n_tiles == 0
-            and self.n_tiles % n_chunks == 0
-            and coarsest >= self.top_k
-            and self.gathered_len(seq_len) < seq_len
-            and (self.scorer != "dilated" or seq_len % self.dilation == 0)
-        )
+        return self._broken_rule(seq_len, n_chunks) is None
+
+    def _broken_rule(self, seq_len: int, n_chunks: int) -> str | None:
+        span, m, top_k = self.span(self.levels - 1), self.tile_winners, self.top_k
+        unit = span * self.n_tiles
+        if seq_len < unit or seq_len % unit:
+            rule = f"must be a multiple of pooling_factor^(levels - 1) x tiles = {span} x {self.n_tiles} = {unit}"
+            return f"seq_len = {seq_len}: {rule}"
+        if self.n_tiles % n_chunks:
+            rule = f"must be a multiple of tile_winners x chunks = {m} x {n_chunks} = {m * n_chunks}"
+            return f"top_k = {top_k}: {rule}, so that tiles end at the chunks' borders"
+        if seq_len // span < top_k:
+            rule = f"a tile of seq_len = {seq_len} has {seq_len // unit} entries at the coarsest level"
+            return f"top_k = {top_k}: {rule}, fewer than tile_winners = {m}"
+        if self.gathered_len(seq_len) >= seq_len:
+            return f"top_k = {top_k}: gathers {self.gathered_len(seq_len)} rows, no fewer than seq_len = {seq_len}"
+        if self.scorer == "dilated" and seq_len % self.dilation:
+            return f"dilation = {self.dilation}: must divide seq_len = {seq_len}"
+        return None
 
     def check_seq_len(self, seq_len: int, n_chunks: int = 1) -> None:
         """Raise ValueError unless `allows` is true, naming the nearest values, each of which alone makes it so."""
-        if self.allows(seq_len, n_chunks):
+        problem = self._broken_rule(seq_len, n_chunks)
+        if problem is None:
             return
-        span, m = self.span(self.levels - 1), self.tile_winners
-        unit = span * self.n_tiles
-        coarsest = max(seq_len // span, 0)
-        if seq_len < unit or seq_len % unit:
-            problem = (
-                f"seq_len = {seq_len}: must be a multiple of pooling_factor^(levels - 1) x tiles"
-                f" = {span} x {self.n_tiles} = {unit}"
-            )
-        elif self.n_tiles % n_chunks:
-            problem = (
-                f"top_k = {self.top_k}: must be a multiple of tile_winners x chunks"
-                f" = {m} x {n_chunks} = {m * n_chunks}, so that tiles end at the chunks' borders"
-            )
-        elif coarsest < self.top_k:
-            problem = (
-                f"top_k = {self.top_k}: a tile of seq_len = {seq_len} has {coarsest // self.n_tiles}"
-                f" entries at the coarsest level, fewer than tile_winners = {m}"
-            )
-        elif self.gathered_len(seq_len) >= seq_len:
-            problem = (
-                f"top_k = {self.top_k}: gathers {self.gathered_len(seq_len)} rows,"
-                f" no fewer than seq_len = {seq_len}"
-            )
-        else:
-            problem = f"dilation = {self.dilation}: must divide seq_len = {seq_len}"
-
+        span = self.span(self.levels - 1)
+        unit, coarsest = span * self.n_tiles, max(seq_len // span, 0)
         # Legal lengths are the multiples of `step` with at least `least` entries at the coarsest level.
         step = math.lcm(unit, self.dilation) if self.scorer == "dilated" else unit
         children = (self.levels - 1) * self.pooling_factor * self.top_k
         least = max(self.top_k, children // (span - 1) + 1)
         below = seq_len // step * step
         above = max(below + step, -(-least * span // step) * step)
-        legal = {"seq_len": [n for n in (below, above) if self.allows(n, n_chunks)]}
-        top_ks = [tiles * m for tiles in _divisors(coarsest)]
+        proposed = {"seq_len": [n for n in (below, above) if self.allows(n, n_chunks)]}
+        top_ks = [tiles * self.tile_winners for tiles in _divisors(coarsest)]
         for field, values in (("top_k", top_ks), ("dilation", _divisors(seq_len))):
-            fits = [replace(self, **{field: n}).allows(seq_len, n_chunks) for n in values]  # type: ignore[arg-type]
-            legal[field] = list(compress(values, fits))
-            legal[field].sort(key=lambda n: abs(n - getattr(self, field)))
-        proposals = [f"{name} = {' or '.join(map(str, n[:2]))}" for name, n in legal.items() if n]
-        raise ValueError("; nearest: ".join(filter(None, [problem, "; ".join(proposals)])))
+            values.sort(key=lambda n: abs(n - getattr(self, field)))
+            change = (replace(self, **{field: n}) for n in values)  # type: ignore[arg-type]
+            proposed[field] = [getattr(other, field) for other in change if other.allows(seq_len, n_chunks)][:2]
+        proposals = [f"{field} = {' or '.join(map(str, values))}" for field, values in proposed.items() if values]
+        nearest = f"; nearest: {'; '.join(proposals)}" if proposals else ""
+        raise ValueError(problem + nearest)
 
 
 def _divisors(n: int) -> list[int]:

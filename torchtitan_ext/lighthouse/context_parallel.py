@@ -8,17 +8,16 @@ itself. One thing crosses a border: what the last entries of a chunk add to the 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .attention import Attention, _attend, _check_inputs, _operators_for, _slots
+from .attention import Attention, call_attention, check_inputs, ops_for, select_slots
 from .config import LighthouseConfig
 from .ulysses import chunk_order, chunks_of_ranks
 
 
-def check_context_parallel(
-    config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool
-) -> None:
+def check_context_parallel(config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool) -> None:
     """Raise ValueError, naming what would be right, unless `degree` ranks can share `seq_len` tokens."""
 
     def allowed(config: LighthouseConfig, degree: int) -> bool:
@@ -28,10 +27,8 @@ def check_context_parallel(
     if allowed(config, degree):
         return
     if degree > 1 and config.scorer != "norm":
-        problem = (
-            f"scorer = {config.scorer!r}: scores a token by all tokens before it, which lie on other ranks "
-            f"under a context-parallel degree of {degree}"
-        )
+        problem = f"scorer = {config.scorer!r}: scores a token by all tokens before it, which lie on other ranks"
+        problem += f" under a context-parallel degree of {degree}"
         if allowed(replace(config, scorer="norm"), degree):
             problem += "; nearest: scorer = 'norm'"
     else:
@@ -45,9 +42,7 @@ def check_context_parallel(
     raise ValueError(problem)
 
 
-def _spill(
-    out: torch.Tensor, slots: torch.Tensor, config: LighthouseConfig, n_chunks: int
-) -> torch.Tensor:
+def _spill(out: Tensor, slots: Tensor, config: LighthouseConfig, n_chunks: int) -> Tensor:
     """Rows of each chunk's last entry of each pooled level, 0 where it has no slot.
 
     [B, H, chunks x S, D] and slots [B x chunks, H_kv, M] -> [chunks, B, L - 1, H, D].
@@ -63,57 +58,45 @@ def _spill(
 
 
 def context_parallel_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     config: LighthouseConfig,
     *,
     mesh: DeviceMesh,
     load_balance: bool,
     attention: Attention,
-    freqs_cis: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`lighthouse_attention` of a sequence that the ranks of `mesh` share; each calls it with its part.
+    freqs_cis: Tensor | None = None,
+) -> Tensor:
+    """`lighthouse_attention` of a sequence of N x ranks tokens that the ranks of `mesh` share.
+
+    Each calls it with q [B, N, H, D], k and v [B, N, H_kv, D] of its chunks (see `chunks_of_ranks`), one after
+    another, and gets their output. Arguments, result and errors are those of `lighthouse_attention`, but for:
 
     Args:
-        q: [B, N, H, D] query projections of this rank's chunks (see `chunks_of_ranks`), one after another.
-        k: [B, N, H_kv, D] key projections.
-        v: [B, N, H_kv, D] value projections.
-        config: the settings for the whole sequence, of N x ranks tokens.
-        mesh: the ranks, in one dimension, that share the sequence.
+        config, freqs_cis: of the whole sequence.
+        mesh: the ranks, in one dimension.
         load_balance: whether a rank holds two chunks, from head and tail, or one.
-        attention: what attends to the gathered sequence of all ranks, causally; called as in
-            `lighthouse_attention`, with the gathered rows of this rank's chunks, one after another.
-        freqs_cis: complex [at least N x ranks, D/2] rotary table of the whole sequence; None for no rotation.
-
-    Returns:
-        [B, N, H, D] in q's dtype.
-
-    Raises:
-        ValueError: shapes or settings that don't fit each other, or the ranks; the message says what would
-            be right.
+        attention: what attends, causally, to the gathered sequence of all ranks; it gets the gathered rows of this
+            rank's chunks.
     """
     degree, rank = mesh.size(), mesh.get_local_rank()
-    _check_inputs(q, k, v, config, freqs_cis, degree)
+    check_inputs(q, k, v, config, freqs_cis, degree)
     check_context_parallel(config, q.shape[1] * degree, degree, load_balance)
-    order = chunk_order(degree, load_balance)
+    ops, order = ops_for(q), chunk_order(degree, load_balance)
     chunks = chunks_of_ranks(degree, load_balance)[rank]
-    per_rank = len(chunks)
     config = replace(config, top_k=config.top_k // len(order))
-    ops = _operators_for(q)
-
-    batch, chunk_len = q.shape[0], q.shape[1] // per_rank
+    batch, per_rank, chunk_len = q.shape[0], len(chunks), q.shape[1] // len(chunks)
     starts = [chunk * chunk_len for chunk in chunks]
     q, k, v = (x.unflatten(1, (per_rank, chunk_len)).flatten(0, 1) for x in (q, k, v))
-    slots = _slots(q, k, v, config, freqs_cis, starts)
+    slots = select_slots(q, k, v, config, freqs_cis, starts=starts)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config, starts)
-    out = _attend(attention, q, k, v)
+    out = call_attention(attention, q, k, v)
 
     spill = DTensor.from_local(_spill(out, slots, config, per_rank), mesh, [Shard(0)])
     spill = spill.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     # What nothing spills to takes a row of zeros: a rank that used no row would be missing in backward.
     spill = torch.cat([spill, torch.zeros_like(spill[:1])])
     before = [order.index(chunk - 1) if chunk else -1 for chunk in chunks]
-    carry = torch.stack([spill[i] for i in before], 1)
-    out = ops.scatter(out, slots, config, carry)
+    out = ops.scatter(out, slots, config, torch.stack([spill[i] for i in before], 1))
     return out.unflatten(0, (batch, per_rank)).flatten(1, 2)

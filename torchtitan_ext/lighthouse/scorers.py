@@ -1,65 +1,51 @@
-"""The scorers: one query score and one key score a token and KV head, without parameters (paper, section 3).
+"""The scorers: one query score and one key score per token and KV head, without parameters (paper, section 3).
 
 With grouped queries a KV head's score is the largest of its group. No score carries a gradient.
 """
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from .config import LighthouseConfig
+from .kernels import causal_attention
 
 LOG_GATE = math.log(0.5) / 16
-"""Log of what `gla` keeps of its state a token: log(sigmoid(0)) / 16, for every head."""
+"""Log of what `gla` keeps of its state per token: log(sigmoid(0)) / 16, for every head."""
 
-_SDPA_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,  # fp32 on a GPU
-    SDPBackend.MATH,
-]
 _GLA_CHUNK = 128  # tokens; about head_dim, where pairs in a chunk and states take equal memory
 _HAS_FLA = find_spec("fla") is not None
 
 
-def accumulator(x: torch.Tensor) -> torch.dtype:
+def accumulator(x: Tensor) -> torch.dtype:
     """What sums over `x` are taken in: fp64 for fp64, else fp32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _norms(of_query: torch.Tensor, of_key: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
-    """L2 norms of rows [B, N, H or H_kv, D], the largest of each group: [2, B, H_kv, N]."""
+def norm_scores(of_query: Tensor, of_key: Tensor, n_kv_heads: int) -> Tensor:
+    """L2 norms, fp32, of rows [B, N, H or H_kv, D], the largest of each group: [2, B, H_kv, N]."""
     norms = [
-        torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x))
-        .unflatten(2, (n_kv_heads, -1))
-        .amax(-1)
+        torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x)).unflatten(2, (n_kv_heads, -1)).amax(-1)
         for x in (of_query, of_key)
     ]
     return torch.stack(norms).transpose(2, 3)
 
 
-def _output_norms(attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Norms of the outputs of A(q, k, v) and of A(k, q, v): [B, N, H, D], ... -> [2, B, H_kv, N].
+def output_scores(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Norms of the outputs of A(q, k, v) and of A(k, q, v): q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N].
 
     Each query head meets the key and the value of its KV head, in either role.
     """
-    n_kv_heads = k.shape[2]
-    group = q.shape[2] // n_kv_heads
+    n_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
     k, v = (x.unsqueeze(3).expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (k, v))
-    return _norms(attend(q, k, v), attend(k, q, v), n_kv_heads)
+    return norm_scores(attend(q, k, v), attend(k, q, v), n_kv_heads)
 
 
-def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal, through the stock kernel: three [B, N, H, D] -> [B, N, H, D]."""
-    with sdpa_kernel(_SDPA_BACKENDS, set_priority=True):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def chunked_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def chunked_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal linear attention under the constant gate: three [B, N, H, D] -> [B, N, H, D], fp32 (fp64).
 
     Row t is the sum over s <= t of exp(LOG_GATE * (t - s)) * (q_t . k_s) / sqrt(D) * v_s. Pairs within a
@@ -84,7 +70,7 @@ def chunked_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     return scale * out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :seq_len]
 
 
-def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`chunked_linear_attention`; on a GPU, for 16-bit dtypes, by the kernels of flash-linear-attention
     where that package is installed. For fp32 these would multiply in tf32."""
     if _HAS_FLA and q.is_cuda and q.element_size() == 2:
@@ -95,56 +81,42 @@ def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return chunked_linear_attention(q, k, v)
 
 
-def norm_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """L2 norms of each token's query and key: [B, N, H, D], [B, N, H_kv, D] -> [2, B, H_kv, N], fp32."""
-    return _norms(q, k, k.shape[2])
-
-
-def dilated_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dilation: int
-) -> torch.Tensor:
-    """Norms of causal softmax attention's outputs within each residue class of the positions.
+def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int, kernel: str) -> Tensor:
+    """Norms of causal attention's outputs, by the kernel of that name, within each residue class of the positions.
 
     q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32; N is a multiple of `dilation`.
     """
     classes = (
-        x.unflatten(1, (-1, dilation))
-        .transpose(1, 2)
-        .flatten(0, 1)  # [B * dilation, N / dilation, ...]
+        x.unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1)  # [B * dilation, N / dilation, ...]
         for x in (q, k, v)
     )
-    scores = _output_norms(softmax_attention, *classes)
+
+    def attend(*heads: Tensor) -> Tensor:
+        return causal_attention(*(x.transpose(1, 2) for x in heads), kernel=kernel).transpose(1, 2)
+
+    scores = output_scores(attend, *classes)
     return scores.unflatten(1, (-1, dilation)).permute(0, 1, 3, 4, 2).flatten(3)
-
-
-def gla_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Norms of gated linear attention's outputs.
-
-    q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32.
-    """
-    return _output_norms(linear_attention, q, k, v)
 
 
 # One operator, so that torch.compile sees no graph break and activation checkpointing one output to keep.
 @torch.library.custom_op("lighthouse::attention_scores", mutates_args=())
-def _attention_scores_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scorer: str, dilation: int
-) -> torch.Tensor:
+def _attention_scores_op(q: Tensor, k: Tensor, v: Tensor, scorer: str, dilation: int, kernel: str) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
-        scores = dilated_scores(q, k, v, dilation) if scorer == "dilated" else gla_scores(q, k, v)
-        return scores.contiguous()
+        if scorer == "dilated":
+            return dilated_scores(q, k, v, dilation, kernel).contiguous()
+        return output_scores(linear_attention, q, k, v).contiguous()
 
 
 @_attention_scores_op.register_fake
-def _(q, k, v, scorer, dilation):
+def _(q, k, v, scorer, dilation, kernel):
     batch, seq_len, n_kv_heads, _ = k.shape
     return k.new_empty(2, batch, n_kv_heads, seq_len, dtype=accumulator(k))
 
 
-def base_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
-) -> torch.Tensor:
-    """Each token's scores by `config.scorer`: q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32."""
+def base_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, kernel: str = "sdpa") -> Tensor:
+    """Each token's scores by `config.scorer`: q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32.
+
+    `dilated` attends by the kernel of that name."""
     if config.scorer == "norm":
-        return norm_scores(q, k)
-    return _attention_scores_op(q.detach(), k.detach(), v.detach(), config.scorer, config.dilation)
+        return norm_scores(q, k, k.shape[2])
+    return _attention_scores_op(q.detach(), k.detach(), v.detach(), config.scorer, config.dilation, kernel)

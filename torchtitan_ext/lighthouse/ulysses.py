@@ -6,17 +6,17 @@ travels there and back once, and every head's attention is one call of the stock
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
-from .attention import Attention, _attend
+from .attention import Attention, call_attention
 
 
 def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
     """Places in the sequence of the chunks that each of `degree` ranks holds.
 
-    One chunk a rank; with `load_balance` two if there are several ranks, one from the sequence's head and its mirror from the tail.
+    One chunk per rank. With `load_balance` and several ranks two: one from the head, its mirror from the tail.
     """
     if not load_balance or degree == 1:
         return [[rank] for rank in range(degree)]
@@ -36,14 +36,13 @@ def check_heads(n_heads: int, n_kv_heads: int, degree: int) -> None:
 
     if not fits(degree):
         degrees = ", ".join(str(n) for n in range(1, n_heads + 1) if fits(n))
-        raise ValueError(
-            f"{n_heads} heads and {n_kv_heads} KV heads can't be shared out to {degree} ranks, but to {degrees}"
-        )
+        heads = f"{n_heads} heads and {n_kv_heads} KV heads"
+        raise ValueError(f"{heads} can't be shared out to {degree} ranks, but to {degrees}")
 
 
-def _in_order(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
-    """Rows [B, S, ...] with their chunks in this order, an empty one for that in which they are."""
-    if not order:
+def _in_order(rows: Tensor, order: list[int]) -> Tensor:
+    """Rows [B, S, ...] with their chunks in `order`."""
+    if order == sorted(order):
         return rows
     chunks = rows.unflatten(1, (len(order), -1))
     return torch.cat([chunks[:, i] for i in order], 1)
@@ -53,8 +52,7 @@ class UlyssesAttention(nn.Module):
     """Causal attention of a sequence that the ranks of `mesh` share, each of which calls it with its rows.
 
     Args:
-        attention: what attends, causally, to whole sequences: `attention(q, k, v, enable_gqa=...)` on [B, H, S, D]
-            and twice [B, H_kv, S, D].
+        attention: what attends, causally, to whole sequences; called as in `lighthouse_attention`.
         mesh: the ranks, in one dimension; the heads must divide among them, see `check_heads`.
         load_balance: whether a rank holds two chunks, from head and tail, or one; see `chunks_of_ranks`. The work
             is balanced either way, and with one chunk nothing has to be put in order.
@@ -65,23 +63,20 @@ class UlyssesAttention(nn.Module):
         self.attention = attention
         self.group = mesh.get_group()
         self.degree = mesh.size()
-        order = chunk_order(self.degree, load_balance)
-        self.order = order if order != sorted(order) else []
+        self.order = chunk_order(self.degree, load_balance)
         self.places = sorted(range(len(self.order)), key=self.order.__getitem__)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
-    ) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
         """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, one after another -> [B, H, S, D]."""
         check_heads(q.shape[1], k.shape[1], self.degree)
-        return self._heads_for_rows(_attend(self.attention, *self._rows_for_heads(q, k, v)))
+        return self._heads_for_rows(call_attention(self.attention, *self._rows_for_heads(q, k, v)))
 
-    def _all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """The i-th part of dimension 0 goes to rank i; what comes, rank after rank."""
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        """Send the i-th part of dimension 0 to rank i; return what the ranks sent, in their order."""
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
-    def _rows_for_heads(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """All heads of own rows for all rows of own heads: of each [B, H, S, D], [B, H / ranks, S x ranks, D]."""
+    def _rows_for_heads(self, *tensors: Tensor) -> list[Tensor]:
+        """Exchange all heads of own rows for all rows of own heads: [B, H, S, D] -> [B, H / ranks, S x ranks, D]."""
         parts = []
         for x in tensors:
             if x.shape[1] < self.degree:
@@ -92,7 +87,7 @@ class UlyssesAttention(nn.Module):
         rows = _in_order(rows, self.places)
         return [x.transpose(1, 2) for x in rows.split([x.shape[3] for x in parts], 2)]
 
-    def _heads_for_rows(self, out: torch.Tensor) -> torch.Tensor:
+    def _heads_for_rows(self, out: Tensor) -> Tensor:
         """The way back: [B, H / ranks, S x ranks, D] -> [B, H, S, D]."""
         rows = _in_order(out.transpose(1, 2), self.order)
         rows = rows.unflatten(1, (self.degree, -1)).movedim(1, 0)  # [ranks, B, S, H / ranks, D]

@@ -1,30 +1,7 @@
-"""torchtitan's llama3 with Lighthouse Attention; importing it registers `llama3_lighthouse`."""
+"""torchtitan's llama3 with Lighthouse Attention as a setting."""
 
-import os
-
-from torchtitan.protocols.train_spec import register_train_spec
-
-from torchtitan_ext.patching import NotPatched
-
-from .args import LighthouseModelArgs, flavors
-from .checks import check_job, patch_problems
-from .config import JobConfig, Lighthouse
+from .args import LighthouseModelArgs, choose_kernel, flavors
 from .model import LighthouseTransformer
-from .train_spec import get_train_spec
+from .settings import JobConfig, Lighthouse
 
-__all__ = [
-    "JobConfig",
-    "Lighthouse",
-    "LighthouseModelArgs",
-    "LighthouseTransformer",
-    "check_job",
-    "flavors",
-    "get_train_spec",
-]
-
-# Without a GPU, torchtitan as released stops a launched process before check_job is called.
-if "LOCAL_RANK" in os.environ:
-    for problem in patch_problems():
-        raise NotPatched(problem)
-
-register_train_spec("llama3_lighthouse", get_train_spec())
+__all__ = ["JobConfig", "Lighthouse", "LighthouseModelArgs", "LighthouseTransformer", "choose_kernel", "flavors"]

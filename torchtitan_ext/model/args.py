@@ -1,10 +1,12 @@
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from torchtitan.config import JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
-from .config import Lighthouse
+from torchtitan_ext.lighthouse.kernels import KERNELS, unusable_reason
+
+from .settings import Lighthouse
 
 
 @dataclass
@@ -14,6 +16,7 @@ class LighthouseModelArgs(TransformerModelArgs):
     dense_layers: tuple[int, ...] = ()
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
     fuse_output: bool = False
+    kernel: str = "sdpa"
 
     @property
     def lighthouse_layers(self) -> list[int]:
@@ -28,6 +31,8 @@ class LighthouseModelArgs(TransformerModelArgs):
         super().update_from_config(job_config, **kwargs)
         self.lighthouse = job_config.lighthouse
         self.fuse_output = job_config.loss.fuse_output
+        kernel = job_config.attention.kernel
+        self.kernel = choose_kernel(job_config)[0] if kernel == "auto" else kernel
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters and FLOPs a token that training computes, forward and backward.
@@ -43,11 +48,7 @@ class LighthouseModelArgs(TransformerModelArgs):
         if n_lighthouse:
             config = self.lighthouse
             keys += n_lighthouse * config.gathered_len(seq_len) ** 2 / seq_len / 2
-            scored = {
-                "norm": 0,
-                "dilated": seq_len / config.dilation / 2,
-                "gla": self.dim // self.n_heads,
-            }
+            scored = {"norm": 0, "dilated": seq_len / config.dilation / 2, "gla": self.dim // self.n_heads}
             keys += n_lighthouse * 2 * scored[config.scorer] / 3  # forward is a third of a step
         flops += 6 * 2 * self.dim * (keys - self.n_layers * seq_len)
         return nparams, round(flops)
@@ -66,25 +67,32 @@ _530M = LighthouseModelArgs(
 flavors = {
     # Small enough for a laptop's CPU. No layer stays dense: one dense layer of two would do all the
     # attending that so small a model learns, and hide what Lighthouse does.
-    "debug": LighthouseModelArgs(
-        dim=64,
-        n_layers=2,
-        n_heads=2,
-        vocab_size=384,
-        rope_theta=10000,
-    ),
+    "debug": LighthouseModelArgs(dim=64, n_layers=2, n_heads=2, vocab_size=384, rope_theta=10000),
     # For experiments in minutes on a GPU. Byte vocabulary, padded to a multiple of 128. No layer stays dense: with
     # one or two at either end stage 1 learned more, but the dense stage ended higher.
-    "27M": LighthouseModelArgs(
-        dim=512,
-        n_layers=8,
-        n_heads=4,
-        vocab_size=384,
-        rope_theta=10000,
-    ),
+    "27M": LighthouseModelArgs(dim=512, n_layers=8, n_heads=4, vocab_size=384, rope_theta=10000),
     # The body of 530M with a byte vocabulary, padded to a multiple of 128.
     "270M": replace(_530M, vocab_size=384),  # type: ignore[call-arg]  # torchtitan has no types
     "530M": _530M,
     # Llama 3's own, grouped heads and all, with as many dense layers at either end.
     "8B": LighthouseModelArgs(**vars(llama3_args["8B"]), dense_layers=(0, 1, 30, 31)),
 }
+
+
+def choose_kernel(job_config: JobConfig) -> tuple[str, list[str]]:
+    """The kernel by which a job attends on this machine, and why none of the faster ones.
+
+    Raises ValueError for a kernel that the job names and that can't run.
+    """
+    args, parallelism, wanted = flavors[job_config.model.flavor], job_config.parallelism, job_config.attention.kernel
+    ring = parallelism.context_parallel_degree > 1 and parallelism.context_parallel_rotate_method == "alltoall"
+    dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
+    reasons: list[str] = []
+    for kernel in KERNELS if wanted == "auto" else (wanted,):
+        reason = unusable_reason(kernel, dtype, args.dim // args.n_heads, job_config.debug.deterministic)
+        if ring and kernel == "fa4":
+            reason = "torch's ring attention (parallelism.context_parallel_rotate_method) is for torch's kernels"
+        if not reason:
+            return kernel, reasons
+        reasons.append(f"{kernel}: {reason}")
+    raise ValueError(f"attention.kernel = {wanted!r} can't run: {reasons[0]}; or use 'auto'")

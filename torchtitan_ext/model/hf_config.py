@@ -1,14 +1,12 @@
-"""A model as transformers' config.json describes it: written by the export, compared where a training starts from one."""
+"""Describe a model as transformers' config.json does, for the export and for a training that starts from one."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torchtitan.models.llama3 import Transformer
-
 from .args import LighthouseModelArgs
+from .model import meta_model
 
 # What transformers takes where a config.json leaves the field out.
 DEFAULTS = {
@@ -29,12 +27,11 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 def llama_config(args: LighthouseModelArgs) -> dict:
     """The model's part of transformers' config.json for a LlamaForCausalLM.
 
-    RoPE is in the spelling that every version with rope_type llama3 reads, rope_scaling beside
-    rope_theta, not the rope_parameters that transformers 5 writes.
+    RoPE is spelled as every version reads it: rope_scaling beside rope_theta, not transformers 5's rope_parameters.
     """
-    scaling = args.rope_scaling_args
-    with torch.device("meta"):
-        width = Transformer(args).layers["0"].feed_forward.w1.out_features
+    rope = {"rope_type": "llama3", "factor": args.rope_scaling_args.scaling_factor}
+    rope |= {name: getattr(args.rope_scaling_args, name) for name in SCALING[1:]}
+    width = meta_model(args).layers["0"].feed_forward.w1.out_features
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -49,23 +46,15 @@ def llama_config(args: LighthouseModelArgs) -> dict:
         "max_position_embeddings": args.max_seq_len,
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": scaling.scaling_factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        },
+        "rope_scaling": rope,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
     }
 
 
-def config_problems(
-    args: LighthouseModelArgs, flavor: str, field: str, folder: Path
-) -> Iterator[str]:
-    """Where the model of a folder's config.json computes otherwise than `args`, in what its weights' shapes don't show."""
+def config_problems(args: LighthouseModelArgs, flavor: str, field: str, folder: Path) -> Iterator[str]:
+    """How the model of a folder's config.json differs from `args` in what its weights' shapes don't show."""
     file = folder / "config.json"
     if not file.exists():
         return
@@ -76,9 +65,7 @@ def config_problems(
         return
     here = _computed(llama_config(args))
     other = [
-        f"{name} is {there[name]!r} there and {value!r} here"
-        for name, value in here.items()
-        if there[name] != value
+        f"{name} is {there[name]!r} there and {value!r} here" for name, value in here.items() if there[name] != value
     ]
     if other:
         yield (
@@ -93,9 +80,7 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     given = {name: value for name, value in (config | rope).items() if value is not None}
     computed = {name: given.get(name, default) for name, default in DEFAULTS.items()}
-    computed["num_key_value_heads"] = (
-        config.get("num_key_value_heads") or computed["num_attention_heads"]
-    )
+    computed["num_key_value_heads"] = config.get("num_key_value_heads") or computed["num_attention_heads"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = {"rope_type": kind} | {name: rope.get(name) for name in SCALING}
     unscaled = kind == "default" or (kind in ("linear", "llama3") and scaling["factor"] == 1)

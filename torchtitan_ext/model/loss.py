@@ -4,8 +4,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss
+from torch import Tensor, nn
+from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss, cross_entropy_loss
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
@@ -24,27 +24,12 @@ _CHUNK = 4096  # tokens whose logits exist at once; with fewer the products take
 class ProjectionForLoss(nn.Linear):
     """The output projection, left to the loss: forward hands on its input and its weight."""
 
-    def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """[B, N, dim] -> ([B, N, dim], [vocab_size, dim]), in the dtype that their product would have."""
-        device_type = hidden.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
             return hidden.to(dtype), self.weight.to(dtype)
         return hidden, self.weight
-
-
-def _loss_and_gradient(
-    logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross entropy of [T, vocab_size] logits, fp32, and its gradient in their dtype."""
-    kept = labels != IGNORE_INDEX
-    log_p = logits.float().log_softmax(-1)
-    target = labels.masked_fill(~kept, 0).unsqueeze(-1)
-    loss = -(log_p.gather(-1, target).squeeze(-1) * kept).sum()
-    is_target = torch.arange(logits.shape[-1], device=logits.device) == target
-    return loss, ((log_p.exp() - is_target.float()) * kept.unsqueeze(-1)).to(logits.dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -55,11 +40,12 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for h, grad_h, y in zip(
-            hidden.split(_CHUNK), grad_hidden.split(_CHUNK), labels.split(_CHUNK), strict=True
-        ):
-            chunk_loss, grad = _loss_and_gradient(h @ weight.T, y)
-            loss += chunk_loss
+        for h, grad_h, y in zip(hidden.split(_CHUNK), grad_hidden.split(_CHUNK), labels.split(_CHUNK), strict=True):
+            logits = (h @ weight.T).requires_grad_()
+            with torch.enable_grad():
+                chunk_loss = cross_entropy_loss(logits.unsqueeze(0), y.unsqueeze(0))
+            [grad] = torch.autograd.grad(chunk_loss, logits)
+            loss += chunk_loss.detach()
             torch.mm(grad, weight, out=grad_h)
             grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
@@ -69,11 +55,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
         # Not in place: the graph may be walked again.
-        return (
-            grad_hidden * grad.to(grad_hidden.dtype),
-            grad_weight * grad.to(grad_weight.dtype),
-            None,
-        )
+        return (grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None)
 
 
 def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
@@ -85,9 +67,7 @@ def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
     return min(chunk, n_tokens), multiple
 
 
-def linear_cross_entropy_loss(
-    pred: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor
-) -> torch.Tensor:
+def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
     """Summed cross entropy: torchtitan's `cross_entropy_loss` of the logits, without the logits.
 
     On a CUDA device Liger-Kernel's, elsewhere a chunk of tokens at a time in torch. torch's own
@@ -106,21 +86,14 @@ def linear_cross_entropy_loss(
     if hidden.is_cuda and liger_fused_linear_cross_entropy:
         # By itself it would sum the weight's gradient over its chunks in the weight's dtype, and take chunks of
         # which the size depends on the number of tokens.
+        chunks = {"accum_dtype": torch.float32, "chunk_mem_const": liger_chunk(len(hidden), *weight.shape)[1]}
         return liger_fused_linear_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            accum_dtype=torch.float32,
-            chunk_mem_const=liger_chunk(len(hidden), *weight.shape)[1],
+            hidden, weight, labels, ignore_index=IGNORE_INDEX, reduction="sum", **chunks
         )
     return _ChunkedLoss.apply(hidden, weight, labels)
 
 
-def _loss_under_ddp(
-    loss_fn: LossFunction, n_ranks: int, pred: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def _loss_under_ddp(loss_fn: LossFunction, n_ranks: int, pred: Tensor, labels: Tensor) -> Tensor:
     """DDP averages gradients over ranks, but the trainer has divided each loss by the tokens of all ranks."""
     loss = loss_fn(pred, labels)
     if loss.requires_grad:
@@ -132,9 +105,7 @@ def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any
     """torchtitan's loss, or the one above where `loss.fuse_output` asks for it."""
     if job_config.loss.fuse_output:
         if device_type == "cuda" and not liger_fused_linear_cross_entropy:
-            logger.warning(
-                "Liger-Kernel can't be imported: the loss takes more time and memory without it"
-            )
+            logger.warning("Liger-Kernel can't be imported: the loss takes more time and memory without it")
         loss_fn = linear_cross_entropy_loss
     else:
         loss_fn = build_cross_entropy_loss(job_config, **kwargs)

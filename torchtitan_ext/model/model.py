@@ -1,6 +1,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.model import Attention
@@ -8,6 +9,7 @@ from torchtitan.protocols.model import AttentionMasksType
 
 from torchtitan_ext.lighthouse import lighthouse_attention
 from torchtitan_ext.lighthouse.context_parallel import context_parallel_attention
+from torchtitan_ext.lighthouse.kernels import CausalAttention
 
 from .args import LighthouseModelArgs
 from .loss import ProjectionForLoss
@@ -16,8 +18,7 @@ from .loss import ProjectionForLoss
 class LighthouseSelfAttention(Attention):
     """llama3's attention module with Lighthouse between its projections.
 
-    It has the parameters of its parent and none of its own. RoPE is left to the layer, which
-    rotates the entries that it gathers.
+    It has the parameters of its parent. RoPE is left to the layer, which rotates the entries that it gathers.
 
     Raises:
         ValueError: an attention or mask type that the layer doesn't know.
@@ -27,9 +28,8 @@ class LighthouseSelfAttention(Attention):
         super().__init__(model_args)
         if (model_args.attn_type, model_args.attn_mask_type) != ("sdpa", "causal"):
             raise ValueError(
-                f"attn_type = {model_args.attn_type!r}, attn_mask_type = "
-                f"{model_args.attn_mask_type!r}: Lighthouse attends with 'sdpa' under a 'causal' mask "
-                "only; use those, or set lighthouse.enable to false"
+                f"attn_type = {model_args.attn_type!r}, attn_mask_type = {model_args.attn_mask_type!r}: Lighthouse "
+                "attends with 'sdpa' under a 'causal' mask only; use those, or set lighthouse.enable to false"
             )
         self.config = model_args.lighthouse
         self.context_parallel: dict[str, Any] = {}
@@ -39,26 +39,16 @@ class LighthouseSelfAttention(Attention):
         self.context_parallel = {"mesh": mesh, "load_balance": load_balance}
 
     def forward(
-        self,
-        x: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        attention_masks: AttentionMasksType | None,
-        positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, freqs_cis: Tensor, attention_masks: AttentionMasksType | None, positions: Tensor | None = None
+    ) -> Tensor:
         # torchtitan gives the positions where ranks share the sequence: those of `chunk_order`.
         assert attention_masks is None and (positions is None) == (not self.context_parallel)
         bs, seqlen, _ = x.shape
         # -1 instead of the number of heads: tensor parallelism shards them.
-        xq, xk, xv = (
-            proj(x).view(bs, seqlen, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv)
-        )
-        attend = context_parallel_attention if self.context_parallel else lighthouse_attention
-        output = attend(
-            *(xq, xk, xv, self.config),
-            freqs_cis=freqs_cis,
-            attention=self.inner_attention,
-            **self.context_parallel,
-        )  # [B, N, H, D]
+        xq, xk, xv = (proj(x).view(bs, seqlen, -1, self.head_dim) for proj in (self.wq, self.wk, self.wv))
+        shared = self.context_parallel
+        attend = context_parallel_attention if shared else lighthouse_attention
+        output = attend(xq, xk, xv, self.config, freqs_cis=freqs_cis, attention=self.inner_attention, **shared)
         return self.wo(output.reshape(bs, seqlen, -1))
 
 
@@ -73,5 +63,13 @@ class LighthouseTransformer(Transformer):
         super().__init__(model_args)
         for layer in model_args.lighthouse_layers:
             self.layers[str(layer)].attention = LighthouseSelfAttention(model_args)
+        for block in self.layers.values():
+            block.attention.inner_attention = CausalAttention(model_args.kernel)
         if model_args.fuse_output:
             self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size, bias=False)
+
+
+def meta_model(args: LighthouseModelArgs) -> LighthouseTransformer:
+    """The model without memory for its weights: their names, shapes and number."""
+    with torch.device("meta"):
+        return LighthouseTransformer(args)

@@ -1,0 +1,193 @@
+"""The check of a local copy of C4 counts what is there, names all that is damaged, and so does training."""
+
+import codecs
+import gzip
+import shutil
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from helpers.commands import run_command
+from helpers.damage import SHARDS, SKIPPED, N, with_bytes, with_line
+from helpers.streams import loader, stopped, stream, write_c4
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchtitan.config.job_config import Training
+
+from torchtitan_ext.data import c4_check, datasets
+from torchtitan_ext.data.datasets import c4_files
+
+RUN = Training(seq_len=8, global_batch_size=2, steps=10)
+
+
+def check(path, workers=2):
+    files = c4_files(str(path))
+    checked = list(c4_check.check_files(files, workers))
+    return checked, *c4_check.report(files, checked, RUN)
+
+
+def total(checked, name):
+    return sum(getattr(contents, name) for contents in checked)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@settings(max_examples=15)
+@given(shards=st.lists(st.lists(texts, min_size=1, max_size=4), min_size=1, max_size=4), workers=st.integers(1, 3))
+def test_a_healthy_copy_is_counted(shards, workers):
+    with tempfile.TemporaryDirectory() as folder:
+        checked, report, damaged = check(write_c4(Path(folder), shards), workers)
+    assert not damaged and "damaged files: 0" in report and "note" not in report
+    assert [contents.documents for contents in checked] == [len(shard) for shard in shards]
+    everything = [text for shard in shards for text in shard]
+    assert total(checked, "characters") == sum(map(len, everything))
+    assert total(checked, "utf8_bytes") == sum(len(text.encode()) for text in everything)
+
+
+def test_tokens_sequences_and_passes_are_those_of_training(tmp_path):
+    path = write_c4(tmp_path, SHARDS)
+    checked, report, _ = check(path)
+    sequences = list(loader("c4_local", path, RUN.seq_len, infinite=False))
+    tokens = total(checked, "tokens")
+    assert f"{tokens:,} tokens" in report and f"{len(sequences):,} sequences" in report
+    assert f"{len(sequences) // RUN.global_batch_size:,} steps" in report
+    passes = RUN.steps * RUN.global_batch_size * (RUN.seq_len + 1) / tokens
+    assert float(report.split(" times the copy")[0].split()[-1]) == pytest.approx(passes, abs=0.006)
+
+
+# ---- damage
+
+
+ONLY_CHECKED = {
+    "empty text": (with_line(b'{"text": ""}', 5), "line 5", "empty text"),
+    "no document": (with_bytes(lambda data: gzip.compress(b"")), "", "no document"),
+}
+A_FOLDER = (lambda file: (file.unlink(), file.mkdir()), "after line 0", "director")
+DAMAGE = SKIPPED | ONLY_CHECKED | {"a folder": A_FOLDER}
+MARK = codecs.BOM_UTF8
+
+
+def lines_are(change):
+    return with_bytes(lambda data: gzip.compress(change(gzip.decompress(data))))
+
+
+HARMLESS = {
+    "blank lines": lines_are(lambda data: b"\n" + data.replace(b"\n", b"\n \t\n\n") + b" \x0c"),
+    "no last newline": lines_are(lambda data: data[:-1]),
+    "CRLF": lines_are(lambda data: b"\r\n" + data.replace(b"\n", b" \r\n")),
+    "a mark": lines_are(lambda data: MARK + data),
+    "a mark in a line of its own": lines_are(lambda data: MARK + b" \n" + data),
+    "marked members": with_bytes(
+        lambda data: b"".join(gzip.compress(MARK + line) for line in gzip.decompress(data).splitlines(keepends=True))
+    ),
+    "an empty member and padding": with_bytes(lambda data: data + gzip.compress(b"") + gzip.compress(MARK) + bytes(9)),
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_blank_lines_and_marks_change_nothing_that_is_trained_on(kind, tmp_path):
+    clean, path = (write_c4(tmp_path / name, [SHARDS[0]] * 2) for name in ("clean", "other"))
+    [HARMLESS[kind](Path(file)) for file in c4_files(str(path))]
+    # Into the second pass.
+    expected = stream(islice(loader("c4_local", clean, 64), 20))
+    for stop in range(0, 20, 3):
+        assert stopped(lambda: loader("c4_local", path, 64), stop, 20) == expected
+    checked, _, damaged = check(path, workers=1)
+    assert not damaged and [contents.documents for contents in checked] == [N, N]
+
+
+def test_only_blank_lines_are_no_document(tmp_path):
+    path = write_c4(tmp_path, [[]])
+    with_bytes(lambda _: gzip.compress(MARK + b"\n \n"))(Path(c4_files(str(path))[0]))
+    with pytest.raises(ValueError, match="no document in its 1 files"):
+        loader("c4_local", path, 8, world=2)
+    assert "no document" in check(path, workers=1)[1]
+
+
+def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path, monkeypatch):
+    """Python closes the generator when the module's names may be gone."""
+    documents = datasets.read_documents(c4_files(str(write_c4(tmp_path, SHARDS)))[0])
+    next(documents)
+    for name in ("gzip", "zlib"):
+        monkeypatch.setattr(datasets, name, None)
+    documents.close()
+
+
+@settings(max_examples=20)
+@given(kinds=st.lists(st.sampled_from([None, *DAMAGE]), min_size=1, max_size=5))
+def test_every_damaged_file_is_reported_and_no_other(kinds):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_c4(Path(folder), [SHARDS[0]] * len(kinds))
+        files = c4_files(str(path))
+        for file, kind in zip(files, kinds, strict=True):
+            if kind:
+                DAMAGE[kind][0](Path(file))
+        checked, report, damaged = check(path)
+    assert damaged == any(kinds) and f"damaged files: {sum(map(bool, kinds))}" in report
+    assert report.count("remedy: fetch it again") == sum(map(bool, kinds))
+    for file, kind, contents in zip(files, kinds, checked, strict=True):
+        if kind is None:
+            assert contents.documents == N and file not in report
+            continue
+        _, place, what = DAMAGE[kind]
+        [problem] = contents.problems
+        assert problem in report and what in problem
+        assert problem.startswith(f"{file}, {place}: " if place else f"{file}: ")
+
+
+def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_path):
+    path = write_c4(tmp_path, [SHARDS[0]] * 2)
+    file, other = map(Path, c4_files(str(path)))
+    for kind in ("empty text", "no UTF-8", "no JSON"):  # from below, so that each stays in its line
+        DAMAGE[kind][0](file)
+    with_line(b"", 2)(file)
+    DAMAGE["cut short"][0](file)
+    lines = 3 * c4_check.PROBLEMS_KEPT
+    other.write_bytes(gzip.compress(b"no JSON\n" * lines))
+    [contents, many], report, _ = check(path)
+    places = [problem.split(": ")[0].removeprefix(f"{file}, ") for problem in contents.problems]
+    assert places == ["line 4", "line 6", "line 8", f"after line {N + 4}"]
+    assert contents.documents == N + 1  # the empty one is a document
+    assert many.n_problems == lines and len(many.problems) == c4_check.PROBLEMS_KEPT
+    assert f"{lines - c4_check.PROBLEMS_KEPT} more problems" in report
+
+
+# ---- names
+
+
+def test_a_partial_copy_is_a_note_that_names_what_is_missing():
+    files = [f"/data/c4/en/c4-train.{i:05d}-of-00009.json.gz" for i in range(9)]
+    assert c4_check.check_names(files) == ([], [])
+    [note] = c4_check.check_names([files[1], files[4], files[8]])[1]
+    assert note.startswith("6 of 9 files are not here: 00000, 00002 to 00003, 00005 to 00007; ")
+    assert "--local-dir /data/c4" in note
+
+
+def test_names_of_two_copies_are_a_problem(tmp_path):
+    path = write_c4(tmp_path / "a", SHARDS)
+    shutil.copytree(write_c4(tmp_path / "b", SHARDS[:2]), path, dirs_exist_ok=True)
+    _, report, damaged = check(path)
+    assert damaged and "-of-00002 (2 files)" in report and "-of-00004 (4 files)" in report
+    assert "remedy: keep the files of one copy" in report and "damaged files: 0" in report
+    # a command only where its file would lie
+    flat = shutil.copytree(path / "en", tmp_path / "flat")
+    assert f"--local-dir {path}" in c4_check.remedy(c4_files(str(path))[0])
+    assert "hf download" not in c4_check.remedy(c4_files(str(flat))[0])
+
+
+# ---- command
+
+
+def test_the_command_exits_by_what_it_found(tmp_path, monkeypatch, capsys):
+    path = write_c4(tmp_path / "copy", SHARDS)
+    assert run_command(monkeypatch, "check-data", path) == 0
+    said = capsys.readouterr()
+    assert "damaged files: 0" in said.out and f"{len(SHARDS) * N} documents" in said.out
+    assert f"{len(SHARDS)}/{len(SHARDS)}" in said.err
+
+    DAMAGE["cut short"][0](Path(c4_files(str(path))[2]))
+    assert run_command(monkeypatch, "check-data", path / "en", "--workers", 1, "--training.seq_len", 16) == 1
+    said = capsys.readouterr().out
+    assert "damaged files: 1" in said and "sequences of 16," in said

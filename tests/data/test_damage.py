@@ -1,0 +1,259 @@
+"""Damage in the data: left out where that is asked for, exactly, through resumes; what is huge stays bounded.
+
+And of checkpoints: what is broken is named, and training goes on from another only when told to.
+"""
+
+import gzip
+import json
+import logging
+import multiprocessing
+import pickle
+import re
+import resource
+import tempfile
+import time
+from itertools import chain, islice
+from pathlib import Path
+
+import pytest
+from helpers.damage import SHARDS, SKIPPED, with_line, write_damaged
+from helpers.jobs import put_aside
+from helpers.launches import start_ranks, train
+from helpers.streams import EOS, documents, loader, stopped, stream, write_c4
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchtitan_ext.data import datasets
+from torchtitan_ext.data.c4_check import check_file
+from torchtitan_ext.data.datasets import c4_files
+from torchtitan_ext.experiment.records import read_run
+from torchtitan_ext.train.spec import register
+
+TEXTS = SHARDS[1]
+
+
+def n_skipped(data):
+    return pickle.loads(data.state_dict()[data._rank_id])["dataset_state"]["n_skipped"]
+
+
+damaged_files = st.lists(st.sampled_from([None, *SKIPPED]), min_size=1, max_size=4)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(kinds=damaged_files.map(lambda kinds: [*kinds, None]))
+def test_what_is_left_is_every_intact_document_in_order(kinds):
+    with tempfile.TemporaryDirectory() as folder:
+        path, left = write_damaged(folder, kinds)
+        data = loader("c4_local", path, 1, infinite=False, skip=True)
+        got = bytes(token for token in stream(data) if token < 256)
+        assert got == "".join(chain(*left)).encode()
+        assert n_skipped(data) == sum(map(bool, kinds))
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(
+    kinds=damaged_files.map(lambda kinds: [None, *kinds]),
+    stops=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    seq_len=st.integers(1, 60),
+)
+def test_a_resume_between_and_after_the_damage_is_exact(kinds, stops, seq_len):
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = write_damaged(folder, kinds)
+        whole = loader("c4_local", path, seq_len, skip=True)
+        expected = stream(islice(whole, sum(stops) + 3))
+        got, state = [], {}
+        for stop in [*stops, 3]:
+            part = loader("c4_local", path, seq_len, skip=True)
+            part.load_state_dict(state)
+            got += stream(islice(part, stop))
+            state = part.state_dict()
+        assert got == expected
+        assert n_skipped(part) >= n_skipped(whole)  # a resume reads one document ahead
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
+    path, _ = write_damaged(tmp_path, [None, "no JSON", "cut short", None])
+    args = ("c4_local", path, 16)
+    whole = stream(loader(*args, infinite=False, skip=True))
+    got, stopped = [], loader(*args, infinite=False, workers=workers)
+    with pytest.raises(ValueError, match=r"line 3: not a JSON.*training\.skip_damaged_data") as error:
+        for batch in stopped:
+            got += stream([batch])
+            state = stopped.state_dict()
+    [advised] = re.findall(r"torchtitan_ext check-data (\S+);", str(error.value))
+    assert c4_files(advised) == c4_files(str(path))
+    resumed = loader(*args, infinite=False, skip=True, workers=workers)
+    resumed.load_state_dict(state)
+    assert got and got + stream(resumed) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [b"no JSON", b""])
+def test_a_line_that_is_repaired_moves_no_other(line, tmp_path):
+    path = write_c4(tmp_path, [TEXTS, TEXTS])
+    file = Path(c4_files(str(path))[0])
+    with_line(line, 1)(file)
+    damaged = gzip.decompress(file.read_bytes())
+    args = ("c4_local", path, 8)
+    epoch = len(list(loader(*args, infinite=False, skip=True)))
+    whole = stream(islice(loader(*args, skip=True), epoch))
+    for stop in range(1, epoch, 20):
+        file.write_bytes(gzip.compress(damaged))
+        part, resumed = loader(*args, skip=True), loader(*args, skip=True)
+        drawn = stream(islice(part, stop))
+        file.write_bytes(gzip.compress(b'{"text": "repaired"}' + damaged.removeprefix(line)))
+        resumed.load_state_dict(part.state_dict())
+        assert drawn + stream(islice(resumed, epoch - stop)) == whole
+
+
+def test_every_damage_is_skipped_by_one_rank(tmp_path):
+    kinds = [None, "no text", "no UTF-8", "cut in the header", None, "wrong checksum"]
+    path, left = write_damaged(tmp_path, kinds)
+    for world in (1, 2, 3):
+        ranks = [loader("c4_local", path, 1, rank=r, world=world, infinite=False, skip=True) for r in range(world)]
+        got = [stream(data) for data in ranks]
+        assert sum(tokens.count(EOS) for tokens in got) >= sum(map(len, left)) - world  # odd ones left
+        assert sum(map(n_skipped, ranks)) == sum(map(bool, kinds))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capfd, caplog):
+    path, _ = write_damaged(tmp_path, ["no JSON", None, "cut short"])
+    files = c4_files(str(path))
+    file = Path(files[0])
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()) + b"no JSON\n" * 7))
+    log = logging.StreamHandler()  # seen from the worker's process too
+    logging.getLogger().addHandler(log)
+    try:
+        data = loader("c4_local", path, 8, workers=workers, skip=True)
+        epoch = len(list(loader("c4_local", path, 8, infinite=False, skip=True)))
+        capfd.readouterr()
+        list(islice(data, 2 * epoch))
+    finally:
+        logging.getLogger().removeHandler(log)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    in_file_2 = f"{files[2]}, after line {len(TEXTS)}"
+    assert [line.split(": ")[0] for line in lines] == [f"{files[0]}, line 3", in_file_2]
+    assert [line.split("number ")[1].split()[0] for line in lines] == ["1", "9"]
+
+
+def test_a_file_that_cannot_be_read_stops_either_way(tmp_path):
+    path, _ = write_damaged(tmp_path, [None, None])
+    file = Path(c4_files(str(path))[1])
+    data = loader("c4_local", path, 8, infinite=False, skip=True)
+    file.unlink()  # or a file system that is gone: skipping would leave out what is intact
+    with pytest.raises(ValueError, match=rf"{file}, after line 0: .*No such file"):
+        list(data)
+
+
+def test_a_data_set_without_an_intact_document_is_named(tmp_path):
+    path = write_c4(tmp_path / "empty", [[], []])
+    with pytest.raises(ValueError, match=rf"training\.dataset_path = '{path}': no document in its 2 files"):
+        loader("c4_local", path, 8)
+    path, _ = write_damaged(tmp_path / "damaged", ["no bytes", "no gzip"])
+    with pytest.raises(ValueError, match=r"training\.dataset_path.*no document.*are not damaged"):
+        loader("c4_local", path, 8, skip=True)
+
+
+# ---- long documents
+
+
+@settings(max_examples=20)
+@given(
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6), longest=st.integers(1, 20), stop=st.integers(1, 10)
+)
+def test_a_long_document_comes_in_pieces(lengths, longest, stop):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "LONGEST_DOCUMENT", longest)
+        texts = [("é🗼x" * length)[:length] for length in lengths]
+        path = write_c4(Path(folder), [texts])
+        got = documents("c4_local", path)
+        assert b"".join(got).decode() == "".join(texts)
+        assert all(len(piece.decode()) <= longest for piece in got)
+        assert len(got) == sum(max(1, -(-length // longest)) for length in lengths)
+        checked = check_file(c4_files(str(path))[0])
+        assert checked.documents == len(lengths)
+        assert checked.tokens == sum(len(piece) + 2 for piece in got)
+
+        whole = stream(islice(loader("c4_local", path, 3), stop + 9))
+        assert stopped(lambda: loader("c4_local", path, 3), stop, stop + 9) == whole
+
+
+def write_long_document(file, length):
+    with gzip.open(file, "wb", 1) as lines:
+        lines.write(b'{"text": "' + b"ten bytes " * (length // 10) + b'"}\n')
+
+
+def draw(rank, n_ranks, path, results):
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    register()
+    data = loader("c4_local", path, 98304, infinite=False)
+    before, start = peak(), time.perf_counter()
+    for _ in islice(data, 15):
+        pass
+    seconds, start = time.perf_counter() - start, time.perf_counter()
+    state = data.state_dict()["dp_rank_0"]
+    results.put((seconds, peak() - before, len(state), time.perf_counter() - start))
+
+
+@pytest.mark.slow
+def test_a_document_of_200_MB_takes_little_memory_and_little_of_a_checkpoint(tmp_path):
+    huge = 200 * 10**6
+    (tmp_path / "en").mkdir()
+    write_long_document(tmp_path / "en/c4-train.00000-of-00001.json.gz", huge)
+    with multiprocessing.Manager() as manager:
+        start_ranks(draw, 1, str(tmp_path), results := manager.Queue())
+        seconds, memory, state, pause = results.get()
+    assert memory < 6 * huge  # some 200 times it where all of it is encoded at once
+    assert state < 4 * datasets.LONGEST_DOCUMENT and pause < 1
+    assert seconds < 60
+
+
+# ---- real runs, on two gloo ranks
+
+STEPS, SEQ_LEN = 6, 256
+SETTINGS = (
+    *("--training.dataset=c4_local", f"--training.seq_len={SEQ_LEN}", "--lighthouse.top_k=16"),
+    *("--lighthouse.tile_winners=4", "--lr_scheduler.warmup_steps=2", "--checkpoint.interval=2"),
+    f"--training.steps={STEPS}",
+)
+
+
+@pytest.mark.slow
+def test_a_run_stops_at_damage_or_skips_it_and_a_broken_checkpoint_is_put_aside(tmp_path):
+    lines = [json.dumps({"text": f"{i:100}"}).encode() for i in range(14)]
+    lines.insert(11, b'{"text": "broken')  # the second rank needs 11 documents for 4 steps
+    data = write_c4(tmp_path / "data", [[], []])
+    first, second = map(Path, c4_files(str(data)))
+    write_long_document(first, 3 * datasets.LONGEST_DOCUMENT)
+    second.write_bytes(gzip.compress(b"\n".join(lines) + b"\n")[:-4])  # and all of them for 6
+    damage, skip = f"{second}, line 12: not a JSON", "--training.skip_damaged_data"
+
+    def start(dump, *settings):
+        arguments = ["--job.config_file=configs/text/stage1.toml", *SETTINGS, *settings]
+        return train(2, [*arguments, f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path / dump}"])
+
+    good, output = start("whole", skip)
+    [named] = [line for line in output.splitlines() if "left out" in line]
+    assert good and damage in named and "number 1 " in named
+
+    good, output = start("faulty")
+    assert not good and damage in output and "training.skip_damaged_data" in output
+    shard = tmp_path / "faulty/checkpoint/step-4/__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    good, output = start("faulty", skip)
+    assert not good and "Training starts at step" not in output
+    assert f"step-4 is not a complete checkpoint: {shard.name} holds" in output and "to go on from step-2" in output
+
+    put_aside(output)
+    good, output = start("faulty", skip)
+    assert good and "Training starts at step 3" in output
+    whole, faulty = (read_run(tmp_path / dump) for dump in ("whole", "faulty"))
+    assert list(whole.step) == list(faulty.step) == list(range(1, STEPS + 1))
+    assert list(whole.loss) == list(faulty.loss)

@@ -1,0 +1,387 @@
+"""Properties of the byte tokenizer and of the token streams: every byte, once an epoch, exact on resume."""
+
+import os
+import pickle
+import shutil
+import socket
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
+from multiprocessing import Value
+from pathlib import Path
+from threading import Event
+
+import pytest
+from helpers import streams
+from helpers.streams import TOKENIZER, WRITE, documents, loader, stream, tokens, write_bpe, write_c4, write_tree
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+from torchtitan_ext.data import check_dataset, dataloader, datasets
+
+SPECIAL = ("<bos>", "<eos>", "<pad>")
+LOCAL = tuple(WRITE)
+
+
+# ---- tokenizer
+
+
+def test_special_tokens_come_after_the_bytes():
+    ids = [TOKENIZER.token_to_id(token) for token in SPECIAL]
+    assert ids == list(range(256, TOKENIZER.get_vocab_size())) and [TOKENIZER.bos_id, TOKENIZER.eos_id] == ids[:2]
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+nasty = st.sampled_from([*SPECIAL, "<", ">", " ", "\0", "\r\n", "\t", "e\u0301"])
+nasty_text = st.lists(any_text | nasty).map("".join)
+noise = st.binary().map(lambda data: data.decode("utf-8", errors="replace"))
+
+
+@settings(max_examples=400)
+@given(st.one_of(any_text, nasty_text, noise))
+@example("\0\x01\x7f\x85\r\n\n\r  \t \u2028\ufeff\U0010ffff")
+@example("<bos><<eos>> <pad>\n<eos>")
+def test_ids_are_the_utf8_bytes_and_decode_to_the_text(text):
+    ids = TOKENIZER.encode(text)
+    assert ids == list(text.encode())
+    assert TOKENIZER.encode(text, add_bos=True, add_eos=True) == [TOKENIZER.bos_id, *ids, TOKENIZER.eos_id]
+    for skip_special_tokens in (True, False):
+        assert TOKENIZER.decode(ids, skip_special_tokens=skip_special_tokens) == text
+
+
+def test_encoding_time_is_linear():
+    def seconds(n_bytes):
+        text = "def f(x):\n    return x < 1\n" * (n_bytes // 27)
+        times = []
+        for _ in range(3):
+            start = time.process_time()  # other processes may have the cores
+            TOKENIZER.encode(text)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(2**18) < 16 * 5 * seconds(2**14)  # quadratic would be 16 * 16
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize("layout", streams.LAYOUTS)
+def test_documents_are_kept_apart_and_can_not_spell_what_does_it(tmp_path, layout):
+    plain = write_bpe(tmp_path / "tokenizer", streams.LAYOUTS[layout])
+    own = HuggingFaceTokenizer(str(tmp_path / "tokenizer"))
+    texts = ["it was 2023", f"{streams.END} it <s>it</s><pad>", f"<{streams.END}", "", "it"]
+    got = stream(loader("c4_local", write_c4(tmp_path / "data", [texts]), 1, tokenizer=own, infinite=False))
+    begin, end = ([id] if id is not None else [] for id in (own.bos_id, own.eos_id))
+    expected = [token for text in texts for token in (*begin, *plain.encode(text).ids, *end)]
+    assert begin or end
+    assert got == expected[: len(got)] and len(expected) - len(got) < 2
+
+
+texts = st.lists(st.integers(0, 40).map(lambda n: ("é<bos>text " * n)[:n]), max_size=4)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(
+    dataset=st.sampled_from(LOCAL),
+    shards=st.lists(texts, min_size=1, max_size=4),
+    seq_len=st.integers(1, 30),
+    batch_size=st.integers(1, 2),
+    world=st.integers(1, 3),
+    stops=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_resumed_stream_is_the_uninterrupted_one(dataset, shards, seq_len, batch_size, world, stops, data):
+    rank = data.draw(st.integers(0, world - 1))
+    with tempfile.TemporaryDirectory() as folder:
+        path = WRITE[dataset](Path(folder, "data"), shards)
+        args = (dataset, path, seq_len, batch_size, rank, world)
+        try:
+            whole = loader(*args)
+        except ValueError:  # no document for this rank
+            assume(False)
+        expected = stream(islice(whole, sum(stops) + 3))
+        got, state = [], {}
+        for stop in [*stops, 3]:
+            part = loader(*args)
+            part.state_dict()  # the checkpointer asks for its keys before it loads
+            part.load_state_dict(state)
+            got += stream(islice(part, stop))
+            state = part.state_dict()
+        assert got == expected
+
+
+SHARDS = [[f"{i}.{j} " * (3 * i + 7 * j) for j in range(5 - i)] for i in range(3)]
+TEXTS = list(chain(*SHARDS))
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+@pytest.mark.parametrize("workers, drawn", [(0, 0), (0, 3), (0, 40), (1, 40)])  # the last in the second epoch
+def test_a_resume_that_draws_nothing_moves_nothing(dataset, workers, drawn, tmp_path):
+    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    whole, part, idle, resumed = (loader(dataset, path, 8, workers=workers) for _ in range(4))
+    got = stream(islice(part, drawn))
+    idle.load_state_dict(part.state_dict())
+    resumed.load_state_dict(idle.state_dict())
+    assert got + stream(islice(resumed, 3)) == stream(islice(whole, drawn + 3))
+
+
+@pytest.mark.parametrize(("workers", "world"), [(0, 1), (1, 3)])
+def test_each_pass_of_map_style_data_comes_in_an_order_of_its_own(world, workers, tmp_path):
+    path = write_tree(tmp_path, [[f"{i:02}." for i in range(30)]])  # with its ends, 5 tokens
+    args = {"dataset": "python_source", "path": path, "rank": world - 1, "world": world}
+    first = documents(*args.values())
+    n = len(first)
+    data = loader(**args, seq_len=4, workers=workers)
+    rows, states = [], []
+    for batch in islice(data, 3 * n):
+        rows += [bytes(tokens(batch)[0][1:-1])]
+        states.append(data.state_dict())
+    passes = [rows[:n], rows[n : 2 * n], rows[2 * n :]]
+    assert passes[0] == first and len(set(map(tuple, passes))) == 3
+    assert all(sorted(texts) == sorted(first) for texts in passes)
+    for drawn in (n, 2 * n, 2 * n + 1):
+        resumed = loader(**args, seq_len=4, workers=workers)
+        resumed.load_state_dict(states[drawn - 1])
+        rest = [bytes(tokens(batch)[0][1:-1]) for batch in islice(resumed, 3 * n - drawn)]
+        assert rest == rows[drawn:]
+
+
+def test_a_pass_that_began_in_order_ends_in_order(tmp_path):
+    """As in checkpoints from before passes were shuffled."""
+    path = write_tree(tmp_path, SHARDS)
+    data = loader("python_source", path, 1, infinite=False).dataset
+    state = data.state_dict() | {"sample_idx": 7, "token_buffer": []}
+    del state["n_passes"]
+    data.load_state_dict(state)
+    drawn = [token for inputs, label in data for token in (*inputs["input"], *label)]
+    rest = b"".join(documents("python_source", path)[7:])
+    assert rest and bytes(token for token in drawn if token < 256) == rest
+
+
+@pytest.mark.parametrize(("global_batch_size", "prefetch_factor", "ready"), [(64, None, 8), (-1, None, 2), (64, 3, 3)])
+def test_a_worker_has_the_batches_of_a_step_ready(global_batch_size, prefetch_factor, ready, tmp_path, monkeypatch):
+    encoded = Value("i", 0)
+    encode = dataloader._OnlyIds.encode
+
+    def encode_and_count(*args):
+        encoded.value += 1
+        return encode(*args)
+
+    monkeypatch.setattr(dataloader._OnlyIds, "encode", encode_and_count)
+    # A document and its two ends are a sequence and its last label, so a batch is two of them.
+    args = {"path": write_tree(tmp_path, [["text 7."] * 100]), "seq_len": 8, "batch_size": 2, "world": 4, "workers": 1}
+    more = {"global_batch_size": global_batch_size, "prefetch_factor": prefetch_factor}
+    batches = iter(loader("python_source", **args, **more))
+    deadline = time.monotonic() + 60
+    while encoded.value < 2 * ready and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)  # it stops there
+    assert encoded.value == 2 * ready
+    del batches
+
+
+def test_other_threads_run_while_a_document_is_encoded(tmp_path):
+    """One of a worker's hands over the batches that are ready."""
+    length = datasets.LONGEST_DOCUMENT
+    batches = loader("c4_local", write_c4(tmp_path, [["text" * (length // 4)]]), length)
+    done, pauses = Event(), []
+
+    def note_pauses():
+        last = time.perf_counter()
+        while not done.wait(1e-3):
+            pauses.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor() as threads:
+        threads.submit(note_pauses)
+        try:
+            next(iter(batches))
+            took = time.perf_counter() - start
+        finally:
+            done.set()
+    assert max(pauses) < took / 2
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_an_epoch_of_all_ranks_is_every_document_once(dataset, tmp_path):
+    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    expected = [text.encode() for text in TEXTS]
+    for world in (1, 2, 5):
+        ranks = [documents(dataset, path, rank, world) for rank in range(world)]
+        assert all(ranks) and sorted(chain(*ranks)) == sorted(expected)
+    if dataset == "c4_local":  # in order, from the copy's root or from en
+        assert documents(dataset, path) == documents(dataset, path / "en") == expected
+
+
+def test_python_source_order_depends_on_the_tree_alone(tmp_path):
+    here = write_tree(tmp_path / "here", SHARDS)
+    there = Path(shutil.copytree(here, tmp_path / "site-packages/.there"))
+    for ignored in (".git/a.py", "__pycache__/a.py", "b/site-packages/a.py", "a.so", ".hidden.py"):
+        (there / ignored).parent.mkdir(parents=True, exist_ok=True)
+        (there / ignored).write_text("not a text of this tree")
+    (there / "link.py").symlink_to("package_0/module_0.py")
+
+    by_name = {file.relative_to(here).as_posix(): file.read_bytes() for file in here.rglob("*.py")}
+    mixed = documents("python_source", here)
+    assert sorted(mixed) == sorted(by_name.values())
+    assert mixed == documents("python_source", there)
+    assert mixed != [by_name[name] for name in sorted(by_name)]
+
+
+def test_python_source_mixes_the_pieces_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "PIECE", 10)
+    (tmp_path / "large.py").write_bytes(large := bytes(range(32, 127)))
+    got = documents("python_source", tmp_path)
+    pieces = [large[start : start + 10] for start in range(0, len(large), 10)]
+    assert got != pieces and sorted(got) == pieces
+
+
+def pieces_in_order(path):
+    source = DATASETS["python_source"]
+    pieces = sorted(source.loader(str(path)), key=lambda piece: piece["start"])
+    return [piece["start"] for piece in pieces], map(source.sample_processor, pieces)
+
+
+@settings(max_examples=100)
+@given(
+    text=st.text(st.sampled_from("aé漢🗼\ufffd\ufeff"), max_size=40),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"]),
+    stray=st.lists(st.sampled_from(b"a\x80\xbf\xc3\xe6\xf0\xff"), max_size=20).map(bytes),
+    piece=st.sampled_from([4, 8, 12]),
+)
+def test_python_source_cuts_between_characters(text, encoding, stray, piece):
+    mark = "\ufeff" * encoding.endswith("be")  # the other encoders write it
+    data = (mark + text).encode(encoding)
+    if encoding == "utf-8":
+        data += stray
+        text = data.decode(errors="replace").removeprefix("\ufeff")
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "PIECE", piece)
+        Path(folder, "a.txt").write_bytes(data)
+        starts, pieces = pieces_in_order(folder)
+        assert starts == list(range(0, max(1, len(data)), piece))
+        assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "warned"),
+    [
+        ("\r\n\ufffd<eos>".encode(), None),
+        ("text".encode("utf-16"), None),
+        ("text".encode("utf-16-le"), "NUL"),
+        (b"\x7fELF\x00", "NUL"),
+        ("é".encode("latin-1"), "no utf-8"),
+        ("x".encode("utf-16") + b"\x00", "no utf-16-le"),
+    ],
+)
+def test_python_source_names_a_file_that_is_no_text(content, warned, tmp_path, caplog):
+    (tmp_path / "a.txt").write_bytes(content)
+    for _ in range(2):
+        assert all("\ufeff" not in piece for piece in pieces_in_order(tmp_path)[1])
+    lines = [message for message in caplog.messages if str(tmp_path / "a.txt") in message]
+    assert [warned in line for line in lines] == [True] * bool(warned)
+
+
+def test_python_source_takes_any_file_name(tmp_path):
+    path = write_tree(tmp_path, SHARDS)
+    before = documents("python_source", path)
+    Path(os.fsdecode(os.fsencode(path) + b"/caf\xe9.py")).write_text("cafe")
+    after = documents("python_source", shutil.move(path, f"{tmp_path}.moved"))
+    assert sorted(after) == sorted([*before, b"cafe"])
+    assert [text for text in after if text != b"cafe"] == before
+
+
+def test_python_source_is_the_standard_library_by_default_and_holds_some_files_out_for_validation():
+    whole, in_order, held_out = (DATASETS[name].loader(DATASETS[name].path)["path"] for name in datasets.SOURCE_PARTS)
+    train, held_out = set(in_order), set(held_out)
+    assert train.isdisjoint(held_out) and train | held_out == set(whole)
+    assert 0 < len(held_out) < len(train) / 50
+    assert [file for file in whole if file in train] == in_order
+    root = sysconfig.get_path("stdlib")
+    assert os.fsencode(os.path.join(root, "os.py")) in whole
+    assert not any(b"site-packages" in file.removeprefix(os.fsencode(root)) for file in whole)
+    check_dataset("python_source", None)
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_needs_no_network(dataset, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    check_dataset(dataset.title(), str(path))  # torchtitan takes capitals too
+    check_dataset("c4", None)
+    assert documents(dataset, path)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    "dataset, path, words",
+    [
+        ("c5", None, ["training.dataset = 'c5'", *LOCAL]),
+        ("c4_local", None, ["training.dataset_path = ''", "not a folder"]),
+        ("c4_local", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
+        ("c4_local", "empty", ["training.dataset_path = ", "empty", "c4-train"]),
+        ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
+        ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
+        ("c4_test", "missing", ["training.dataset = ", "missing", "training.dataset_path"]),
+        ("c4_local", "other", ["c4-train", "2 files", "'data/1.parquet' the largest", "docs/data.md"]),
+        ("c4_local", "other/data/1.parquet", ["not a folder", "docs/data.md"]),
+    ],
+)
+def test_check_dataset_names_field_value_and_remedy(dataset, path, words, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("data/1.parquet", ".gitattributes", "a.json"):
+        (file := tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    with pytest.raises(ValueError) as error:
+        check_dataset(dataset, path and str(tmp_path / path))
+    assert not [word for word in words if word not in str(error.value)]
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_a_rank_without_documents_is_refused(dataset, tmp_path):
+    path = WRITE[dataset](tmp_path / "data", [["a"], ["b"], []])
+    with pytest.raises(ValueError, match=r"training\.dataset = .* rank 2, give at least 3"):
+        loader(dataset, path, 8, rank=2, world=3)
+
+
+def test_a_name_without_a_file_is_refused_before_training(tmp_path):
+    last = Path(datasets.c4_files(str(write_c4(tmp_path, SHARDS)))[-1])
+    for replace in (lambda: (last.unlink(), last.mkdir()), lambda: (last.rmdir(), last.symlink_to("nothing"))):
+        replace()
+        with pytest.raises(ValueError, match=rf"training\.dataset_path = .*1 of its files.*{last}"):
+            check_dataset("c4_local", str(tmp_path))
+
+
+def test_a_position_in_other_data_is_refused(tmp_path):
+    saved = loader("python_source", write_tree(tmp_path / "saved", SHARDS), 8)
+    next(iter(saved))
+    for dataset in LOCAL:
+        other = loader(dataset, WRITE[dataset](tmp_path / dataset, SHARDS[:2]), 8)
+        other.load_state_dict(saved.state_dict())
+        with pytest.raises(ValueError, match=r"training\.dataset and training\.dataset_path"):
+            next(iter(other))
+
+
+@pytest.mark.parametrize("dataset", LOCAL)
+def test_a_state_stays_what_it_was_while_drawing_goes_on(dataset, tmp_path):
+    """A worker hands its state to a thread that pickles it when it gets to it."""
+    samples = loader(dataset, WRITE[dataset](tmp_path / "data", SHARDS), 8).dataset
+    drawn = iter(samples)
+    for _ in range(20):
+        next(drawn)
+        state = samples.state_dict()
+        before = pickle.dumps(state)
+        next(drawn)
+        assert pickle.dumps(state) == before

@@ -1,0 +1,166 @@
+"""A checkpoint that was made to run code runs none, wherever in it the code is, and the error names the file."""
+
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers.jobs import save, start_from
+from helpers.streams import loader, write_tree
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.config import ConfigManager
+
+from torchtitan_ext.data import unpickling
+from torchtitan_ext.jobs.resume import checkpoint_problems, complete_metadata
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def problems(folder, *settings):
+    """Of the checkpoint that a launch of configs/text with its dump folder here would start from."""
+    arguments = ["--job.config_file=configs/text/stage1.toml", f"--job.dump_folder={folder}", *settings]
+    arguments += ["--job.custom_config_module=torchtitan_ext.model.settings"]
+    return list(checkpoint_problems(ConfigManager().parse_args(arguments), None))
+
+
+class Hostile:
+    """A pickle of this creates `file` when it is loaded, by whichever function `call` is."""
+
+    def __init__(self, file, call):
+        self.reduced = {
+            "os.mkdir": (os.mkdir, (str(file),)),
+            "eval": (eval, (f"__import__('os').mkdir({str(file)!r})",)),
+            "Path.mkdir": (getattr, (Path(file), "mkdir")),
+            "torch.save": (torch.save, (0, str(file))),
+        }[call]
+
+    def __reduce__(self):
+        return self.reduced
+
+
+CALLS = ["os.mkdir", "eval", "Path.mkdir", "torch.save"]
+PLACES = {
+    "metadata": ".metadata",
+    "data position": "dataloader.dp_rank_0",
+    "object of torch.save": "dataloader.dp_rank_0",
+    "schedule": "lr_scheduler.last_epoch",
+    "optimizer": "optimizer.param_groups",
+}
+
+
+def write_hostile(folder, place, hostile):
+    """A checkpoint with it, through the writer that torchtitan saves with."""
+    path = save(folder)
+    if place == "metadata":
+        metadata = FileSystemReader(path).read_metadata()
+        metadata.planner_data["hostile"] = hostile
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        return path
+    key = PLACES[place].split(".")
+    saved = _load_state_dict_from_keys(checkpoint_id=path)
+    saved.setdefault(key[0], {})[key[1]] = pickle.dumps(hostile) if place == "data position" else hostile
+    shutil.rmtree(path)
+    dcp.save(saved, checkpoint_id=path, no_dist=True)
+    return path
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_hostile_checkpoint_is_refused_by_name(tmp_path, place, own):
+    ran = tmp_path / "ran"
+    path = write_hostile(tmp_path / ("run" if own else "old"), place, Hostile(ran, "eval"))
+    [problem] = problems(tmp_path / "run", *(() if own else start_from(path)))
+    assert all(word in problem for word in (str(path), PLACES[place], "it would call "))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("place", PLACES)
+def test_nor_does_torch_run_it_where_it_came_after_the_check(tmp_path, place, call):
+    ran = tmp_path / "ran"
+    path = write_hostile(tmp_path, place, Hostile(ran, call))
+    states = {PLACES[place].split(".")[0]: {PLACES[place].split(".")[-1]: None}}
+    if place == "data position":
+        dcp.load(states, checkpoint_id=path, no_dist=True)
+        data = loader("python_source", write_tree(tmp_path / "tree", [["a"]]), 8)
+        with pytest.raises(pickle.UnpicklingError, match="would call"):
+            data.load_state_dict(states["dataloader"] | {"world_size": 1})
+    else:
+        with pytest.raises(dcp.CheckpointException, match=r"would call|GLOBAL|metadata is None"):
+            dcp.load(states, checkpoint_id=path, no_dist=True)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_hostile_pickles_would_run(tmp_path, call):
+    """Else the tests above would say nothing."""
+    built = pickle.loads(pickle.dumps(Hostile(tmp_path / "ran", call)))
+    if call == "Path.mkdir":
+        built()
+    assert (tmp_path / "ran").exists()
+
+
+def test_metadata_of_each_rank_is_refused_too(tmp_path):
+    """torch falls back to it where a checkpoint's own is missing."""
+    path = write_hostile(tmp_path, "metadata", Hostile(tmp_path / "ran", "os.mkdir"))
+    (path / ".metadata").rename(path / "__0.metadata")
+    with pytest.raises(dcp.CheckpointException, match="metadata is None"):
+        dcp.load({"output.weight": torch.zeros(1)}, checkpoint_id=path, no_dist=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_excluded_data_position_keeps_no_one_from_the_rest(tmp_path):
+    start = start_from(write_hostile(tmp_path / "old", "data position", Hostile(tmp_path / "ran", "os.mkdir")))
+    assert problems(tmp_path / "run", *start)
+    assert not problems(tmp_path / "run", *start, "--checkpoint.exclude_from_loading=dataloader")
+    assert not (tmp_path / "ran").exists()
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
+)
+
+
+@given(plain, st.integers(2, pickle.HIGHEST_PROTOCOL))
+def test_plain_data_is_what_it_was(value, protocol):
+    assert unpickling.load_plain(pickle.dumps(value, protocol)) == value
+    torch.save(value, saved := io.BytesIO(), pickle_protocol=2)
+    assert unpickling.load_object(saved.getvalue()) == value
+
+
+@pytest.mark.parametrize("value", [print, Path, torch.zeros(1), complex(1, 2), object()])
+def test_whatever_names_a_function_is_no_plain_data(value):
+    with pytest.raises(pickle.UnpicklingError, match="would call"):
+        unpickling.load_plain(pickle.dumps(value))
+
+
+def test_what_torch_allows_beside_tensors_is_refused(tmp_path, monkeypatch):
+    """A mesh opens a process group when it is built."""
+    mesh = Hostile(tmp_path, "eval")
+    mesh.reduced = (DeviceMesh, ("cpu", [0]))
+    torch.save(mesh, saved := io.BytesIO())
+    store = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(pickle.UnpicklingError):
+        unpickling.load_object(saved.getvalue())
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
+    assert not torch.distributed.is_initialized()
+
+
+def test_metadata_is_read_as_torch_reads_it(tmp_path):
+    path = save(tmp_path)
+    expected = pickle.loads((path / ".metadata").read_bytes())
+    got = complete_metadata(path)
+    got.storage_meta.load_id = None
+    assert got == expected

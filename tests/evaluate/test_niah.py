@@ -1,0 +1,350 @@
+"""The retrieval evaluation: its prompts, its counting, its loading, and that it tells good models from bad."""
+
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import replace
+from itertools import islice, product
+
+import pytest
+import torch
+from helpers.checkpoints import build, save_run
+from helpers.commands import run_command
+from helpers.streams import BYTE_TOKENIZER, loader
+from helpers.streams import TOKENIZER as BYTES
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from torchtitan_ext.data.passkey import FILLER, QUESTION
+from torchtitan_ext.evaluate import niah
+from torchtitan_ext.evaluate.export_hf import export, find_checkpoint
+from torchtitan_ext.model import LighthouseTransformer, flavors
+
+NEEDLE = re.compile(r" The pass key is (\d)\.")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A token holds several characters, a digit comes with the space before it, and encode() itself begins with bos."""
+    folder = tmp_path_factory.mktemp("words")
+    merges = [*(("Ġ", digit) for digit in "0123456789"), ("a", "b"), ("i", "s"), ("4", "2")]
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), "<s>"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>"])
+    bos = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    return HuggingFaceTokenizer(str(folder))
+
+
+@pytest.fixture(params=["bytes", "words"])
+def tokenizer(request):
+    return BYTES if request.param == "bytes" else request.getfixturevalue("words")
+
+
+def settings(*contexts, **changes):
+    return replace(niah.Settings(contexts), **changes)
+
+
+def mean(cells, trials=10):
+    return sum(cell.correct for cell in cells) / (trials * len(cells))
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize("n_filler", [0, 1, 300, 1000])
+def test_a_prompt_is_exact_in_length_and_hides_its_digit_once(tokenizer, n_filler):
+    prompts = niah.Prompts(tokenizer)
+    context = prompts.shortest + n_filler
+    for depth, trial in product(niah.DEPTHS, range(10)):
+        tokens = prompts(context, depth, trial, 0)
+        assert len(tokens) == context
+        assert tokens[0] == tokenizer.bos_id and tokenizer.bos_id not in tokens[1:]
+        text = tokenizer.decode(tokens[1:])
+        assert NEEDLE.findall(text) == [str(trial)]
+        assert text.count(QUESTION.rstrip()) == 2
+        # what the answer's token would add to the question is the digit
+        answered = tokenizer.decode([*tokens[1:], prompts.answers[trial]])
+        assert answered.endswith(f"{QUESTION}{trial}")
+
+
+@pytest.mark.parametrize("context", [64, 301, 1000])
+def test_depth_is_the_share_of_the_filler_before_the_needle(context):
+    prompts = niah.Prompts(BYTES)
+    for depth in niah.DEPTHS:
+        text = bytes(prompts(context, depth, 3, 0)[1:]).decode()
+        before, after = NEEDLE.split(text)[0], NEEDLE.split(text)[-1].removesuffix(QUESTION)
+        filler = before + after
+        assert filler.isalnum() and filler.isascii() and len(filler) == context - prompts.shortest
+        assert abs(len(before) - depth / 100 * len(filler)) <= 0.5
+        assert (not before) == (depth == 0) and (not after) == (depth == 100)
+
+
+def test_filler_is_every_letter_and_digit_equally_often():
+    text = "".join(bytes(niah.Prompts(BYTES)(10000, 0, trial, 0)[1:]).decode() for trial in range(10))
+    expected = 10 * 10000 / len(FILLER)
+    assert len(FILLER) == 62
+    assert all(abs(text.count(c) - expected) < 5 * math.sqrt(expected) for c in FILLER if c not in QUESTION)
+
+
+def test_a_prompt_depends_only_on_seed_context_depth_and_trial(tokenizer):
+    cases = list(product((0, 1), (200, 201), (30, 31), (3, 13)))
+    first, again = niah.Prompts(tokenizer), niah.Prompts(tokenizer)
+    made = {case: first(case[1], case[2], case[3], case[0]) for case in cases}
+    for seed, context, depth, trial in reversed(cases):
+        assert again(context, depth, trial, seed) == made[seed, context, depth, trial]
+    fillers = {NEEDLE.split(tokenizer.decode(tokens[1:]))[0][:20] for tokens in made.values()}
+    assert len(fillers) == len(cases)
+
+
+def test_a_tokenizer_without_bos_gets_none():
+    tokenizer = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
+    tokenizer.bos_id = None
+    tokens = niah.Prompts(tokenizer)(100, 0, 4, 0)
+    assert len(tokens) == 100 and bytes(tokens).startswith(b" The pass key is 4.")
+
+
+def test_a_tokenizer_without_a_token_for_each_digit_is_refused(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "s Ġ"])}
+    tokenizer = Tokenizer(models.BPE({**vocab, "sĠ": len(vocab), "sĠ7": len(vocab) + 1}, [("s", "Ġ"), ("sĠ", "7")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="one token per digit"):
+        niah.Prompts(HuggingFaceTokenizer(str(tmp_path)))
+
+
+# ---- counting, with models that are known
+
+
+def says(digit_of):
+    """A model that answers each prompt, as text, with the digit that `digit_of` gives."""
+
+    def model(tokens):
+        digits = [ord(digit_of(bytes(prompt[1:].tolist()).decode())) for prompt in tokens]
+        return torch.nn.functional.one_hot(torch.tensor(digits), 384).float()
+
+    return model
+
+
+finder = says(lambda text: NEEDLE.search(text)[1])
+always_3 = says(lambda text: "3")
+# finds the needle among the last 120 tokens, and says 0 where it isn't there
+short_sighted = says(lambda text: (NEEDLE.search(text[-120:]) or "00")[1])
+
+
+def no_digit(tokens):
+    """Likes every letter better than any digit, and of these the right one."""
+    logits = finder(tokens)
+    logits[:, ord("a") :] = 2.0
+    return logits
+
+
+@pytest.mark.parametrize("model, expected", [(finder, 1.0), (no_digit, 1.0), (always_3, 0.1)])
+@pytest.mark.parametrize("trials", [10, 30])
+def test_who_finds_it_scores_1_and_who_always_says_the_same_exactly_a_tenth(model, expected, trials):
+    cells = niah.evaluate(model, niah.Prompts(BYTES), settings(100, 400, trials=trials))
+    assert [(cell.context, cell.depth) for cell in cells] == list(product((100, 400), niah.DEPTHS))
+    assert {(cell.correct, len(cell.answers)) for cell in cells} == {(round(expected * trials), trials)}
+
+
+def test_each_cell_has_its_own_trials():
+    cells = niah.evaluate(short_sighted, niah.Prompts(BYTES), settings(100, 1000))
+    for cell in cells:
+        seen = cell.context == 100 or cell.depth == 100
+        assert cell.answers == ("0123456789" if seen else "0" * 10)
+        assert cell.correct == (10 if seen else 1)
+
+
+def test_batch_size_and_order_change_nothing_but_the_batches():
+    seen, prompts = [], niah.Prompts(BYTES)
+
+    def model(tokens):
+        """Answers that depend on all of a prompt."""
+        seen.append(tokens)
+        seeds = (tokens * torch.arange(tokens.shape[1])).sum(1).tolist()
+        return torch.stack([torch.rand(384, generator=torch.manual_seed(seed)) for seed in seeds])
+
+    expected = niah.evaluate(model, prompts, settings(64, 100, 81))
+    prompts_seen = {tuple(row.tolist()) for tokens in seen for row in tokens}
+    assert len({cell.answers for cell in expected}) > len(expected) / 2
+    for batch_size in (7, 1000):
+        seen.clear()
+        advances = []
+        changed = settings(81, 64, 100, batch_size=batch_size, depths=niah.DEPTHS[::-1])
+        got = niah.evaluate(model, prompts, changed, advances.append)
+        assert sorted(map(repr, got)) == sorted(map(repr, expected))
+        assert {tuple(row.tolist()) for tokens in seen for row in tokens} == prompts_seen
+        assert max(map(len, seen)) == min(batch_size, 10)
+        assert sum(advances) == sum(tokens.numel() for tokens in seen) == 70 * (64 + 81 + 100)
+        assert seen[0].shape[1] == 100  # out of memory shows in the first batch
+
+
+def test_out_of_memory_and_logits_that_are_no_numbers_are_no_answer():
+    def model(tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    advice = "--batch-size = 8 at context 200: give a smaller --batch-size, or leave it out"
+    for wrong, words in ((model, advice), (lambda tokens: always_3(tokens) / 0, "not finite")):
+        with pytest.raises(ValueError, match=words):
+            niah.evaluate(wrong, niah.Prompts(BYTES), settings(200, batch_size=8))
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_run(tmp_path / "run", build(seq_len=600), lighthouse=True)
+
+
+@pytest.fixture
+def hugging_face(checkpoint, tmp_path):
+    export(find_checkpoint(checkpoint), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_logits_are_the_models_at_the_last_position_and_no_others_are_computed(
+    checkpoint, hugging_face, tmp_path, monkeypatch
+):
+    model, prompts, linear, shapes = build(seq_len=600), niah.Prompts(BYTES), torch.nn.functional.linear, []
+    tokens = torch.tensor([prompts(600, 50, trial, 0) for trial in range(3)])
+    with torch.inference_mode():
+        expected = model(tokens)[:, -1]
+    recorded = lambda *args: shapes.append((out := linear(*args)).shape) or out  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "linear", recorded)
+    for path in (checkpoint, tmp_path / "run", hugging_face):
+        candidate = niah.find_candidate(path)
+        shapes.clear()
+        with torch.inference_mode():
+            got = candidate.load(CPU, torch.float32)(tokens)
+            in_bf16 = candidate.load(CPU, torch.bfloat16)(tokens)
+        assert [shape for shape in shapes if shape[-1] == flavors["debug"].vocab_size] == [(3, 1, 384)] * 2
+        assert (got - expected).abs().max() < 1e-4
+        assert in_bf16.dtype == torch.bfloat16 and 0 < (in_bf16 - got).abs().max() < 0.2 * got.std()
+        assert niah.Prompts(candidate.tokenizer)(600, 50, 2, 0) == tokens[2].tolist()
+        assert candidate.max_context == 600
+
+
+def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results"
+    options = ["--contexts", 60, 120, "--depths", 0, 50, "--trials", 20, "--seed", 7, "--output", folder]
+    assert run_command(monkeypatch, "niah", checkpoint, *options) == 0
+    out, err = capsys.readouterr()
+    assert (folder / "table.md").read_text().strip() in out and "first stage" in err
+    assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+
+    record = json.loads((folder / "niah.json").read_text())
+    assert record["checkpoint"] == os.path.relpath(checkpoint) and record["trained_with_lighthouse"]
+    assert [record[key] for key in ("contexts", "depths", "trials", "seed")] == [[60, 120], [0, 50], 20, 7]
+    assert (record["max_context"], record["dtype"]) == (600, "float32")
+    cells = {(cell["context"], cell["depth"]): cell for cell in record["cells"]}
+    assert [*cells] == list(product((60, 120), (0, 50)))
+    for cell in cells.values():
+        right = [int(answer) == trial % 10 for trial, answer in enumerate(cell["answers"])]
+        assert cell["correct"] == sum(right) and cell["mean"] == cell["correct"] / len(right)
+    mean, n_trials = record["mean"], 20 * len(cells)
+    assert mean == sum(cell["correct"] for cell in cells.values()) / n_trials
+    assert record["standard_error"] == math.sqrt(mean * (1 - mean) / n_trials)
+
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    assert rows[0] == ["depth", "60", "120", "mean"]
+    for row, depth in zip(rows[2:-1], (0, 50), strict=True):
+        assert row[:3] == [f"{depth} %", *(f"{cells[context, depth]['mean']:.2f}" for context in (60, 120))]
+    assert rows[-1][0] == "mean" and float(rows[-1][-1].strip("*")) == pytest.approx(mean, abs=0.005)
+
+
+def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, monkeypatch, capsys):
+    path = save_run(tmp_path / "run", build(seq_len=5000))
+    monkeypatch.setattr(niah, "CONTEXTS", (100, 200, 5001, 9000))
+    options = ["--depths", 0, "--output", tmp_path / "out"]
+    assert run_command(monkeypatch, "niah", path, *options) == 0
+    err = capsys.readouterr().err
+    assert "left out: contexts 5001, 9000, beyond the 5000 of training" in err
+    assert json.loads((tmp_path / "out/niah.json").read_text())["contexts"] == [100, 200]
+
+
+def without(path, name):
+    (path / name).unlink()
+    return path
+
+
+SPOILED = [  # given the run's checkpoint and its export
+    lambda path, hf: ([hf, "--contexts", 601], "601 exceed the context of 600 tokens"),
+    lambda path, hf: ([without(hf, "tokenizer.json")], "put the model's tokenizer.json"),
+    lambda path, hf: ([without(hf, "model.safetensors"), "--contexts", 99], "no file named model.safetensors"),
+    lambda path, hf: ([path], "600 tokens"),  # no context of the protocol fits
+    lambda path, hf: ([path, "--contexts", 100, 601], "601 exceed the context of 600 tokens"),
+    lambda path, hf: ([path, "--contexts", 36], "36 hold no question: give 37"),
+    lambda path, hf: ([path, "--contexts", 100, "--depths", 50, 101], "101 are no percentages"),
+    lambda path, hf: ([path, "--contexts", 100, "--trials", 15], "--trials: 15 hide some digits more often"),
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_what_cannot_be_evaluated_is_refused_in_a_sentence(checkpoint, hugging_face, monkeypatch, capsys, spoil):
+    arguments, reason = spoil(checkpoint, hugging_face)
+    assert run_command(monkeypatch, "niah", *arguments) == 2
+    message = capsys.readouterr().err
+    assert reason in message and "Traceback" not in message
+
+
+def test_without_transformers_a_hugging_face_folder_says_what_is_missing(checkpoint, hugging_face, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run_command(monkeypatch, "niah", hugging_face) == 2
+    assert "transformers is not installed" in capsys.readouterr().err
+    assert niah.find_candidate(checkpoint).max_context == 600
+
+
+# ---- what it is for
+
+
+@pytest.mark.slow
+def test_a_model_trained_for_it_is_told_from_an_untrained_one(tmp_path, monkeypatch):
+    """Trained by the passkey documents, saved as a checkpoint, evaluated by the command."""
+    torch.manual_seed(2)
+    model = LighthouseTransformer(replace(flavors["debug"], max_seq_len=96))
+    with torch.no_grad():
+        model.init_weights()
+        for layer in model.layers.values():
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight *= 5  # llama3's 0.02 suits wider layers, these would learn slowly
+
+    def score(name):
+        path = save_run(tmp_path / name, model)
+        options = ["--contexts", 64, 80, 96, "--output", tmp_path / name]
+        assert run_command(monkeypatch, "niah", path, *options) == 0
+        return json.loads((tmp_path / name / "niah.json").read_text())
+
+    untrained = score("untrained")
+    assert untrained["mean"] == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 210))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    seen = settings(64, 96, seed=1)  # other prompts than the final ones tell when to stop
+    for step, (inputs, labels) in enumerate(islice(loader("passkey", "95", 96, 8), 2000)):
+        loss = torch.nn.functional.cross_entropy(
+            model(inputs["input"]).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 40)
+        optimizer.step()
+        if step % 50 == 0:
+            cells = niah.evaluate(lambda x: model(x)[:, -1], niah.Prompts(BYTES), seen)
+            if mean(cells) > 0.97:
+                break
+
+    trained = score("trained")
+    assert trained["mean"] >= 0.9
+    # it is the marked digit that is found, not any: filler has others everywhere
+    assert all(cell["mean"] > 0.5 for cell in trained["cells"])

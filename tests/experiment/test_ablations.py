@@ -1,0 +1,42 @@
+"""Every cell of the grids that come with the repository is a job that can run."""
+
+import tomllib
+
+import pytest
+from helpers.commands import ROOT
+
+from torchtitan_ext.experiment import ablations
+from torchtitan_ext.jobs.job_file import parse_job
+from torchtitan_ext.jobs.rules import job_problems
+
+GRIDS = {"530m": "published.toml", "27m": "27m/ablations.toml"}
+CELLS = [
+    pytest.param(configs, cell["settings"], arguments, id=f"{configs}-{cell['run']}")
+    for configs, file in GRIDS.items()
+    for cell, arguments in zip(
+        tomllib.loads((ROOT / "configs" / file).read_text())["ablations"],
+        ablations.read_grid(ROOT / "configs" / file).values(),
+        strict=True,
+    )
+]
+
+
+@pytest.mark.parametrize("configs, settings, arguments", CELLS)
+def test_every_cell_of_a_grid_is_a_legal_job_with_its_settings(configs, settings, arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    stages = [parse_job(f"configs/{configs}/{stage}.toml", arguments) for stage in ("stage1", "stage2")]
+    for job in stages:
+        for section, fields in settings.items():
+            assert fields.items() <= vars(getattr(job, section)).items()
+        job.checkpoint.enable, job.checkpoint.initial_load_path = False, None
+        assert job_problems(job, n_ranks=8 if configs == "530m" else 1) == []
+    assert stages[0].lighthouse.enable and not stages[1].lighthouse.enable
+
+
+def test_a_cell_runs_both_stages_from_ten_sixteenths_into_a_folder_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    cells = {"a": ["--lighthouse.top_k=256"], "b": ["--lighthouse.rope=base"]}
+    runs = ablations.plan(cells, ROOT / "configs/text", tmp_path, (), ["--debug.seed=7"])
+    assert [run.name for run in runs] == ["a/stage1", "a/stage2-200", "b/stage1", "b/stage2-200"]
+    assert [run.config.lighthouse.rope for run in runs[::2]] == ["selected", "base"]
+    assert all(run.folder == tmp_path / run.name and run.config.debug.seed == 7 for run in runs)

@@ -1,0 +1,331 @@
+import csv
+import json
+import shutil
+import tomllib
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.utils.tensorboard import SummaryWriter
+
+from torchtitan_ext.experiment import records, report
+from torchtitan_ext.experiment.report import mean_loss, recovery, window
+
+PUBLISHED = tomllib.loads((Path(__file__).parents[2] / "configs" / "published.toml").read_text(encoding="utf-8"))
+
+
+def logged_steps(start: int, end: int, log_freq: int) -> np.ndarray:
+    return np.array([s for s in range(start + 1, end + 1) if s == 1 or s % log_freq == 0])
+
+
+# ---------------------------------------------------------------- the definitions, on made curves
+
+
+@st.composite
+def switches(draw):
+    """A switch whose jump and recovery are known: stage 1 is flat at its end, stage 2 stays above
+    it by `jump` and then drops so deep that the first window that sees the drop is below."""
+    log_freq = draw(st.sampled_from([1, 10]))
+    total = log_freq * draw(st.integers(40, 1200))
+    w = window(total, log_freq)
+    split = log_freq * draw(st.integers(w // log_freq + 1, total // log_freq - w // log_freq - 1))
+    drop = log_freq * draw(st.integers(1, (total - split) // log_freq))
+    level, jump = draw(st.integers(1, 64)) / 8, draw(st.integers(1, 64)) / 8
+    stage1_step, step = logged_steps(0, split, log_freq), logged_steps(split, total, log_freq)
+    stage1_loss = np.where(stage1_step > split - w, level, level + 4)
+    loss = np.where(step < split + drop, level + jump, level - jump * (w + 1))
+    assume(drop > log_freq)  # else stage 2's first point is the drop
+    return stage1_step, stage1_loss, step, loss, split, w, level, jump, drop
+
+
+@given(switches(), st.integers(-8, 8), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_known_jump_and_recovery_are_given_back(switch, shift, doublings, seed):
+    stage1_step, stage1_loss, step, loss, split, w, level, jump, drop = switch
+    before = mean_loss(stage1_step, stage1_loss, split, w)
+    assert before == level and loss[0] - before == jump
+    found = recovery(step, loss, split, before, w)
+    assert found == max(drop, step[step >= split + w][0] - split)
+    # whatever the origin and unit of the loss
+    scale = 2.0**doublings
+    assert recovery(step, loss * scale + shift, split, level * scale + shift, w) == found
+    # noise below the jump moves neither by more than itself
+    rng, amplitude = np.random.default_rng(seed), jump / 100
+    noisy1, noisy = (x + rng.uniform(-amplitude, amplitude, x.shape) for x in (stage1_loss, loss))
+    before = mean_loss(stage1_step, noisy1, split, w)
+    assert abs((noisy[0] - before) - jump) <= 2 * amplitude
+    assert recovery(step, noisy, split, before, w) == found
+    # back at its level is recovered, above it never
+    assert recovery(step, np.full(len(step), level), split, level, w) is not None
+    assert recovery(step, np.maximum(loss, level + 1e-6), split, level, w) is None
+
+
+@given(st.integers(1, 10**6), st.integers(1, 1000))
+def test_a_window_always_holds_a_logged_step(total, log_freq):
+    w = window(total, log_freq)
+    end = total + 3
+    assert any(step % log_freq == 0 for step in range(end - w + 1, end + 1))
+
+
+@pytest.mark.parametrize("deviation", [0.01, 0.5])
+def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
+    step = np.arange(1, 20001)
+    loss = 5 - step / 5000 + np.random.default_rng(0).normal(0, deviation, step.shape)
+    run = SimpleNamespace(loss=loss)
+    assert report.batch_noise(run) == pytest.approx(deviation, rel=0.05)
+
+
+# ------------------------------------------------------------------- made experiments, from events
+
+
+def write_start(
+    folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices=2, name="a", seed=1, lighthouse=None
+) -> Path:
+    """The records of one process start that logged `loss` at `step`, and its event file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "training": {"steps": total, "seq_len": 128},
+        "model": {"flavor": "made"},
+        "debug": {"seed": seed},
+        "lighthouse": {"rope": "selected", "top_k": 256} | (lighthouse or {}),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    writer = SummaryWriter(folder / "tb" / name)
+    since = np.minimum(np.diff(step, prepend=0), log_freq)
+    for s, value, n_steps in zip(step.tolist(), loss.tolist(), since.tolist(), strict=True):
+        writer.add_scalar(records.LOSS, value, s)
+        writer.add_scalar(records.TOKENS_PER_SECOND, 1000 * s, s)
+        writer.add_scalar(records.SECONDS, n_steps * seconds / log_freq, s)
+        writer.add_scalar(records.N_DEVICES, n_devices, s)
+        writer.add_scalar(records.LOG_FREQ, log_freq, s)
+        if s % 10 == 0:
+            writer.add_scalar(records.VALIDATION_LOSS, value + 0.25, s)
+    writer.close()
+    return next((folder / "tb" / name).iterdir())
+
+
+TOTAL, SPLITS = 80, (50, 60)
+
+
+def curve(step):
+    return 1 + 4 / (1 + step / 8)
+
+
+def test_the_hours_are_right_where_a_later_start_logs_more_often(tmp_path):
+    """36 seconds a step throughout, on one device: a hundredth of an hour."""
+    for start, end, log_freq in ((0, 100, 10), (100, 109, 1)):
+        step = logged_steps(start, end, log_freq)
+        write_start(tmp_path, step, curve(step), total=110, log_freq=log_freq, seconds=36, n_devices=1, name=str(start))
+    run = records.read_run(tmp_path)
+    assert run.device_hours[-1] == pytest.approx(1.09)
+    assert run.gaps(0) == [] and not run.finished
+
+
+@pytest.fixture(params=[1, 10], scope="module")
+def made(request, tmp_path_factory):
+    log_freq, folder = request.param, tmp_path_factory.mktemp("made")
+    runs = [("dense", 0, TOTAL, 1.0), ("stage1", 0, max(SPLITS), 0.5)]
+    for name, start, end, seconds in [*runs, *((f"stage2-{split}", split, TOTAL, 1.0) for split in SPLITS)]:
+        step = logged_steps(start, end, log_freq)
+        loss = curve(step) + (np.where(step <= start + log_freq, 1.0, -0.5) if start else 0)
+        write_start(folder / name, step, loss, total=end, seconds=seconds, log_freq=log_freq)
+    return folder, log_freq
+
+
+def test_the_table_of_a_made_experiment(made):
+    folder, log_freq = made
+    dense, *rows = report.table(report.read_experiment(folder))
+    w = window(TOTAL, log_freq)
+    assert [row["run"] for row in rows] == [f"{s} + {TOTAL - s}" for s in sorted(SPLITS)[::-1]]
+    assert all(row["status"] == "finished" for row in [dense, *rows])
+    # 1 s a dense step, half a second a Lighthouse step, 2 devices
+    assert dense["device_hours"] == pytest.approx(2 * TOTAL / 3600)
+    last = logged_steps(TOTAL - w, TOTAL, log_freq)
+    assert dense["final_loss"] == pytest.approx(curve(last).mean())
+    for row, split in zip(rows, sorted(SPLITS)[::-1], strict=True):
+        assert row["device_hours"] == pytest.approx(2 * (0.5 * split + TOTAL - split) / 3600)
+        assert row["difference"] == pytest.approx(-0.5)
+        assert row["validation_difference"] == pytest.approx(-0.5)
+        assert row["validation_loss"] == pytest.approx(curve(TOTAL) - 0.5 + 0.25)
+        before = curve(logged_steps(split - w, split, log_freq)).mean()
+        assert row["jump"] == pytest.approx(curve(split + log_freq) + 1 - before)
+        assert row["recovery"] >= w
+        # a second a dense step: as many seconds as dense steps; validated every 10 of them
+        tens = np.arange(10, TOTAL + 1, 10)
+        at_equal_hours = np.interp(0.5 * split + TOTAL - split, tens, curve(tens) + 0.25)
+        assert row["dense_at_equal_hours"] == pytest.approx(at_equal_hours)
+        # 1000 tok/s at step 1, 2000 at step 2, ...; the first point is the start's
+        steady = logged_steps(0, split, log_freq)[1:]
+        assert row["ktok_s"] == pytest.approx(np.median(steady))
+
+
+def test_files_written(made, tmp_path):
+    text, (markdown, table, curves, plot) = report.write(made[0], tmp_path / "out", PUBLISHED)
+    experiment = report.read_experiment(made[0])
+    rows, dense = report.table(experiment), experiment.dense
+    assert markdown.read_text() == text
+    with table.open() as f:
+        assert [row["run"] for row in csv.DictReader(f)] == [row["run"] for row in rows]
+    with curves.open() as f:
+        points = [row for row in csv.DictReader(f) if row["run"] == "dense"]
+    assert [float(row["step"]) for row in points] == dense.step.tolist()
+    assert [float(row["loss"]) for row in points] == pytest.approx(dense.loss, rel=1e-6)
+    validated = {float(row["step"]) for row in points if row["validation_loss"]}
+    assert validated == set(dense.validation_step) == set(range(10, TOTAL + 1, 10))
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+
+    ours, theirs = text.split("**Published, not measured here**")
+    assert PUBLISHED["source"] in theirs and PUBLISHED["hardware"] in theirs
+    assert all(f"| {row['run']} |" in ours for row in rows)
+    published = [f"{row['final_loss']:.4f}" for row in PUBLISHED["split_points"]]
+    assert all(loss in theirs and loss not in ours for loss in published)
+
+
+def test_every_jump_lies_whole_in_both_panels(made):
+    experiment = report.read_experiment(made[0])
+    figure = report.draw(experiment)
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 2
+    for panel, (split, tail) in product(figure.axes, experiment.tails.items()):
+        low, high = panel.get_ylim()
+        assert low < experiment.stage1.loss[experiment.stage1.step <= split][-1] and tail.loss[0] < high
+    [legend] = figure.legends
+    named = " ".join(text.get_text() for text in legend.get_texts())
+    tails = (f"{split} + {TOTAL - split}" for split in SPLITS)
+    assert all(words in named for words in ("dense from", "Lighthouse", *tails, "switch", "validation"))
+    x0, _, x1, _ = legend.get_window_extent().extents
+    assert 0 <= x0 < x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize("kept", [k for k in product([True, False], repeat=3) if any(k)], ids=lambda k: f"{k}")
+def test_an_incomplete_experiment_has_a_table_that_says_so(made, tmp_path, kept):
+    folder, _ = made
+    names = ["dense", "stage1", "stage2-50"]
+    for name, keep in zip(names, kept, strict=True):
+        if keep:
+            shutil.copytree(folder / name, tmp_path / name)
+        else:
+            (tmp_path / name).mkdir()  # planned, not started
+    text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
+    for name, keep in zip(names, kept, strict=True):
+        assert (f"{name}: not started" in text) != keep
+    dense, split = report.table(report.read_experiment(tmp_path))
+    assert ("final_loss" in dense) == kept[0]
+    assert ("jump" in split) == (kept[1] and kept[2])
+    assert ("device_hours" in split) == (kept[1] and kept[2])
+    assert ("difference" in split) == (kept[0] and kept[2])
+
+
+def test_seeds_are_compared_run_by_run(made, tmp_path):
+    folder, log_freq = made
+    step = logged_steps(0, TOTAL, log_freq)
+    write_start(tmp_path / "dense", step, curve(step) + 0.125, total=TOTAL, log_freq=log_freq, seed=2)
+    text, _ = report.write(folder, tmp_path / "out", PUBLISHED, [tmp_path])
+    lines = text[text.index("**From seed to seed**: final validation loss") :].splitlines()
+    loss = curve(TOTAL) + 0.25
+    assert lines[2] == "| run | seed 1 | seed 2 | spread |"
+    assert lines[4] == f"| dense | {loss:.4f} | {loss + 0.125:.4f} | 0.1250 |"
+    assert [line.split(" | ")[2:] for line in lines[5:7]] == [["-", "- |"]] * 2
+    with pytest.raises(ValueError, match=r"two experiments are of debug\.seed = 1"):
+        report.write(folder, tmp_path / "out", PUBLISHED, [folder])
+
+
+def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_path):
+    folder, log_freq = made
+    settings = {"log_freq": log_freq, "lighthouse": {"rope": "base"}}
+    for name, start, end in (("stage1", 0, 50), ("stage2-50", 50, TOTAL)):
+        step = logged_steps(start, end, log_freq)
+        write_start(tmp_path / "base" / name, step, curve(step) - 0.25, total=end, **settings)
+    text, _ = report.write(folder, tmp_path / "out", PUBLISHED, ablations=[tmp_path / "base"])
+    rows = text[text.index("**Other settings") :].splitlines()[4:]
+    # stage2-60 of the default has nothing to stand beside
+    default, base = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    assert [default[0], base[0]] == ["the default", "rope = base"]
+    assert default[1] == base[1] == "50 + 30"
+    assert float(default[-1]) == 0
+    assert float(base[-1]) == pytest.approx(float(base[-2]) - float(default[-2]), abs=2e-4) == 0.25
+
+
+@pytest.mark.parametrize("reached", [1, 30, 79])
+def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached):
+    step = logged_steps(0, reached, 1)
+    write_start(tmp_path / "dense", step, curve(step), total=TOTAL)
+    text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
+    assert f"dense: unfinished, at step {reached} of {TOTAL}" in text and "stage1: not started" in text
+    (row,) = report.table(report.read_experiment(tmp_path))
+    assert not row.keys() & {"final_loss", "device_hours"}
+
+
+def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
+    step = logged_steps(0, 50, 1)
+    write_start(tmp_path / "stage1", step, curve(step), total=50)
+    step = logged_steps(50, 71, 1)
+    write_start(tmp_path / "stage2-50", step, curve(step) + 1, total=TOTAL)
+    kept = np.array([10, 20, 60, 70, 80])  # each tenth was logged
+    write_start(tmp_path / "dense", kept, np.full(5, np.nan), total=80, log_freq=10)
+    text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
+    assert "not within 21" in text and "| nan |" in text
+    assert "nothing is recorded between steps 20 to 60" in text
+
+
+def test_records_that_lack_something_name_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        report.read_experiment(tmp_path)
+    step = logged_steps(0, 20, 1)
+    write_start(tmp_path / "a", step, curve(step), total=20)
+    (tmp_path / "a" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        records.read_run(tmp_path / "a")
+    with SummaryWriter(tmp_path / "b") as writer:
+        for s in range(5):
+            writer.add_scalar(records.LOSS, 1.0, s)
+    with pytest.raises(ValueError, match="throughput"):
+        records.read_run(tmp_path / "b")
+
+
+# ----------------------------------------------------------------- runs that were killed, resumed
+
+
+@pytest.mark.parametrize("log_freq", [1, 10])
+@pytest.mark.parametrize("kills", [[(37, 30)], [(31, 30), (59, 50)], [(45, 20), (29, 0), (70, 60)]])
+def test_a_run_killed_and_resumed_reads_as_one_in_one_go(tmp_path, kills, log_freq):
+    """kills: (last step done, step of the checkpoint that the next start resumes)."""
+    step = logged_steps(0, TOTAL, log_freq)
+    write_start(tmp_path / "whole", step, curve(step), total=TOTAL, log_freq=log_freq)
+    whole = records.read_run(tmp_path / "whole")
+
+    starts, ends = [0, *(c for _, c in kills)], [*(k for k, _ in kills), TOTAL]
+    surviving_starts = 0
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        step = logged_steps(start, end, log_freq)
+        # what a kill throws away leaves a trace only if it is not replaced
+        redone = np.any([step > c for c in starts[i + 1 :]] or [step < 0], axis=0)
+        loss = np.where(redone, 99.0, curve(step))
+        surviving_starts += not redone.all()
+        # names in an order unlike that of time
+        write_start(tmp_path / "run", step, loss, total=TOTAL, log_freq=log_freq, name=f"{9 - i}")
+    run = records.read_run(tmp_path / "run")
+    assert run.step.tolist() == whole.step.tolist()
+    assert run.loss.tolist() == whole.loss.tolist()
+    assert run.validation_step.tolist() == whole.validation_step.tolist()
+    assert run.validation_loss.tolist() == whole.validation_loss.tolist()
+    assert run.device_hours == pytest.approx(whole.device_hours)
+    assert run.finished and run.gaps(0) == []
+    assert run.starts.sum() == surviving_starts
+
+
+def test_a_file_cut_off_anywhere_gives_its_beginning(tmp_path):
+    step = logged_steps(0, 12, 1)
+    file = write_start(tmp_path, step, curve(step), total=12)
+    whole, content = records.read_run(tmp_path), file.read_bytes()
+    for size in range(0, len(content), 37):
+        file.write_bytes(content[:size])
+        run = records.read_run(tmp_path)
+        n = 0 if run is None else len(run.step)
+        assert n == 0 or run.step.tolist() == whole.step[:n].tolist()
+        assert n == 0 or run.loss.tolist() == whole.loss[:n].tolist()
+        # all but the point that was cut is there
+        assert n >= size * 12 // len(content) - 1

@@ -1,0 +1,283 @@
+import json
+import os
+import re
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from helpers.launches import ROOT, start
+
+from torchtitan_ext import console, progress
+from torchtitan_ext.experiment import runner
+from torchtitan_ext.jobs.job_file import parse_job
+from torchtitan_ext.train.spec import register
+
+CONFIGS = ROOT / "configs" / "text"
+SPLITS = (100, 110, 120)
+STEPS = {"dense": 160, "stage1": 120, "stage2": 160}
+NAMES = ["dense", "stage1", *(f"stage2-{split}" for split in SPLITS)]
+
+# Stands in for torchtitan.train: resumes, logs, saves and dies as it does, without any training.
+TRAINER = """
+import argparse, json, os, re, sys, time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--job.dump_folder", dest="folder", type=Path)
+parser.add_argument("--training.steps", dest="steps", type=int)
+parser.add_argument("--checkpoint.initial_load_path", dest="load")
+args, _ = parser.parse_known_args()
+die_at = json.loads(os.environ.get("DIE_AT", "{}")).get(args.folder.name)
+
+saved = args.folder / "checkpoint"
+start = int(re.search("[0-9]+$", args.load)[0]) if args.load else 0
+if saved.exists():
+    start = max(int(p.parent.name[5:]) for p in saved.glob("step-*/.metadata"))
+with open(args.folder.parent / "launches.txt", "a") as f:
+    print(args.folder.name, start, args.steps, args.load, file=f)
+for step in range(start + 1, args.steps + 1):
+    for rank in range(int(os.environ.get("RANKS", 1))):
+        print(f"[titan] now - root - INFO - \\x1b[31mstep: {step:2}  \\x1b[32mloss: {9 / step:8.5f}  "
+              f"\\x1b[38mgrad_norm:  1.0  \\x1b[34mtps: 1,234  \\x1b[36mtflops: 1.00\\x1b[39m")
+    if step == die_at:
+        sys.exit("the reason why it died")
+    if step % 10 == 0 and os.environ.get("SAVE", "1") == "1":
+        (saved / f"step-{step}").mkdir(parents=True, exist_ok=True)
+        (saved / f"step-{step}" / ".metadata").touch()
+    time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+    with open(args.folder / f"heartbeat-{os.environ.get('RANK', 0)}", "a") as f:
+        f.write("x")
+"""
+
+
+def write_configs(folder, base, **sections):
+    """The job files of an experiment, each on top of that in `base`, with the sections of its name."""
+    for name in STEPS:
+        (folder / f"{name}.toml").write_text(f'extends = "{base}/{name}.toml"\n{sections.get(name, "")}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """The demo's files, with the steps and checkpoints that the tests below count on."""
+    changes = {name: f"[training]\nsteps = {steps}\n" for name, steps in STEPS.items()}
+    changes["stage1"] += "[checkpoint]\ninterval = 10\nkeep_latest_k = 4\n"
+    return write_configs(tmp_path_factory.mktemp("configs"), CONFIGS, **changes)
+
+
+@pytest.fixture
+def plan(configs):
+    return partial(runner.plan, configs)
+
+
+def by_stand_in(trainer, torchrun=False):
+    """Have each run's command call the stand-in, by torchrun or alone."""
+    real = runner.train_command
+
+    def stand_in(run, nproc):
+        command = real(run, nproc)
+        at = command.index("torchtitan_ext.train")
+        return [*(command[: at - 1] if torchrun else [sys.executable]), str(trainer), *command[at + 1 :]]
+
+    return stand_in
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    """An output folder whose runs are the stand-in's."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    monkeypatch.setattr(runner, "train_command", by_stand_in(tmp_path / "trainer.py"))
+    return tmp_path / "runs"
+
+
+def launches(output) -> list[list[str]]:
+    file = output / "launches.txt"
+    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    file.unlink(missing_ok=True)
+    return lines
+
+
+@pytest.mark.slow
+def test_every_run_starts_where_it_must_and_once(plan, output):
+    runner.run_all(plan(output, splits=SPLITS))
+    total, last = "160", str(max(SPLITS))
+    stage1 = output / "stage1" / "checkpoint"
+    assert launches(output) == [
+        ["dense", "0", total, "None"],
+        ["stage1", "0", last, "None"],
+        *([f"stage2-{s}", str(s), total, str(stage1 / f"step-{s}")] for s in SPLITS),
+    ]
+    runner.run_all(plan(output, splits=SPLITS))
+    assert launches(output) == []
+    # one more split: only what is new runs
+    runner.run_all(plan(output, splits=(90, *SPLITS), overrides=["--checkpoint.keep_latest_k=0"]))
+    assert [launch[0] for launch in launches(output)] == ["stage2-90"]
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in CONFIGS.parent.glob("*/stage2.toml")))
+def test_launched_by_itself_a_job_file_goes_on_where_the_runner_does(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = {}
+    for run in runner.plan(Path("configs", folder), Path("outputs", folder)):
+        runs.setdefault(run.config_file, run)  # of the tails, the earliest split
+        assert not run.load or 16 * run.start / run.steps in (10, 11, 12)  # by default
+    assert len(runs) == 3
+    for run in runs.values():
+        assert run.config.job.dump_folder == str(run.folder)
+        assert run.config.checkpoint.initial_load_path == (str(run.load) if run.load else None)
+
+
+def test_torchtitan_reads_the_command_as_meant(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = ["--training.steps=320", "--checkpoint.interval=20", "--checkpoint.keep_latest_k=0"]
+    overrides += ["--metrics.no_enable_tensorboard", "--job.dump_folder=elsewhere"]
+    for run in plan(tmp_path, splits=[80, 100], overrides=overrides):
+        command = runner.train_command(run, nproc=2)
+        arguments = command[command.index("torchtitan_ext.train") + 1 :]
+        config = parse_job(arguments[1], arguments[2:])
+        assert config.checkpoint.interval == 20  # the user's
+        assert config.job.dump_folder == str(run.folder)
+        assert config.training.steps == (100 if run.name == "stage1" else 320)
+        assert config.checkpoint.initial_load_path == (str(run.load) if run.load else None)
+        assert config.metrics.enable_tensorboard and config.checkpoint.enable
+        assert config.lighthouse.enable == (run.name == "stage1")
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_named_and_the_same_command_continues_it(plan, output, monkeypatch):
+    monkeypatch.setenv("SAVE", "0")  # it ends early, without an error
+    with pytest.raises(console.CommandFailed, match=r"dense failed .*checkpoint of step 160"):
+        runner.run_all(plan(output))
+    assert [launch[0] for launch in launches(output)] == ["dense"]
+    monkeypatch.delenv("SAVE")
+    monkeypatch.setenv("DIE_AT", '{"stage1": 57}')
+    with pytest.raises(console.CommandFailed) as failure:
+        runner.run_all(plan(output))
+    log = output / "stage1" / "log.txt"
+    for part in ("stage1", "exit code 1", str(log), "the reason why it died"):
+        assert part in str(failure.value)
+    assert [launch[0] for launch in launches(output)] == ["dense", "stage1"]
+
+    monkeypatch.delenv("DIE_AT")
+    runner.run_all(plan(output))
+    again = launches(output)
+    assert [launch[0] for launch in again] == NAMES[1:]
+    assert again[0][1] == "50"  # from its newest checkpoint
+    steps = [int(step) for step in re.findall(r"step:\s*(\d+)", log.read_text())]
+    assert steps == [*range(1, 58), *range(51, 121)]
+    assert "\x1b" not in log.read_text()
+
+
+def test_a_half_saved_checkpoint_does_not_keep_a_stage_from_its_start_and_a_seed_checkpoint_is_one(plan, output):
+    seed = output / "stage1" / "checkpoint" / "step-0"
+    half_saved = output / "stage2-100" / "checkpoint" / "step-110"
+    for folder, file in ((seed, ".metadata"), (half_saved, "__0_0.distcp")):
+        folder.mkdir(parents=True)
+        (folder / file).touch()
+    runner.run_all(plan(output)[1:3])
+    assert [launch[:2] for launch in launches(output)] == [["stage1", "0"], ["stage2-100", "100"]]
+    assert seed.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "parts"),
+    [
+        ({"splits": [105]}, ["105", "checkpoint.interval = 10"]),
+        ({"splits": [130]}, ["130", "stage1.toml", "training.steps = 120"]),
+        ({"splits": [100, 160]}, ["160", "stage 2's training.steps = 160"]),
+        ({"splits": [0, 100]}, ["split 0"]),
+        ({"splits": [20, 120]}, ["checkpoint.keep_latest_k = 4", "11"]),
+        ({"only": ["stage2"]}, ["step-100", "stage1"]),
+        ({"overrides": ["--training.seq_len=4000"]}, ["stage1.toml", "seq_len = 4000"]),
+    ],
+    ids=lambda x: "-".join(map(str, next(iter(x.values())))) if isinstance(x, dict) else "",
+)
+def test_what_can_not_run_is_told_before_anything_starts(plan, output, kwargs, parts):
+    with pytest.raises(ValueError) as error:
+        plan(output, **kwargs)
+    for part in parts:
+        assert part in str(error.value)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("only", [["dense"], ["stage1", "stage2"], ["stage2"]])
+def test_a_wrong_argument_is_told_of_a_run_that_was_asked_for(plan, configs, output, only):
+    for wrong in ("--training.dataset=none", "--training.stepz=1"):
+        with pytest.raises(ValueError, match=f"^{configs / only[0]}.toml"):
+            plan(output, only=only, overrides=[wrong])
+
+
+def test_dense_and_stage_2_must_end_alike(configs, output, tmp_path):
+    write_configs(tmp_path, configs, dense="[training]\nsteps = 170\n")
+    with pytest.raises(ValueError, match=r"dense\.toml: training\.steps = 170.*160"):
+        runner.plan(tmp_path, output)
+
+
+@pytest.mark.slow
+def test_settings_changed_since_a_run_are_not_mixed_with_it(plan, output):
+    (run,) = plan(output, only=["dense"], overrides=["--optimizer.lr=0.5"])
+    runner.run_all([run])
+    (output / "dense" / "config.json").write_text(json.dumps(run.config.to_dict()))
+    longer = ["--optimizer.lr=0.5", "--training.steps=320", "--checkpoint.interval=20"]
+    assert plan(output, only=["dense"], overrides=longer)
+    with pytest.raises(ValueError, match=r"dense was run with optimizer\.lr = 0\.5.* 0\.25 now"):
+        plan(output, only=["dense"], overrides=["--optimizer.lr=0.25"])
+    with pytest.raises(ValueError, match=r"dense was run with debug\.seed = "):
+        plan(output, only=["dense"], overrides=["--optimizer.lr=0.5", "--debug.seed=99"])
+
+
+def test_a_deleted_checkpoint_of_stage_1_is_missed_at_once(plan, output):
+    runs = plan(output)
+    runner.run_all(runs[:2])
+    (output / "stage1" / "checkpoint" / "step-110" / ".metadata").unlink()
+    with pytest.raises(ValueError, match="step-110 is not there for stage2-110"):
+        plan(output)
+
+
+def test_progress_tells_which_run_step_loss_speed_and_time_left(plan, output, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setenv("RANKS", "2")
+    runner.run_all(plan(output, splits=[100]))
+    text = capsys.readouterr().err
+    for title in ("[1/3] dense", "[2/3] stage1", "[3/3] stage2-100"):
+        assert title in text
+    assert "160/160" in text and text.count("100/100") == 1  # a line a step, though each rank logs it
+    assert re.search(r"loss \d\.\d+  1,234 tok/s/device  \d+%, left 0:00:\d\d", text)
+
+
+def drive(configs, output, trainer, errors):
+    """Run the experiment by torchrun, each worker the stand-in."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started without
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ["STEP_SECONDS"] = "0.1"
+    runner.train_command = by_stand_in(trainer, torchrun=True)
+    register()
+    runs = runner.plan(configs, output)
+    console.run(lambda: runner.run_all(runs, 2), "driver")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_every_worker(configs, output, tmp_path, sent):
+    """Through the real torchrun, with two workers."""
+    errors = tmp_path / "errors"
+    process = start(drive, configs, output, tmp_path / "trainer.py", errors)
+    beats = [output / "dense" / f"heartbeat-{rank}" for rank in range(2)]
+    deadline = time.monotonic() + 120
+    while not all(beat.exists() for beat in beats):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, sent)
+    process.join(timeout=90)
+    assert process.exitcode == 130
+    *progress, last = errors.read_text().splitlines()
+    assert last == "driver: interrupted; the same command continues"
+    assert all(line.startswith("[1/5] dense") for line in progress)
+    sizes = [beat.stat().st_size for beat in beats]
+    time.sleep(0.5)
+    assert [beat.stat().st_size for beat in beats] == sizes
+    assert max(sizes) < 160  # it was interrupted, not at its end

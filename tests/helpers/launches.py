@@ -1,0 +1,116 @@
+"""Ranks without the seconds that each would need to import torchtitan: they are forked from a process that has.
+
+With GPUs each imports it, because a process that has used one can't be forked. What torchrun does beside starting ranks
+is tested with torchrun itself.
+"""
+
+import multiprocessing
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torchtitan.train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.multiprocessing.spawn import ProcessException
+from torchtitan.config import ConfigManager
+
+from torchtitan_ext.train.__main__ import main
+from torchtitan_ext.train.spec import register
+
+ROOT = Path(__file__).parents[2]
+START = "spawn" if torch.cuda.is_available() else "forkserver"
+# what a rank would import later, or with the test's own module
+PRELOADED = ["torchtitan_ext.train.__main__", "torch._dynamo.backends.debugging", "pytest", "hypothesis", "tensorboard"]
+PRELOADED += ["packaging.requirements", "tyro._backends._tyro_backend", "torch.testing._internal.common_utils"]
+LOSS = "loss_metrics/global_avg_loss"
+
+
+def start_ranks(function: Callable[..., None], n_ranks: int, *args: object) -> None:
+    """`function(rank, n_ranks, *args)` in as many processes. Raises ProcessException as soon as one fails."""
+    _preloaded()
+    mp.start_processes(function, (n_ranks, *args), n_ranks, start_method=START)
+
+
+def start(function: Callable[..., None], *args: object) -> BaseProcess:
+    """`function(*args)` in a process that is not waited for."""
+    process = _preloaded().Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def _preloaded() -> BaseContext:
+    context = multiprocessing.get_context(START)
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def in_group(function: Callable[..., None], n_ranks: int, *args: object, backend: str = "gloo") -> None:
+    """`function(rank, *args)` in the ranks of a process group, as a run's start leaves them."""
+    start_ranks(_call_in_group, n_ranks, function, backend, rendezvous(n_ranks), args)
+
+
+def train(n_ranks: int, arguments: list[str], *, stock: bool = False, **env: str) -> tuple[bool, str]:
+    """Train with these arguments: whether it ended well, and what all ranks wrote. stock: torchtitan's own trainer."""
+    with tempfile.NamedTemporaryFile("r") as log:
+        try:
+            start_ranks(_train_rank, n_ranks, arguments, stock, log.name, rendezvous(n_ranks) | env)
+        except ProcessException as error:
+            return False, f"{log.read()}\n{error}"
+        return True, log.read()
+
+
+def losses(dump: Path, tag: str = LOSS) -> list[tuple[int, float]]:
+    """Every (step, loss) that was logged, of all the starts of a run."""
+    logged = []
+    for file in dump.glob("tb/*/*tfevents*"):
+        events = EventAccumulator(str(file)).Reload()
+        if tag in events.Tags()["scalars"]:
+            logged += [(e.step, e.value) for e in events.Scalars(tag)]
+    return sorted(logged)
+
+
+def rendezvous(n_ranks: int) -> dict[str, str]:
+    """What torchrun sets for all ranks."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    env = {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
+    return env | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+
+def _join(rank: int, env: dict[str, str]) -> None:
+    """Make this process the rank that torchrun would have started."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **env}
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+
+
+def _call_in_group(
+    rank: int, n_ranks: int, function: Callable[..., None], backend: str, env: dict[str, str], args: tuple
+) -> None:
+    _join(rank, env)
+    register()
+    dist.init_process_group(backend)
+    function(rank, *args)
+    dist.barrier()
+    os._exit(0)  # past the interpreter's end, gloo's threads may abort the process
+
+
+def _train_rank(rank: int, n_ranks: int, arguments: list[str], stock: bool, log: str, env: dict[str, str]) -> None:
+    _join(rank, env)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # the platform's own, for a data loader's worker
+    multiprocessing.set_start_method(None, force=True)
+    if stock:
+        torchtitan.train.main(torchtitan.train.Trainer, ConfigManager().parse_args(arguments))
+    else:
+        main(arguments)

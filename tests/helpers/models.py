@@ -1,0 +1,31 @@
+"""Small models, and jobs of the repository's files."""
+
+import dataclasses
+
+import torch
+
+from torchtitan_ext.jobs.job_file import parse_job
+from torchtitan_ext.model import LighthouseTransformer, flavors
+
+from .launches import ROOT
+
+
+def parse(path, *overrides):
+    return parse_job(ROOT / path, overrides)
+
+
+def args(**changes):
+    small = {"dim": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 64, "dense_layers": (0,)}
+    return dataclasses.replace(flavors["debug"], **small | changes)
+
+
+def build(model_args, model_cls=LighthouseTransformer, device="cpu"):
+    with torch.device("meta"):
+        model = model_cls(model_args)
+    if device == "meta":
+        return model
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.init_weights()
+    return model

@@ -1,0 +1,115 @@
+"""Data sets on a disk, and what a loader makes of them."""
+
+import gzip
+import json
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import ConfigManager
+
+from torchtitan_ext.data import build_dataloader, tokenizer
+
+BYTE_TOKENIZER = Path(tokenizer.__file__).parent / "byte_tokenizer"
+TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
+BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
+JOB = ConfigManager().parse_args(["--job.custom_config_module=torchtitan_ext.model.settings"])
+END = "<|endoftext|>"
+LAYOUTS = {  # what users' tokenizer_config.json say
+    "one token": {"bos_token": END, "eos_token": END, "unk_token": END, "add_bos_token": False},
+    "end": {"eos_token": END, "pad_token": {"content": "<pad>", "lstrip": True}},
+    "two tokens": {"bos_token": "<s>", "eos_token": "</s>"},
+}
+
+
+def write_bpe(folder: Path, config: dict) -> Tokenizer:
+    """A user's tokenizer in `folder`; returns the same without special tokens."""
+    merges = [("i", "t"), ("Ġ", "it"), ("2", "0"), ("<", "/"), ("|", ">"), ("e", "n")]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    plain = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    whole = deepcopy(plain)
+    whole.add_special_tokens([END, "<s>", "</s>", "<pad>"])
+    folder.mkdir(exist_ok=True)
+    whole.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return plain
+
+
+def write_c4(root: Path, shards: list[list[str]]) -> Path:
+    (root / "en").mkdir(parents=True)
+    for i, texts in enumerate(shards):
+        with gzip.open(root / f"en/c4-train.{i:05d}-of-{len(shards):05d}.json.gz", "wt") as file:
+            for text in texts:
+                print(json.dumps({"text": text, "timestamp": "2019-04-25", "url": "u"}), file=file)
+    return root
+
+
+def write_tree(root: Path, shards: list[list[str]]) -> Path:
+    for i, texts in enumerate(shards):
+        (root / f"package_{i}").mkdir(parents=True)
+        for j, text in enumerate(texts):
+            (root / f"package_{i}/module_{j}.py").write_bytes(text.encode())
+    return root
+
+
+WRITE = {"c4_local": write_c4, "python_source": write_tree}
+
+
+def loader(
+    dataset,
+    path,
+    seq_len,
+    batch_size=1,
+    rank=0,
+    world=1,
+    workers=0,
+    infinite=True,
+    skip=False,
+    tokenizer=TOKENIZER,
+    **more,
+):
+    config = deepcopy(JOB)
+    config.training.dataset, config.training.dataset_path = dataset, str(path)
+    config.training.seq_len, config.training.local_batch_size = seq_len, batch_size
+    config.training.global_batch_size = more.get("global_batch_size", 5 * batch_size * world)
+    config.training.dataloader.num_workers = workers
+    config.training.dataloader.prefetch_factor = more.get("prefetch_factor")
+    config.training.skip_damaged_data = skip
+    return build_dataloader(world, rank, tokenizer, config, infinite=infinite)
+
+
+def tokens(batch):
+    """The tokens that made the batch: an input and its label overlap in all but one."""
+    inputs, labels = batch[0]["input"], batch[1]
+    assert (inputs[:, 1:] == labels[:, :-1]).all()
+    return [[*row, last] for row, last in zip(inputs.tolist(), labels[:, -1].tolist(), strict=True)]
+
+
+def stream(batches):
+    return [token for batch in batches for row in tokens(batch) for token in row]
+
+
+def stopped(make, stop, n):
+    """`n` batches of the loaders that `make` gives: `stop` of one, and the rest of one that resumes its state."""
+    part, resumed = make(), make()
+    drawn = stream(islice(part, stop))
+    resumed.load_state_dict(part.state_dict())
+    return drawn + stream(islice(resumed, n - stop))
+
+
+def documents(dataset, path, rank=0, world=1):
+    """What one rank reads in an epoch, as the documents' bytes in their order."""
+    left = stream(loader(dataset, path, 1, rank=rank, world=world, infinite=False))
+    if left[-1] != EOS:  # the odd token left over
+        left.append(EOS)
+    texts = []
+    while left:
+        end = left.index(EOS)
+        assert left[0] == BOS
+        texts.append(bytes(left[1:end]))
+        left = left[end + 1 :]
+    return texts

@@ -1,0 +1,313 @@
+"""The preflight names everything that would stop a run, and says what the run takes."""
+
+import gzip
+import importlib.metadata
+import logging
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from helpers.jobs import ROOT, job_of, start, start_from
+
+from torchtitan_ext import patching
+from torchtitan_ext.cli import main
+from torchtitan_ext.data.dataloader import TextDataloader, TextDataset
+from torchtitan_ext.data.tokenizer import load_tokenizer
+from torchtitan_ext.jobs import environment, plan
+from torchtitan_ext.jobs.memory import peak_memory
+from torchtitan_ext.jobs.rules import parallel_dims
+from torchtitan_ext.model import LighthouseTransformer, flavors
+from torchtitan_ext.model.model import meta_model
+
+TEXT = "configs/text/stage1.toml"
+LARGE = ("configs/530m/stage1.toml", "--training.dataset=python_source")
+VERSION = importlib.metadata.version
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+JOBS = sorted(path for path in ROOT.glob("configs/*/*.toml") if path.stem in ("stage1", "stage2"))  # dense is as stage2
+LAUNCHES = re.findall(
+    r"^(?:NGPU=(\d+) )?CONFIG=(\S+)/stage1.toml (?:sbatch --nodes=(\d+) )?scripts/train\S+ "
+    r"(.*context_parallel.*)$",
+    (ROOT / "docs/running.md").read_text().replace("\\\n", ""),
+    re.MULTILINE,
+)
+assert JOBS and LAUNCHES
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Checks a job file with overrides, in a fresh dump folder: the exit code, the problems and the whole report."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*overrides, file=TEXT):
+        arguments = [f"--job.config_file={file}", f"--job.dump_folder={tmp_path / 'run'}"]
+        code = main(["preflight", *arguments, *map(str, overrides)])
+        logging.disable(logging.NOTSET)
+        report = capsys.readouterr().out
+        head, *problems = report.split("\n- ")
+        assert code == (1 if problems else 0)
+        count = len(problems)
+        assert head.endswith(f"{count} problem{'s' * (count > 1)}:" if count else "no problems\n")
+        return code, problems, " ".join(report.split())
+
+    return run
+
+
+@pytest.fixture
+def only_problem(check):
+    def run(*overrides, words, file=TEXT):
+        _, problems, _ = check(*overrides, file=file)
+        assert len(problems) == 1, problems
+        for word in words:
+            assert str(word) in problems[0]
+
+    return run
+
+
+def test_a_good_run_is_reported_with_what_it_takes(check):
+    file, data = LARGE
+    code, problems, report = check(data, "--nproc=8", "--gpu-memory=100", "--tok-s=1000", file=file)
+    job, args = job_of(file)
+    n_params = sum(p.numel() for p in meta_model(args).parameters())
+    training = job.training
+    tokens = training.steps * training.global_batch_size * training.seq_len
+    memory = sum(peak_memory(job, args, parallel_dims(job, 8)).values())
+    assert code == 0 and not problems
+    for fact in (
+        f"{n_params:,} parameters",
+        f"{job.lighthouse.gathered_len(training.seq_len):,} gathered rows of {training.seq_len:,}",
+        f"in {training.global_batch_size // 8} accumulation steps",
+        f"0 to {training.steps:,}, {tokens:,} tokens",
+        f"{tokens / 8 / 1000 / 3600:,.1f} h, ",
+        f"about {memory:.1f} of 100.0 GiB",
+        f"{job.checkpoint.keep_latest_k + 1} checkpoints more at most, of {12 * n_params / 1e9:.2f} GB",
+    ):
+        assert fact in report
+
+
+def is_good(check, file, *overrides, n_gpus):
+    """Its data isn't here, if it isn't generated, nor the checkpoint that stage 2 starts from."""
+    here = ["--checkpoint.initial_load_path=None"]
+    if job_of(str(file))[0].training.dataset != "passkey":
+        here.append("--training.dataset=python_source")
+    _, problems, report = check(*here, *overrides, f"--nproc={n_gpus}", "--gpu-memory=139", file=file)
+    assert problems == []
+    assert ("Lighthouse in" in report) == (Path(file).stem == "stage1")
+    assert "GiB per GPU" in report or "no estimate: compile.enable = false" in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_job_is_good_on_as_many_gpus_as_it_has_sequences_for(check, file):
+    training = job_of(str(file))[0].training
+    sequences = training.global_batch_size if training.global_batch_size > 0 else 8
+    is_good(check, file, n_gpus=min(8, sequences // training.local_batch_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_gpus, configs, n_nodes, overrides", LAUNCHES)
+def test_documented_launches_are_good(check, n_gpus, configs, n_nodes, overrides):
+    for stage in ("stage1", "dense"):  # stage 2 is dense too
+        is_good(check, f"{configs}/{stage}.toml", *overrides.split(), n_gpus=int(n_gpus or 8 * int(n_nodes)))
+
+
+def test_every_problem_is_named_at_once(check, tmp_path):
+    file = tmp_path / "in_the_way"
+    file.write_text("")
+    overrides = ["--training.seq_len=4100", "--training.dataset=books", "--model.name=llama3"]
+    _, problems, _ = check(*overrides, f"--job.dump_folder={file}", "--training.global_batch_size=7", "--nproc=2")
+    fields = ["seq_len = 4100", "'books'", "model.name", "job.dump_folder", "global_batch_size = 7"]
+    assert [sum(field in problem for problem in problems) for field in fields] == [1] * len(problems)
+
+
+def test_wrong_arguments_are_refused(check):
+    for argument in ("--gpu-memory=-1", "--tok-s=nan"):
+        with pytest.raises(ValueError, match=f"{argument[:5]}.*must be a positive number"):
+            check(argument)
+
+
+def version_of(**changed):
+    """importlib.metadata.version with some changed, None for not installed."""
+
+    def version(name):
+        found = changed.get(name, VERSION(name))
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    return version
+
+
+@pytest.mark.slow
+def test_versions_are_held_against_the_supported_ones(check, only_problem, monkeypatch, caplog, tmp_path):
+    job, _ = job_of(TEXT, f"job.dump_folder={tmp_path}")
+    [pin] = re.findall(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for good in ("2.11.0+cu130", pin, "2.15.0"):
+        monkeypatch.setattr(importlib.metadata, "version", version_of(torch=good))
+        assert check()[0] == 0
+    for wrong in ("2.10.0", "2.16.1+cpu"):
+        monkeypatch.setattr(importlib.metadata, "version", version_of(torch=wrong))
+        words = [f"torch is {wrong}", "<2.16", ">=2.11", "pip install"]
+        only_problem(words=words)
+        # which a launch says too, and trains
+        start(job)
+        [said] = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert all(word in said for word in words)
+        caplog.clear()
+    monkeypatch.setattr(importlib.metadata, "version", version_of(triton=None, torchtitan="0.2.1"))
+    _, problems, _ = check()
+    assert len(problems) == 2
+    assert "torchtitan is 0.2.1" in problems[0]
+    assert "triton is not installed" in problems[1]
+
+
+def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(check, tmp_path):
+    stale = tmp_path / "torchtitan_lighthouse.egg-info"
+    stale.mkdir()
+    (stale / "PKG-INFO").write_text(
+        "Name: torchtitan-lighthouse\nVersion: 0.1.0\nRequires-Python: >=4\nRequires-Dist: torch<2\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        assert check()[0] == 0
+        # the built package, apart from any clone
+        patch.setattr(environment, "PROJECT", tmp_path / "pyproject.toml")
+        _, problems, _ = check()
+    assert len(problems) == 2 and "needs >=4" in problems[0] and "torch<2" in problems[1]
+
+
+def test_patches_must_be_there(only_problem, monkeypatch):
+    monkeypatch.setattr(patching, "is_patched", lambda root: False)
+    only_problem(words=["is not patched", "torchtitan_ext patch apply"])
+
+    def changed(root):
+        raise patching.PatchingError("patched in part")
+
+    monkeypatch.setattr(patching, "is_patched", changed)
+    only_problem(words=["patched in part"])
+
+
+def test_an_environment_that_cannot_import_is_named(check, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchtitan_ext.jobs.plan", None)
+    code, problems, _ = check()
+    assert code == 1 and len(problems) == 1 and "before this environment is complete" in problems[0]
+
+
+def test_what_training_refuses_is_a_problem(only_problem):
+    only_problem("--parallelism.data_parallel_shard_degree=3", "--nproc=2", words=["dp_shard 3"])
+    only_problem("--experimental.custom_import=nothing", words=["custom_import = 'nothing'"])
+
+
+def test_a_number_that_nothing_can_be_derived_from_is_a_problem_beside_others(check):
+    for setting in ("training.local_batch_size=0", "training.seq_len=0", "checkpoint.interval=0"):
+        problems = "\n".join(check(f"--{setting}", "--training.dataset=books")[1])
+        assert setting.replace("=", " = ") in problems and "books" in problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", [1, 3])
+def test_each_rank_reads_on_where_it_stopped_at_the_checkpoint(check, tmp_path, degree):
+    job, _ = job_of(TEXT)
+    tokenizer = load_tokenizer(job.model.hf_assets_path)
+    for number in range(5):  # of which ranks get unequal shares
+        (tmp_path / f"{number}.txt").write_text("word " * 1000)
+    states = {
+        **LighthouseTransformer(flavors["debug"]).state_dict(),
+        **{"optimizer": {"a": 1}, "lr_scheduler": {"last_epoch": 1}, "train_state": {"step": 1}},
+        "dataloader": {},
+    }
+    for rank in range(degree):
+        data = TextDataset("python_source", str(tmp_path), tokenizer, 256, rank, degree)
+        loader = TextDataloader(data, dp_rank=rank, dp_world_size=degree, batch_size=1)
+        next(iter(loader))
+        states["dataloader"] |= loader.state_dict()
+
+    def problem(*settings):
+        dcp.save(states, checkpoint_id=tmp_path / "run/checkpoint/step-1", no_dist=True)
+        arguments = [f"--nproc={degree}", f"--training.dataset_path={tmp_path}", *settings]
+        return "\n".join(check(*arguments, "--training.global_batch_size=-1")[1])
+
+    assert problem() == ""
+    workers, excluded = "--training.dataloader.num_workers=1", "--checkpoint.exclude_from_loading=dataloader"
+    assert re.search("num_workers = 1: .* with 0", problem(workers, excluded))
+    elsewhere = f"--job.dump_folder={tmp_path}/new", *start_from(tmp_path / "run/checkpoint/step-1")
+    assert problem(workers, excluded, *elsewhere) == ""
+    other = problem("--training.dataset=passkey", "--training.dataset_path=4095")
+    assert re.search("training.dataset and .*passkey.*python_source", other)
+    ranks = states["dataloader"]
+    ranks[f"dp_rank_{degree - 1}"] = ranks["dp_rank_0"]
+    assert ("training.dataset and" in problem()) == (degree > 1)
+
+
+def test_the_first_documents_are_read(only_problem, check, tmp_path):
+    (tmp_path / "c4").mkdir()
+    file = tmp_path / "c4" / "c4-train.00000-of-00001.json.gz"
+    arguments = ["--training.dataset=c4_local", f"--training.dataset_path={file.parent}"]
+    file.write_bytes(gzip.compress(b'{"text": "' + b"word " * 500 + b'"}\n'))
+    assert check(*arguments)[0] == 0
+    file.write_bytes(gzip.compress(b"no JSON\n"))
+    only_problem(*arguments, words=[file, "line 1"])
+    file.write_bytes(gzip.compress(b'{"text": "one document"}\n'))
+    only_problem(*arguments, "--nproc=2", words=["no document for data-parallel rank 1"])
+
+
+def test_a_sequence_of_the_validation_data_is_read(only_problem, check, tmp_path):
+    arguments = ["--validation.enable", "--validation.dataset=python_source_validation", "--validation.steps=-1"]
+    arguments += [f"--validation.dataset_path={tmp_path}", "--validation.seq_len=4096"]
+    for length in (1, 1000):
+        for name in (f"{number}.txt" for number in range(1000)):
+            (tmp_path / name).write_text(name * length)
+        if length == 1:
+            only_problem(*arguments, words=["not one sequence", "4096"])
+    assert check(*arguments)[0] == 0
+    words = ["validation.dataset_path", "no document for data-parallel rank 63"]
+    only_problem(*arguments, "--nproc=64", "--training.global_batch_size=64", words=words)
+
+
+def test_the_disk_must_hold_the_checkpoints_to_come(check, only_problem, monkeypatch):
+    job, args = job_of(TEXT)
+    n_bytes = 12 * sum(p.numel() for p in meta_model(args).parameters())
+    held = n_bytes * (job.checkpoint.keep_latest_k + 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=held))
+    assert check()[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=held - 1))
+    only_problem(words=["job.dump_folder", "checkpoint.keep_latest_k"])
+    assert check("--checkpoint.no_enable", "--checkpoint.initial_load_path=None")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "keep, there, steps, more",
+    # the oldest goes after the next is written; of more than are kept, all go after the first save
+    [(0, 0, 1, 1), (0, 3, 35, 4), (2, 0, 35, 3), (2, 1, 35, 2), (2, 3, 35, 1)],
+)
+def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, there, steps, more):
+    for n in range(1, there + 1):
+        (tmp_path / f"checkpoint/step-{10 * n}").mkdir(parents=True)
+        (tmp_path / f"checkpoint/step-{10 * n}/.metadata").touch()
+    settings = f"job.dump_folder={tmp_path}", f"training.steps={10 * there + steps}", f"checkpoint.keep_latest_k={keep}"
+    job, args = job_of("configs/text/dense.toml", "checkpoint.interval=10", *settings)
+    assert plan._checkpoints_to_come(plan.Plan(job, parallel_dims(job, 1), args, n_params=1, flops=1)) == more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "gpu_memory", "words", "remedy"),
+    [
+        ("530m", 50, ["'selective' would take"], ["--activation_checkpoint.mode=selective"]),
+        ("530m", 13, ["'full'", "on 4 GPUs"], ["--activation_checkpoint.mode=full", "--nproc=4"]),
+        # sharing a sequence, where no policy fits
+        ("530m-1m", 79, ["on 2 GPUs", "context_parallel_degree = 2"], ["--parallelism.context_parallel_degree=2"]),
+        ("530m", 1, ["nothing fits", "training.seq_len"], None),
+    ],
+)
+def test_too_little_memory_is_a_problem_with_a_remedy_that_fits(check, only_problem, config, gpu_memory, words, remedy):
+    file, arguments = f"configs/{config}/stage1.toml", (LARGE[1], f"--gpu-memory={gpu_memory}")
+    only_problem(*arguments, file=file, words=["': about", f"of {gpu_memory:.1f} GiB", *words])
+    if remedy:
+        n_gpus = ["--nproc=2"] if "parallelism" in remedy[0] else []
+        assert check(*arguments, *remedy, *n_gpus, file=file)[0] == 0

@@ -1,0 +1,407 @@
+"""A launch loads the checkpoint that it should, whole, or says why not."""
+
+import json
+import shutil
+from functools import partial
+from queue import Queue
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers.jobs import cut_short, only_problem, put_aside, save, start, start_from
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from transformers import LlamaConfig
+
+from torchtitan_ext.jobs.resume import HF_INDEX, METADATA, checkpoint_to_load, complete_metadata, excluded_states
+from torchtitan_ext.jobs.rules import check_job, parallel_dims
+from torchtitan_ext.model import LighthouseTransformer, flavors
+from torchtitan_ext.model.hf_config import llama_config
+from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+
+
+@pytest.fixture(params=["initial", "own"])
+def launch(request, job, tmp_path):
+    """Saves a checkpoint, from which the job starts or which is its own: its path, and the job with overrides."""
+
+    def saved(**options):
+        path = save(tmp_path / ("run" if request.param == "own" else "old"), **options)
+        return path, partial(job, *(() if request.param == "own" else start_from(path)))
+
+    return saved
+
+
+# ---- the four ways in which torchtitan drops state in silence
+
+
+def test_a_dropped_optimizer_or_step_is_an_error(job, tmp_path):
+    path = save(tmp_path / "old")
+    config = job(f"--checkpoint.initial_load_path={path}", "--checkpoint.initial_load_model_only")
+    only_problem(config, "checkpoint.initial_load_model_only = true", "set it to false")
+    config = job(*start_from(path), "--checkpoint.load_step=5")
+    only_problem(config, "checkpoint.load_step = 5", f"-1 to start from {path}")
+    weights = save(tmp_path / "weights", without=TRAINING_STATE)
+    check_job(job(*start_from(weights), f"--checkpoint.exclude_from_loading={','.join(TRAINING_STATE)}"))
+
+
+def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
+    old, other = save(tmp_path / "old"), save(tmp_path / "other")
+    config, own = job(*start_from(old)), tmp_path / "run" / "checkpoint"
+    start(config)
+    start(config)  # killed before its first checkpoint
+
+    own.mkdir()
+    only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
+    (own / "step-20").mkdir()  # killed while its first checkpoint was written
+    only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
+
+    save(tmp_path / "run", step=20)
+    start(config)  # continues the run that it started, and the next launch too
+    check_job(config)
+    only_problem(job(*start_from(other)), other, f"started from {old}", "job.dump_folder")
+    only_problem(job(), f"started from {old}", f"set it to {old}")
+    start(job("--checkpoint.no_enable"))  # which says nothing of the run's start
+    check_job(config)
+
+
+def test_a_run_from_scratch_is_not_taken_for_one_with_an_initial_checkpoint(job, tmp_path):
+    old = save(tmp_path / "old")
+    start(job())
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    check_job(job())  # nothing saved yet, so from scratch is right
+    save(tmp_path / "run", step=20)
+    check_job(job())
+    only_problem(job(*start_from(old)), old, "started from scratch", "drop the path")
+    (tmp_path / "run/config.json").write_text("{")
+    only_problem(job(), "run/config.json is not the job config of a run")
+
+
+def test_a_run_whose_folder_was_moved_goes_on_as_it_would_have_there(job, tmp_path):
+    old, other = save(tmp_path / "outputs/stage1"), save(tmp_path / "other")
+    start(job(*start_from(old), dump="outputs/run"))
+    save(tmp_path / "outputs/run", step=20)
+    (tmp_path / "outputs").rename(tmp_path / "moved")
+    for wrong in (start_from(other), ()):
+        only_problem(job(*wrong, dump="moved/run"), f"set it to {old} (which is gone, but is not read again)")
+    check_job(job(*start_from(old), dump="moved/run"))
+    start(job(*start_from(tmp_path / "moved/stage1/checkpoint/step-10"), dump="moved/run"))
+    save(tmp_path / "outputs/stage1")
+    only_problem(job(*start_from(old), dump="moved/run"), f"started from {tmp_path}/moved")
+
+
+def test_an_exclusion_holds_for_the_start_and_not_for_what_the_run_has_saved_since(job, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    caplog.set_level("INFO")
+    config = partial(job, *start_from(save(tmp_path / "old")), "--checkpoint.exclude_from_loading=optimizer,dataloader")
+
+    def left_out():
+        caplog.clear()
+        launched = config()
+        expected = excluded_states(launched, parallel_dims(launched, 1))
+        start(launched)
+        assert launched.checkpoint.exclude_from_loading == expected
+        return expected
+
+    assert left_out() == ["optimizer", "dataloader"]
+    assert left_out() == ["optimizer", "dataloader"]  # killed before its first checkpoint
+    assert "own checkpoint" not in caplog.text
+    save(tmp_path / "run", step=20)
+    assert left_out() == []  # what was started over goes on
+    assert "own checkpoint, with dataloader, optimizer; to leave that out, start from" in caplog.text
+    save(tmp_path / "run", step=30, degree=2)
+    assert left_out() == ["dataloader"]  # which one rank can't use
+    assert "own checkpoint, with optimizer" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["", "a/..", ".."])
+def test_checkpoints_have_a_folder_of_their_own(job, tmp_path, folder):
+    config = job(*start_from(save(tmp_path / "old")), f"--checkpoint.folder={folder}")
+    only_problem(config, f"checkpoint.folder = {folder!r}", "for example 'checkpoint'")
+
+
+# ---- what a checkpoint must hold
+
+
+@pytest.mark.parametrize("saved, world_size", [(1, 2), (4, 2)])
+def test_another_data_parallel_degree_is_an_error(launch, monkeypatch, saved, world_size):
+    path, job = launch(degree=saved)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    only_problem(job(), f"data-parallel degree = {world_size}", path, f"degree of {saved}")
+    check_job(job("--checkpoint.exclude_from_loading=dataloader"))
+    monkeypatch.setenv("WORLD_SIZE", str(saved))
+    check_job(job())
+    monkeypatch.setenv("WORLD_SIZE", str(2 * saved))
+    check_job(job("--parallelism.tensor_parallel_degree=2"))
+
+
+def test_what_is_checked_is_the_checkpoint_that_will_be_loaded(job, tmp_path, monkeypatch):
+    save(tmp_path / "run", step=10, degree=1)
+    later = save(tmp_path / "run", step=20, degree=2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    only_problem(job(), "step-20")
+    only_problem(job("--checkpoint.load_step=30"), "load_step = 30", "not exist", "from step-20, launch again, without")
+    shutil.rmtree(later)
+    check_job(job("--checkpoint.load_step=10"))
+
+
+def test_a_checkpoint_of_another_model_is_an_error(job, tmp_path):
+    wider = save(tmp_path / "wider", vocab_size=512)
+    only_problem(job(*start_from(wider)), wider, "(2 of ", "[512, 64] there and [384, 64] here")
+    deeper = save(tmp_path / "run", n_layers=1)
+    only_problem(job(), deeper, "model.flavor = 'debug'", "layers.1.", "is not there")
+
+
+def test_a_checkpoint_without_its_training_state_is_an_error(launch):
+    for missing in TRAINING_STATE:
+        path, job = launch(without=(missing,))
+        only_problem(job(), path, f"holds no {missing}")
+
+
+def test_a_seed_checkpoint_is_only_weights_and_must_be_complete(job, tmp_path):
+    path = save(tmp_path / "run", step=0, without=TRAINING_STATE)
+    check_job(job())
+    cut_short(path)
+    only_problem(job(), path, "not a complete checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "saved"),
+    [("name", "Adam", "AdamW"), ("lr", 1e-3, 1e-2), ("beta2", 0.99, 0.95), ("weight_decay", 0.3, 0.1)],
+)
+def test_another_optimizer_than_the_checkpoints_must_be_asked_for(launch, field, value, saved, tmp_path):
+    path, job = launch()
+    change = f"--optimizer.{field}={value}"
+    only_problem(job(change), path, f"optimizer.{field} = {value!r}", repr(saved), "optimizer.override_checkpoint")
+    check_job(job(change, "--optimizer.override_checkpoint"))
+    if field != "lr" and path.is_relative_to(tmp_path / "old"):  # lr is in the schedule too
+        check_job(job(change, "--checkpoint.exclude_from_loading=optimizer"))
+
+
+def test_a_rate_that_would_jump_where_a_checkpoint_goes_on_is_refused(job, tmp_path):
+    """A dense run that has decayed to its end, a tenth of 20 steps, and one amid its warm-up."""
+    own = save(tmp_path / "run", step=19, rate=5e-3)
+    dense = partial(job, "--lr_scheduler.decay_ratio=0.1", "--lr_scheduler.warmup_steps=2", stage="dense")
+    check_job(dense("--training.steps=20"))
+    only_problem(dense("--training.steps=30"), "training.steps = 30", "from 0.005 to 0.01", own, "override_checkpoint")
+    check_job(dense("--training.steps=30", "--optimizer.override_checkpoint"))
+    save(tmp_path / "early")
+    check_job(job(dump="early"))
+    only_problem(job("--lr_scheduler.warmup_steps=20", dump="early"), "warmup_steps = 20", "step 10")
+
+
+def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path):
+    path = save(tmp_path / "old", step=100)
+    only_problem(job(*start_from(path), "--training.steps=100"), "training.steps = 100", path)
+    check_job(job(*start_from(path), "--training.steps=101"))
+    excluded = "--checkpoint.exclude_from_loading=train_state"  # counts from 0
+    check_job(job(*start_from(path), "--training.steps=100", excluded))
+
+    own = save(tmp_path / "own", step=100).parent
+    check_job(job("--training.steps=100", dump="own"))  # done, and so is its repetition
+    only_problem(job("--training.steps=99", dump="own"), "training.steps = 99", own, "step 100")
+
+
+# ---- broken checkpoints
+
+
+@pytest.mark.parametrize("damage", ["no metadata", "no data", "gone", "parent"])
+def test_an_incomplete_checkpoint_is_an_error(job, tmp_path, damage):
+    path = save(tmp_path / "old")
+    if damage == "gone":
+        shutil.rmtree(path)
+    elif damage != "parent":
+        next(path.glob(".metadata" if damage == "no metadata" else "*.distcp")).unlink()
+    words = {"gone": "does not exist; train it first", "parent": f"the newest near it is {path}"}
+    named = path.parent if damage == "parent" else path
+    only_problem(job(*start_from(named)), "checkpoint.initial_load_path", named, words.get(damage, "not a complete"))
+
+
+def test_a_broken_checkpoint_is_named_and_another_is_loaded_when_it_is_put_aside(job, tmp_path):
+    older, newer, newest = (save(tmp_path / "run", step=step) for step in (9, 10, 100))
+    cut_short(newest)
+    size = next(newest.glob("*.distcp")).stat().st_size
+    put_aside(only_problem(job(), newest, f"holds {size:,} of {size + 1:,} bytes", newer.name))
+    check_job(job())
+    assert checkpoint_to_load(job()) == newer
+    cut_short(newer)
+    put_aside(only_problem(job("--checkpoint.load_step=10"), newer, older.name))
+    check_job(job())
+    assert checkpoint_to_load(job()) == older
+    cut_short(older)
+    only_problem(job(), older, "holds no other", "choose another job.dump_folder")
+
+
+def test_a_broken_checkpoint_or_a_run_to_start_from_is_answered_with_a_complete_one(job, tmp_path):
+    older, newer = (save(tmp_path / "old", step=step) for step in (10, 20))
+    (newer / ".metadata").unlink()
+    for path in (newer, tmp_path / "old", older.parent):
+        only_problem(
+            job(*start_from(path)), f"near it is {older}: to start from that, set checkpoint.initial_load_path"
+        )
+    check_job(job(*start_from(older)))
+
+
+places = st.floats(0, 1, exclude_max=True)  # of the file
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(cut=places | st.just(1.0), changes=st.dictionaries(places, st.binary(max_size=2), max_size=3))
+def test_no_damage_of_metadata_gets_past_the_check_with_another_error(tmp_path_factory, cut, changes):
+    path = save(tmp_path_factory.mktemp("run"))
+    whole = (path / ".metadata").read_bytes()
+    damaged = bytearray(whole)
+    for place, replacement in changes.items():
+        at = int(place * len(whole))
+        damaged[at : at + 1] = replacement
+    (path / ".metadata").write_bytes(damaged[: int(cut * len(damaged))])
+    try:
+        assert complete_metadata(path).state_dict_metadata
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+# ---- a folder of checkpoints
+
+
+@pytest.mark.parametrize("index", [METADATA, HF_INDEX])
+def test_only_what_is_named_step_n_and_nothing_more_is_a_checkpoint(job, tmp_path, index):
+    folder = save(tmp_path / "run", step=20).parent
+    for name in ("step-30.broken", "old-step-30", "step-030", "step-10-hf", "step-", "step-\u0663"):
+        (folder / name).mkdir()
+        (folder / name / index).touch()
+    for step in (10, 15, 16):
+        save(tmp_path / "run", step=step)
+    (folder / "step-16" / ".interrupted").touch()
+    start(job())
+    assert checkpoint_to_load(job()) == folder / "step-20"
+
+    manager = SimpleNamespace(folder=str(folder), keep_latest_k=2, purge_queue=Queue())
+    with patch("torch.distributed.get_rank", return_value=0):
+        LighthouseCheckpointManager._purge_stale_checkpoints(manager)
+    assert LighthouseCheckpointManager._find_load_step(manager) == 20
+    assert [*manager.purge_queue.queue] == [str(folder / f"step-{step}") for step in (10, 16)]
+
+
+@pytest.mark.parametrize("index", [METADATA, HF_INDEX])
+@pytest.mark.parametrize("setting", ["load_step=16", "create_seed_checkpoint"])
+def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
+    paths = [save(tmp_path / "run", step=step) for step in (12, 16, 20, 24)]
+    folder, written = paths[0].parent, paths if "load" not in setting else paths[2:]
+    for path in paths[2:]:
+        (path / ".metadata").rename(path / index)
+    if index == HF_INDEX:  # exported weights, of later steps than the newest checkpoint
+        only_problem(job(), "checkpoint.load_step = -1", "step-20, step-24")
+    check_job(job(f"--checkpoint.{setting}", "--checkpoint.load_only"))
+    words = [setting.replace("=", " = "), *(path.name for path in written)]
+    put_aside(only_problem(job(f"--checkpoint.{setting}"), *words))
+    assert not any(path.exists() for path in written)
+    check_job(job())
+    assert checkpoint_to_load(job()) == (folder / "step-16" if "load" in setting else None)
+    check_job(job(f"--checkpoint.{setting}"))
+
+
+def test_what_a_killed_save_left_is_gone_before_the_step_is_saved_again(job, tmp_path):
+    folder = save(tmp_path / "run", step=20).parent
+    for left in ("__0_0.distcp", "__7_0.distcp", ".metadata.tmp", "sharded/shard-00007.safetensors"):
+        file = folder / "step-30" / left
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (folder / "step-40").mkdir()
+    start(job("--checkpoint.load_only"))
+    assert (folder / "step-40").exists()
+    start(job("--checkpoint.load_step=20"))
+    assert [path.name for path in folder.iterdir()] == ["step-20"]
+    export = folder / "step-50" / "model.safetensors"
+    export.parent.mkdir()
+    export.touch()
+    only_problem(job(), "step-50", "put them aside")
+
+
+def test_only_the_first_rank_records_the_job_and_a_kill_leaves_the_record_before_it(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    start(job())
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "0")
+    start(job())
+    record = (tmp_path / "run/config.json").read_text()
+    with patch("pathlib.Path.replace", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        start(job("--debug.seed=2"))
+    assert (tmp_path / "run/config.json").read_text() == record
+
+
+def test_no_checkpoint_rule_binds_a_job_that_keeps_none(job, tmp_path):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    check_job(job("--checkpoint.no_enable", "--checkpoint.last_save_model_only"))
+    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "checkpoint"]
+
+
+# ---- weights in Hugging Face's format
+
+
+def from_hugging_face(folder):
+    """The settings of a launch from weights of the debug flavor, which it writes to the folder."""
+    state = LighthouseTransformer(flavors["debug"]).state_dict()
+    save_file(Llama3StateDictAdapter(flavors["debug"], None).to_hf(state), folder / "model.safetensors")
+    return f"--checkpoint.initial_load_path={folder}", "--checkpoint.initial_load_in_hf"
+
+
+def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_path):
+    field = "checkpoint.initial_load_path = "
+    only_problem(
+        job("--checkpoint.initial_load_path=gone", "--checkpoint.initial_load_in_hf"), field, "no *.safetensors"
+    )
+    only_problem(job("--checkpoint.initial_load_in_hf"), "model.hf_assets_path", "no *.safetensors")
+    start = from_hugging_face(tmp_path)
+    file = tmp_path / "model.safetensors"
+    check_job(job(*start))
+    only_problem(job(*start, "--model.flavor=27M"), tmp_path, "model.flavor = '27M'", "[384, 64] there")
+    file.write_bytes(file.read_bytes()[:-1])
+    only_problem(job(*start), field, file, "can't be read")
+    save_file({"lm_head.weight": torch.zeros(384, 64)}, file)
+    only_problem(job(*start), tmp_path, "is not there")
+
+
+def rope(**changes):
+    return {"rope_scaling": llama_config(flavors["debug"])["rope_scaling"] | changes}
+
+
+@pytest.mark.parametrize("spelling", ["exported", "transformers"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 1}, None),
+        ({"rope_theta": 5e5}, ["rope_theta is 500000.0 there and 10000 here"]),
+        ({"rope_scaling": None}, ["rope_scaling is None there and {'rope_type': 'llama3'"]),
+        (rope(factor=32.0), ["'factor': 32.0", "'factor': 8.0"]),
+        ({"rms_norm_eps": 1e-6}, ["rms_norm_eps is 1e-06 there and 1e-05 here"]),
+        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu' there"]),
+        ({"tie_word_embeddings": True}, ["tie_word_embeddings is True there"]),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}, ["_heads is 4"]),
+    ],
+)
+def test_weights_of_hugging_face_must_be_of_a_model_that_computes_the_same(job, tmp_path, changes, words, spelling):
+    """Where their config.json says so, in either spelling of RoPE: the shapes are the same."""
+    start, config = from_hugging_face(tmp_path), llama_config(flavors["debug"]) | changes
+    if spelling == "transformers":
+        LlamaConfig(**config).save_pretrained(tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    if words is None:
+        check_job(job(*start))
+    else:
+        only_problem(job(*start), tmp_path / "config.json", "model.flavor = 'debug'", *words)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rope_scaling": "llama3"}', "{}", '{"model_type": "qwen2"}'])
+def test_a_config_that_is_no_llamas_is_named(job, tmp_path, text):
+    start = from_hugging_face(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    only_problem(job(*start), tmp_path / "config.json")

@@ -1,0 +1,260 @@
+"""A job that can't run, or would lose state in silence, stops before anything is built."""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+from helpers.jobs import ROOT, only_problem, save, start, start_from
+from helpers.streams import LAYOUTS, write_bpe
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torchtitan.config import ConfigManager
+
+from torchtitan_ext.jobs.rules import check_job
+from torchtitan_ext.model import flavors
+from torchtitan_ext.patching import PatchingError
+from torchtitan_ext.train.__main__ import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "kind"),
+    [
+        ("lighthouse", "enable = 'false'", "bool"),
+        ("lighthouse", "dense_layers = [0, 0.5]", "list[int] | None"),
+        ("training", "steps = '240'", "int"),
+        ("training.dataloader", "num_workers = 1.0", "int"),
+        ("optimizer", "lr = '2e-3'", "float"),
+        ("checkpoint", "async_mode = 'asink'", "Literal['disabled', 'async', 'async_with_pinned_mem']"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The field")
+def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, kind):
+    """torchtitan's parser warns at most."""
+    file = tmp_path / "job.toml"
+    file.write_text(f"extends = '{ROOT}/configs/text/stage1.toml'\n[{section}]\n{setting}\n")
+    only_problem(job(file=file), f"{setting}: must be of type {kind}")
+
+
+@pytest.mark.parametrize(
+    ("field", "path"),
+    [
+        ("job.dump_folder", "s3://bucket/run"),
+        ("checkpoint.folder", "gs:/bucket"),
+        ("checkpoint.initial_load_path", "s3://bucket/run"),
+        ("model.hf_assets_path", "hf://models/me/mine"),
+        ("training.dataset_path", "hf://datasets/me/mine"),
+    ],
+)
+def test_a_path_with_a_scheme_is_refused(job, field, path):
+    only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is no path on this machine: mount")
+
+
+def test_a_launch_into_a_path_with_a_scheme_makes_no_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"job.dump_folder = 's3://b/c' is no path on this machine"):
+        main([f"--job.config_file={ROOT}/configs/text/dense.toml", "--job.dump_folder=s3://b/c"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "words"),
+    [
+        ({}, "", "no whole API key on this machine); call `wandb login`"),
+        ({"WANDB_API_KEY": "0" * 39}, "", "no whole API key"),
+        ({"WANDB_MODE": "offlin"}, "", "'offlin'"),
+        ({"WANDB_API_KEY": "0" * 40}, "", None),
+        ({"WANDB_MODE": "offline"}, "", None),
+        ({}, "machine api.wandb.ai login user password 0", None),
+    ],
+)
+def test_weights_and_biases_must_be_able_to_start(job, tmp_path, monkeypatch, environment, netrc, words):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text(netrc)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = job("--metrics.enable_wandb")
+    if words:
+        only_problem(config, "metrics.enable_wandb = true", words, "WANDB_MODE=offline")
+        monkeypatch.setenv("RANK", "1")
+    check_job(config)
+
+
+def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(monkeypatch, capsys):
+    arguments = [f"--job.config_file={ROOT}/configs/text/dense.toml", "--print-config"]
+    monkeypatch.setattr("torchtitan_ext.patching.is_patched", lambda root: False)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "is not patched: python -m torchtitan_ext patch apply" in capsys.readouterr().err
+    monkeypatch.setattr("torchtitan_ext.patching.is_patched", MagicMock(side_effect=PatchingError))
+    main(arguments)
+
+
+def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
+    for stage in ("stage1", "dense"):
+        check_job(job(stage=stage))
+    check_job(job(*start_from(save(tmp_path / "old")), stage="stage2"))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+CP2 = "--parallelism.context_parallel_degree 2"
+VALIDATION = "--validation.enable --validation"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("--training.seq_len 4100", ["[training]", "seq_len = 4100"]),
+        ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
+        ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
+        ("--model.hf_assets_path nowhere", ["model.hf_assets_path = 'nowhere'", "tokenizer.json", ROOT]),
+        ("--training.dataset_path nowhere", ["nowhere"]),
+        (f"{VALIDATION}.dataset books", ["validation.dataset = 'books'"]),
+        (f"{VALIDATION}.seq_len 100", ["[validation]", "seq_len = 100"]),
+        (f"{VALIDATION}.seq_len 8192", ["validation.seq_len = 8192", "training.seq_len = 4096"]),
+        (f"{VALIDATION}.freq 0", ["validation.freq = 0", "1 or more"]),
+        (f"{VALIDATION}.dataloader.num_workers 2", ["validation.dataloader.num_workers = 2", "0 or 1"]),
+        ("--training.dataloader.num_workers 2", ["training.dataloader.num_workers = 2", "0 or 1"]),
+        (f"{CP2} --lighthouse.scorer gla", ["scorer = 'gla'", "degree of 2", "'norm'"]),
+        (
+            f"{CP2} --parallelism.context_parallel_load_balancer headtail --lighthouse.tile_winners 32",
+            ["top_k = 64", "32 x 4 = 128", "nearest: top_k = 128 or 256;", "context_parallel_degree = 1"],
+        ),
+        (
+            "--parallelism.context_parallel_degree 4 --lighthouse.no_enable",
+            ["context_parallel_degree = 4", "2 heads and 2 KV heads", "1, 2", "'alltoall'"],
+        ),
+        (
+            f"{CP2} --lighthouse.no_enable --compile.enable --parallelism.context_parallel_rotate_method alltoall",
+            ["context_parallel_rotate_method = 'alltoall'", "load_balancer to 'headtail'"],
+        ),
+        ("--lighthouse.no_enable --training.seq_len 0", ["training.seq_len = 0", "1 or more"]),
+        ("--metrics.log_freq 0", ["metrics.log_freq = 0", "1 or more"]),
+        ("--checkpoint.no_enable --checkpoint.initial_load_path x", ["initial_load_path = 'x'", "enable = false"]),
+        ("--checkpoint.last_save_model_only", ["checkpoint.last_save_model_only = true", "set it to false"]),
+        ("--checkpoint.last_save_in_hf", ["last_save_in_hf = true", "python -m torchtitan_ext export"]),
+        ("--lr_scheduler.total_steps 100", ["lr_scheduler.total_steps = 100", "training.steps = 240"]),
+    ],
+)
+def test_each_problem_is_named_with_its_value_and_remedy(job, overrides, words):
+    extra = ["--validation.dataset=python_source", "--validation.seq_len=4096"]
+    only_problem(job(*extra, *overrides.split()), *words)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "overrides", "words"),
+    [
+        (4, "--parallelism.data_parallel_shard_degree 3", ["dp_shard 3", "number of ranks, 4"]),
+        (2, "--parallelism.data_parallel_replicate_degree 0", ["dp_replicate 0", "ranks, 2"]),
+        (3, "--training.global_batch_size 8", ["global_batch_size = 8", "1 x 3", "6 or 9"]),
+        (2, "--training.global_batch_size 1", ["global_batch_size = 1", "1 x 2", "nearest: 2"]),
+    ],
+)
+def test_the_ranks_must_share_the_work(job, monkeypatch, n_ranks, overrides, words):
+    config = job("--training.global_batch_size=-1", *overrides.split())
+    check_job(config)  # nothing to say before the number of ranks is known
+    monkeypatch.setenv("WORLD_SIZE", str(n_ranks))
+    only_problem(config, *words)
+
+
+def test_a_refused_job_leaves_its_folder_as_it_was(job, tmp_path):
+    for held in ([], ["checkpoint.lock", "config.json", "run.lock"]):
+        before = {path: path.read_text() for path in tmp_path.glob("run/*")}
+        assert sorted(path.name for path in before) == held
+        with pytest.raises(ValueError, match="seq_len = 4100"):
+            start(job("--training.seq_len=4100"))
+        assert {path: path.read_text() for path in tmp_path.glob("run/*")} == before
+        start(job())
+
+
+def test_the_section_is_missed_when_its_module_is_not_named():
+    with pytest.raises(ValueError, match=r"job.custom_config_module.*torchtitan_ext.model.settings"):
+        check_job(ConfigManager().parse_args([]))
+
+
+def test_lighthouse_rules_do_not_bind_a_dense_job(job):
+    check_job(job("--training.seq_len=4100", "--checkpoint.last_save_model_only", stage="dense"))
+
+
+def test_a_fused_output_needs_its_projection_beside_the_loss(job):
+    ways = {"tensor_parallel_degree": 2, "pipeline_parallel_degree": 2, "fsdp_reshard_after_forward": "always"}
+    for field, value in ways.items():
+        setting = f"--parallelism.{field}={value}"
+        check_job(job(setting))
+        only_problem(job(setting, "--loss.fuse_output"), field, value, "loss.fuse_output")
+
+
+def test_a_rate_that_decays_within_stage_1_is_refused(job):
+    for decay in ("None", "0.1"):
+        setting = f"--lr_scheduler.decay_ratio={decay}"
+        only_problem(job(setting), "lr_scheduler.decay_ratio", decay, "0.0", "total_steps")
+        check_job(job(setting, "--lr_scheduler.total_steps=320"))
+        check_job(job(setting, stage="dense"))
+
+
+def test_a_schedule_that_a_shorter_run_bends_is_refused(job):
+    shorter = partial(job, "--training.steps=20")
+    only_problem(shorter(), "lr_scheduler.warmup_steps = 40", "20", "total_steps")
+    only_problem(shorter(stage="dense"), "lr_scheduler.warmup_steps = 40")
+    for whole in ("--lr_scheduler.total_steps=320", "--lr_scheduler.warmup_steps=20"):
+        check_job(shorter(whole))
+    check_job(shorter("--checkpoint.no_enable"))  # nothing continues from it
+
+
+# ---- tokenizers
+
+
+def test_a_tokenizer_must_fit_the_embeddings(job, tmp_path):
+    for vocab in (
+        {f"w{i}": i for i in range(1000)},
+        {"w0": 0, "b": 384},
+    ):  # fewer tokens than embeddings, but one beyond
+        Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+        config = job(f"--model.hf_assets_path={tmp_path}")
+        only_problem(config, "model.hf_assets_path", f"to {max(vocab.values())}", "384")
+
+
+def test_a_tokenizer_must_keep_documents_apart_whatever_they_spell(job, tmp_path):
+    config = job(f"--model.hf_assets_path={tmp_path}")
+    for layout in LAYOUTS.values():
+        plain = write_bpe(tmp_path, layout)
+        check_job(config)
+    for without in ({}, {"pad_token": "<pad>"}, {"eos_token": None}):
+        write_bpe(tmp_path, without)
+        only_problem(config, f"hf_assets_path = '{tmp_path}'", "run into each other", "eos_token in")
+    (tmp_path / "tokenizer_config.json").unlink()
+    only_problem(config, "run into each other")
+
+    write_bpe(tmp_path, LAYOUTS["two tokens"] | {"unk_token": "<unk>"})
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    for score in (0.0, -99.0):
+        pieces = [("<unk>", 0.0), ("<s>", score), ("</s>", score), *((c, -9.0) for c in "</s>▁")]
+        plain.model = models.Unigram(pieces, 0)
+        plain.add_special_tokens(["<unk>", "<s>", "</s>"])
+        plain.save(str(tmp_path / "tokenizer.json"))
+        if score == 0.0:
+            only_problem(config, "hf_assets_path", "spells <s> or </s>", "lower its score")
+    check_job(config)
+
+
+def test_a_tokenizer_that_changes_documents_or_cannot_be_built_is_named(job, tmp_path):
+    whole = json.loads(Path("torchtitan_ext/data/byte_tokenizer/tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
+    config = job(f"--model.hf_assets_path={tmp_path}")
+    shutil.copy("torchtitan_ext/data/byte_tokenizer/tokenizer_config.json", tmp_path)
+    for change, words in [
+        ({}, None),
+        ({"truncation": cut}, "sets truncation"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "no tokenizer"),
+    ]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
+        if words:
+            only_problem(config, "model.hf_assets_path", words)
+        else:
+            check_job(config)

@@ -1,0 +1,132 @@
+"""A whole transformer block on the Triton operators: compiled, checkpointed, under autocast, sharded.
+
+Runs on the GPU where there is one, else with the kernels under Triton's interpreter.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.lighthouse_cases import DEVICE, error
+from helpers.models import args as small_args
+from helpers.models import build
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+
+from torchtitan_ext.lighthouse import attention as layer
+from torchtitan_ext.lighthouse import scorers, triton_ops
+from torchtitan_ext.model import Lighthouse
+
+SEQ_LEN = 64
+LIGHTHOUSE = Lighthouse(enable=True, levels=2, pooling_factor=4, top_k=4, tile_winners=4, dense_layers=[])
+ARGS = small_args(n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64, multiple_of=32, lighthouse=LIGHTHOUSE)
+
+
+@pytest.fixture(autouse=True)
+def triton_everywhere(monkeypatch):
+    monkeypatch.setattr(layer, "ops_for", lambda _: triton_ops)
+
+
+def model(args=ARGS):
+    return build(args, device=DEVICE)
+
+
+def tokens(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(ARGS.vocab_size, (1, SEQ_LEN), generator=generator).to(DEVICE)
+
+
+def gradients(built, seed=0):
+    built.zero_grad()
+    built(tokens(seed)).float().square().mean().backward()
+    return {name: p.grad.clone() for name, p in built.named_parameters()}
+
+
+@cache
+def plain_gradients(seed=0):
+    return gradients(model(), seed)
+
+
+def assert_same(ours, reference, **tolerance):
+    names = [name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for name in ours]
+    assert names == list(reference)
+    torch.testing.assert_close([*ours.values()], [*reference.values()], **tolerance)
+
+
+def assert_near(ours):
+    assert max(map(error, ours.values(), plain_gradients().values())) < 0.1
+
+
+def compile_block(built):
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    built.layers["0"] = torch.compile(built.layers["0"], fullgraph=True, backend=backend)
+    return built
+
+
+@pytest.mark.slow
+def test_compiles_fullgraph_and_does_not_recompile_between_steps():
+    built = compile_block(model())
+    assert_same(gradients(built), plain_gradients(), rtol=1e-4, atol=1e-6)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(gradients(built, 1), plain_gradients(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(mode, compiled):
+    built = model()
+    settings = ActivationCheckpoint(mode=mode, selective_ac_option="op")
+    apply_ac(built, settings, model_compile_enabled=compiled, op_sac_save_list=_op_sac_save_list)
+    built = compile_block(built) if compiled else built
+    tolerance = dict(rtol=1e-4, atol=1e-6) if compiled else dict(rtol=0, atol=0)
+    assert_same(gradients(built), plain_gradients(), **tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scorer", "compiled"), [("dilated", True), ("gla", False)])
+def test_selective_checkpointing_keeps_the_scores(scorer, compiled, monkeypatch):
+    calls, compute = [], scorers.output_scores
+    monkeypatch.setattr(scorers, "output_scores", lambda *x: calls.append(x) or compute(*x))
+    settings = ActivationCheckpoint(mode="selective", selective_ac_option="op")
+    args = replace(ARGS, lighthouse=replace(ARGS.lighthouse, scorer=scorer))
+    plain, built = gradients(model(args)), model(args)
+    calls.clear()
+    apply_ac(built, settings, model_compile_enabled=compiled, op_sac_save_list=_op_sac_save_list)
+    ours = gradients(compile_block(built) if compiled else built)
+    assert len(calls) == 1
+    assert_same(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_works_under_autocast():
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_near(gradients(model()))
+
+
+def test_works_inside_fsdp(tmp_path):
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        built = model()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for module in (built.layers["0"], built):
+            fully_shard(module, mp_policy=policy).set_force_sum_reduction_for_comms(DEVICE == "cpu")
+        assert_near({name: grad.full_tensor() for name, grad in gradients(built).items()})
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu():
+    built = compile_block(model())
+    gradients(built)
+    batch = tokens(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        built(batch).float().square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,133 @@
+"""The scorers: equal to the fp64 reference, causal, and the attention that they are named after."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.lighthouse_cases import DEVICE, TOLERANCE, error, pairs, qkv, rotary_table
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, scorers, select_entries, torch_ops
+from torchtitan_ext.lighthouse.config import SCORERS
+from torchtitan_ext.lighthouse.naive import naive_rotate, naive_scores, naive_select
+from torchtitan_ext.lighthouse.scorers import base_scores
+
+SMALL = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, tile_winners=8)
+ATTENTION_SCORERS = [("dilated", 1), ("dilated", 2), ("dilated", 4), ("gla", 4)]
+attention_scorers = pytest.mark.parametrize(("scorer", "dilation"), ATTENTION_SCORERS)
+
+
+def setting(scorer, dilation=4, **changes):
+    return dataclasses.replace(SMALL, scorer=scorer, dilation=dilation, **changes)
+
+
+def by_reference(q, k, v, config):
+    """What base_scores must equal, float64 [2, B, H_kv, N]."""
+    q, k, v = (x.detach().cpu().double() for x in (q, k, v))
+    grouped = q.unflatten(2, (k.shape[2], -1))
+    heads = [
+        torch.stack(naive_scores(grouped[b, :, h], k[b, :, h], v[b, :, h], config))
+        for b in range(k.shape[0])
+        for h in range(k.shape[2])
+    ]
+    return torch.stack(heads, 1).view(2, k.shape[0], k.shape[2], -1)
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([("norm", 1), *ATTENTION_SCORERS]),
+    st.sampled_from([4, 12, 64, 132, 260]),  # some end within a chunk of gla, or fill several
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.sampled_from([4, 6]),
+    st.integers(0, 99),
+)
+def test_equal_the_reference(scorer, seq_len, batch, n_kv_heads, group, head_dim, seed):
+    config = setting(*scorer)
+    inputs = qkv(seq_len, batch, n_kv_heads, group, head_dim, seed=seed)
+    scores = base_scores(*inputs, config)
+    torch.testing.assert_close(scores, by_reference(*inputs, config), rtol=0, atol=1e-10)
+
+
+@attention_scorers
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_are_fp32_and_near_the_reference_for_every_dtype(scorer, dilation, dtype):
+    config = setting(scorer, dilation)
+    inputs = qkv(192, 2, 2, 2, 16, dtype, device=DEVICE)
+    scores = base_scores(*inputs, config)
+    assert scores.dtype == torch.promote_types(dtype, torch.float32)
+    assert error(scores, by_reference(*inputs, config)) < TOLERANCE[dtype]
+
+
+@attention_scorers
+def test_a_token_is_scored_by_its_past_alone(scorer, dilation):
+    config, (q, k, v), t = setting(scorer, dilation), qkv(320, 1, 2, 2), 150
+    before = base_scores(q, k, v, config)
+    after = base_scores(*(torch.cat([x[:, :t], x[:, t:] + 1.0], 1) for x in (q, k, v)), config)
+    assert torch.equal(before[..., :t], after[..., :t])
+    assert (before[..., t:] != after[..., t:]).all()
+
+
+@attention_scorers
+@pytest.mark.parametrize("rope", ["selected", "base"])
+def test_the_layer_selects_by_the_scores_of_what_it_pools(scorer, dilation, rope):
+    config = setting(scorer, dilation, rope=rope)
+    q, k, v = qkv(256, 1, 2, 2)
+    freqs_cis = rotary_table(256, 4)
+    selection = select_entries(q, k, v, config, freqs_cis=freqs_cis)
+    if rope == "base":
+        q, k = (naive_rotate(x, freqs_cis[:, None]) for x in (q, k))
+    expected = by_reference(q, k, v, config)
+    for h in range(2):
+        entries = pairs(selection, 0, h)
+        assert entries == naive_select(*expected[:, 0, h], config)
+        assert {(each, 0) for each in range(config.levels)} <= set(entries)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scorer", "rope"), [("norm", "selected"), ("dilated", "base"), ("gla", "selected")])
+def test_compile_without_a_graph_break_forward_and_backward(scorer, rope):
+    inputs = qkv(256, 2, 2, 2, 8, torch.float32)
+    freqs_cis = rotary_table(256, 8, torch.complex64)
+    layer = LighthouseAttention(setting(scorer, rope=rope))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*inputs, freqs_cis), layer(*inputs, freqs_cis)
+    torch.testing.assert_close(out, expected)
+    ours, theirs = (torch.autograd.grad(x.sin().sum(), inputs) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@attention_scorers
+def test_are_a_well_formed_torch_library_operator(scorer, dilation):
+    for batch, seq_len in [(1, 64), (2, 64), (2, dilation)]:
+        inputs = [x.detach() for x in qkv(seq_len, batch, 2, 2, 8, torch.float32)]
+        torch.library.opcheck(torch.ops.lighthouse.attention_scores.default, (*inputs, scorer, dilation, "sdpa"))
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_leave_no_graph_and_no_parameter(scorer):
+    config, saved = setting(scorer), []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+        scores = torch_ops.score(*qkv(256), config)
+    assert not saved and not scores.requires_grad
+    assert not LighthouseAttention(config).state_dict()
+
+
+@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+def test_do_not_depend_on_an_ambient_autocast(scorer):
+    config, inputs = setting(scorer), qkv(256, dtype=torch.float32, device=DEVICE)
+    expected = base_scores(*inputs, config)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(base_scores(*inputs, config), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("seq_len", [1000, 32_768])
+def test_linear_attention_on_the_gpu_equals_its_torch_version(seq_len, dtype):
+    """Whichever serves the GPU: flash-linear-attention where it is installed."""
+    q, k, v = qkv(seq_len, 2, 4, head_dim=128, dtype=dtype, device=DEVICE)
+    expected = scorers.chunked_linear_attention(q.double(), k.double(), v.double()).cpu()
+    assert error(scorers.linear_attention(q, k, v).detach(), expected) < TOLERANCE[dtype]

@@ -1,0 +1,157 @@
+"""The model and the job files: one switch, one set of parameters."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.launches import ROOT
+from helpers.models import args, build, parse
+from torchtitan.models.llama3 import Transformer, llama3_args
+from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
+from torchtitan.protocols.train_spec import get_train_spec
+
+from torchtitan_ext.jobs.job_file import read_toml
+from torchtitan_ext.model import Lighthouse, flavors
+
+JOBS = [path for path in sorted(ROOT.glob("configs/*/*.toml")) if path.stem != "ablations"]
+OTHER = dict(levels=2, pooling_factor=2, top_k=32, scorer="dilated", dilation=8, rope="base", tile_winners=8)
+SMALL = Lighthouse(enable=True, levels=2, top_k=8, tile_winners=4)
+
+
+def test_530m_is_the_published_model_and_270m_has_a_byte_vocabulary():
+    model = build(flavors["530M"], device="meta")
+    assert sum(p.numel() for p in model.parameters()) == 530_117_632
+    assert {block.feed_forward.w1.out_features for block in model.layers.values()} == {1536}
+    assert model.model_args.dense_layers == (0, 1, 28, 29)
+    big, small = (dataclasses.asdict(flavors[name]) for name in ("530M", "270M"))
+    assert {key for key in big if big[key] != small[key]} == {"vocab_size"}
+    assert small["vocab_size"] == 384
+
+
+def test_8b_is_torchtitans():
+    ours = build(flavors["8B"], device="meta").state_dict()
+    with torch.device("meta"):
+        theirs = Transformer(llama3_args["8B"]).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
+def test_parameters_do_not_depend_on_the_switch(n_kv_heads):
+    on = build(args(n_kv_heads=n_kv_heads, lighthouse=SMALL))
+    off = build(args(n_kv_heads=n_kv_heads))
+    assert list(on.state_dict()) == list(off.state_dict())
+    torch.testing.assert_close(on.state_dict(), off.state_dict(), rtol=0, atol=0)
+
+
+def test_switched_off_it_is_torchtitans_llama3():
+    tokens = torch.randint(0, 384, (2, 64))
+    off, stock = build(args()), build(args(), Transformer)
+    assert torch.equal(off(tokens), stock(tokens))
+
+
+@pytest.mark.parametrize("dense_layers", [None, [], [0, 3], [0, 1, 2, 3]])
+def test_exactly_the_layers_not_listed_as_dense_use_lighthouse(dense_layers, monkeypatch):
+    model = build(args(lighthouse=dataclasses.replace(SMALL, dense_layers=dense_layers)))
+    gathered = {}
+    for name, block in model.layers.items():
+        block.attention.inner_attention.register_forward_hook(
+            lambda _, inputs, __, name=name: gathered.update({int(name): inputs[0].shape[2]})
+        )
+    model(torch.randint(0, 384, (1, 64)))
+    dense = [0] if dense_layers is None else dense_layers
+    lengths = {layer: 64 if layer in dense else SMALL.gathered_len(64) for layer in range(4)}
+    assert gathered == lengths
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
+@pytest.mark.parametrize("rope", ["selected", "base"])
+def test_every_parameter_gets_a_gradient(n_kv_heads, rope):
+    model = build(args(n_kv_heads=n_kv_heads, lighthouse=dataclasses.replace(SMALL, rope=rope)))
+    model(torch.randint(0, 384, (2, 64))).square().mean().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.isfinite().all(), name
+        assert weight.grad.any(), name
+
+
+@pytest.mark.parametrize("change", [{"attn_mask_type": "block_causal"}, {"attn_type": "flex"}])
+def test_other_masks_and_attention_types_are_refused_with_lighthouse_only(change):
+    build(args(**change), device="meta")
+    with pytest.raises(ValueError, match=next(iter(change.values()))):
+        build(args(**change, lighthouse=SMALL), device="meta")
+
+
+def test_flops_count_the_pairs_that_each_layer_and_its_scorer_attend():
+    def keys(**section):
+        """Keys a token pays for in all layers; each costs 6 * 2 * dim FLOPs."""
+        model_args = args(lighthouse=dataclasses.replace(SMALL, **section))
+        model = build(model_args, device="meta")
+        weights = 6 * sum(p.numel() for p in model.parameters() if p is not model.tok_embeddings.weight)
+        return (model_args.get_nparams_and_flops(model, 64)[1] - weights) / (12 * model_args.dim)
+
+    n_layers, lighthouse = args().n_layers, SMALL.gathered_len(64) ** 2 / 64 / 2
+    assert keys(enable=False) == n_layers * 32  # causal: half of the 64 x 64 pairs
+    assert keys(dense_layers=list(range(n_layers))) == n_layers * 32
+    assert keys(dense_layers=[]) == pytest.approx(n_layers * lighthouse)
+    assert keys(dense_layers=[1]) == pytest.approx(32 + (n_layers - 1) * lighthouse)
+    # A scorer attends twice, forward only, which is a third of a step: half of a residue class, or a [D, D] state.
+    for scorer, dilation, scored in (("dilated", 1, 32), ("dilated", 4, 8), ("gla", 4, args().dim // args().n_heads)):
+        more = keys(dense_layers=[], scorer=scorer, dilation=dilation) - keys(dense_layers=[])
+        assert more == pytest.approx(n_layers * 2 * scored / 3)
+
+
+def test_every_setting_can_be_given_on_the_command_line():
+    expected = Lighthouse(**OTHER, enable=False, dense_layers=[0, 3])
+    default = dataclasses.asdict(parse("configs/text/stage1.toml").lighthouse)
+    assert all(value != default[name] for name, value in dataclasses.asdict(expected).items())
+    given = [f"--lighthouse.{name}={value}" for name, value in OTHER.items()]
+    given += ["--lighthouse.no_enable", "--lighthouse.dense_layers", "0", "3"]
+    assert parse("configs/text/stage1.toml", *given).lighthouse == expected
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_job_file_builds(path):
+    job = parse(path)
+    assert (ROOT / job.model.hf_assets_path).is_dir()
+    spec = get_train_spec(job.model.name)
+    model_args = dataclasses.replace(spec.model_args[job.model.flavor])
+    model_args.update_from_config(job)
+    model = build(model_args, spec.model_cls, "meta")
+    assert job.lighthouse.enable == bool(model_args.lighthouse_layers)
+    assert model_args.get_nparams_and_flops(model, job.training.seq_len)[1] > 0
+
+
+def settings(path):
+    sections = read_toml(path)
+    return {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
+
+
+def differing(a, b):
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
+@pytest.mark.parametrize("recipe", sorted({path.parent.name for path in JOBS}))
+def test_the_stages_differ_only_where_they_must(recipe):
+    stage1, stage2, dense = (settings(ROOT / f"configs/{recipe}/{name}.toml") for name in ("stage1", "stage2", "dense"))
+    initial_load = {"checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}
+    switched = {"lighthouse.enable", "training.steps", "job.dump_folder"}
+    assert differing(stage1, stage2) == initial_load | switched
+    assert differing(stage2, dense) == initial_load | {"job.dump_folder"}
+    folder, _, step = stage2["checkpoint.initial_load_path"].rpartition("-")
+    assert folder == stage1["job.dump_folder"] + "/checkpoint/step"
+    saved = range(0, stage1["training.steps"] + 1, stage1["checkpoint.interval"])
+    assert int(step) in saved[-stage1["checkpoint.keep_latest_k"] :]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_patched_rope_is_the_complex_product(dtype):
+    """Patched to real arithmetic, with and without given positions."""
+    g = torch.Generator().manual_seed(0)
+    xq, xk = (torch.randn(2, 16, heads, 8, generator=g).to(dtype) for heads in (4, 2))
+    table = precompute_freqs_cis(8, 32)
+    positions = torch.randperm(32, generator=g)[:16].expand(2, -1)
+    for given, rows in ((None, table[:16]), (positions, table[positions[0]])):
+        for x, got in zip((xq, xk), apply_rotary_emb(xq, xk, table, given), strict=True):
+            pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+            expected = torch.view_as_real(pairs * rows[:, None].to(torch.complex128)).flatten(-2)
+            assert got.dtype == dtype
+            assert (got - expected).abs().max() <= {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]

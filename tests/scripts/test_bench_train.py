@@ -1,0 +1,101 @@
+"""The training benchmark records what ran, reports what failed and goes on."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+from helpers.commands import ROOT, call, load_script, run_command
+from torch.utils.tensorboard import SummaryWriter
+from torchtitan.config import JobConfig
+
+from torchtitan_ext.arguments import parse
+from torchtitan_ext.experiment import records
+from torchtitan_ext.experiment.runner import load_job
+from torchtitan_ext.jobs.plan import plan_report
+
+CONFIG = "configs/text/stage1.toml"
+SMALL = ("training.seq_len=256", "lighthouse.top_k=16", "lighthouse.tile_winners=4", "loss.fuse_output=true")
+
+
+@pytest.mark.slow
+def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch, capfd):
+    output, broken = tmp_path / "bench.json", "parallelism.data_parallel_shard_degree=3"
+    runs = ["--run", "broken", CONFIG, broken, "--run", "small", CONFIG, *SMALL]
+    assert run_command(monkeypatch, "bench_train", "--steps", 4, "--window", 2, "--output", output, *runs) == 1
+    out, err = capfd.readouterr()
+    assert "failed: broken" in err and "the degrees' product must be the number of ranks" in err  # the job's own words
+    failed, row = json.loads(output.read_text())["rows"]
+    assert failed["name"] == "broken" and "failed" in failed["error"]
+    assert row["name"] == "small" and row["seq_len"] == 256 and row["n_gpus"] == 1
+    assert row["tok_s_gpu"] > 0 and row["step_s"] > 0 and row["peak_gib"] > 0
+    assert row["loss_last"] < row["loss_first"]
+    assert row["losses"][0] == row["loss_first"] and len(row["losses"]) == 3  # steps 1, 2 and 4
+    assert f"| small | 1 | 256 | {row['tok_s_gpu']:,.0f} |" in out
+    log = (tmp_path / "bench_train_small_1.log").read_text()
+    assert "Mixed precision training is handled by fully_shard" in log  # on one device too
+
+
+def write_events(folder, bench_train, points):
+    """What a run logs: for each (step, seconds) a loss, speed, MFU and memory."""
+    with SummaryWriter(folder) as writer:
+        for step, seconds in points:
+            writer.add_scalar(records.LOSS, 10 - step / 10, step)
+            writer.add_scalar(records.SECONDS, seconds, step)
+            writer.add_scalar(records.TOKENS_PER_SECOND, 1000 / seconds, step)
+            writer.add_scalar(bench_train.MFU, 10 / seconds, step)
+            writer.add_scalar(bench_train.PEAK, step, step)
+
+
+def test_warm_up_is_not_timed(tmp_path):
+    bench_train = load_script("bench_train")
+    write_events(tmp_path, bench_train, [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)])
+
+    measured = partial(bench_train.measured, tmp_path, JobConfig())
+    row = measured(4, False)
+    assert row["step_s"] == 3 and row["tok_s_gpu"] == pytest.approx(1000 / 3)
+    assert row["peak_gib"] == 16 and (row["loss_first"], row["loss_last"]) == pytest.approx((9.9, 8.4))
+    assert measured(4, True)["step_s"] == 3  # of 2 and 4: the last window holds the profile
+    assert measured(1, False)["step_s"] == pytest.approx((3 + 4) / 2)  # of 50, 2, 4, 3
+
+
+@pytest.mark.slow
+def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(tmp_path, monkeypatch, capsys):
+    stand_in, output, bench_train = tmp_path / "bin/python3", tmp_path / "eight.json", load_script("bench_train")
+    stand_in.parent.mkdir()
+    stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n")
+    stand_in.chmod(0o755)
+    env = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "OUTPUT": str(output)}
+    for part in ("fsdp", "cp", "one"):
+        assert call("bash", "scripts/bench_eight.sh", part, **env).returncode == 0
+    calls = (tmp_path / "calls").read_text().split("END\0")[:-1]
+
+    jobs = []
+
+    def train(self, nproc, words, folder, log, display):
+        _, problems = plan_report(words[1], self.job_arguments(words), nproc, gpu_memory=139, tok_s=None)
+        assert problems == []
+        jobs.append(load_job(Path(words[1]), self.job_arguments(words)))
+        write_events(folder, bench_train, [(n, 10 / nproc) for n in (1, 2, 4, 6, 8)])
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(bench_train.BenchTrain, "train", train)
+    for arguments in calls:
+        parse(bench_train.BenchTrain, arguments.split("\0")[1:-1], "bench_train").run()
+    table = capsys.readouterr().out.rsplit("| run |", 1)[-1]
+
+    rows = json.loads(output.read_text())["rows"]
+    by_run = {(row["name"], row["n_gpus"]): job for row, job in zip(rows, jobs, strict=True)}
+    assert len(by_run) == len(rows)  # each run once
+    on_one, on_eight = ({name for name, n in by_run if n == number} for number in (1, 8))
+    assert on_one < on_eight and len(by_run) == len(on_one) + len(on_eight)
+    for name in on_one:
+        one, eight = by_run[name, 1], by_run[name, 8]
+        assert one.activation_checkpoint == eight.activation_checkpoint
+        # the same sequence, or a rank's share of it that attends to as many rows a token
+        lens = [job.training.seq_len for job in (one, eight)]
+        assert lens[1] / lens[0] in (1, eight.parallelism.context_parallel_degree)
+        attended = [job.lighthouse.gathered_len(n) ** 2 / n for job, n in zip((one, eight), lens, strict=True)]
+        assert attended[0] == pytest.approx(attended[1], rel=1e-3)
+        assert f"| {name} | 8 | {lens[1]:,} | 800 | 800.0 % |" in table

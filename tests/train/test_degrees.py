@@ -1,0 +1,98 @@
+"""Ranks train, and validate, what one rank does with all sequences, however they share the work."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import ring_attention  # noqa: F401
+from helpers.launches import in_group
+from helpers.models import build, parse
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed import utils as dist_utils
+
+from torchtitan_ext.model import flavors
+from torchtitan_ext.train.trainer import LighthouseTrainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+STEPS, SEQUENCES, SEQ_LEN = 2, 8, 256  # sequences a step
+SETTINGS = [
+    *("--checkpoint.no_enable", f"--training.seq_len={SEQ_LEN}", f"--training.global_batch_size={SEQUENCES}"),
+    *("--lighthouse.top_k=16", "--lighthouse.tile_winners=4", f"--training.steps={STEPS}"),
+    *("--lighthouse.dense_layers", "0"),
+    *("--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--training.max_norm=0.1"),
+    *("--validation.enable", "--validation.dataset=passkey", "--validation.dataset_path=255"),
+    *(f"--validation.seq_len={SEQ_LEN}", "--validation.steps=1"),
+]
+BALANCED = "--parallelism.context_parallel_load_balancer headtail"
+WAYS = {  # of four ranks: replicate, shard and context parallel, and other settings
+    "replicas": (4, 1, 1, ""),
+    "compiled replicas": (4, 1, 1, "--compile.enable --compile.backend=aot_eager"),
+    "replicas reduced once a step": (4, 1, 1, "--parallelism.fsdp_no_sync"),
+    "replicas with a fused output": (4, 1, 1, "--loss.fuse_output"),
+    "shards": (1, 4, 1, ""),
+    "replicated shards": (2, 2, 1, "--parallelism.fsdp_no_sync"),
+    "replicas that share sequences": (2, 1, 2, ""),
+    "shards that share sequences": (1, 2, 2, ""),
+    "balanced sequences": (1, 2, 2, BALANCED),
+    "rings that share sequences": (1, 2, 2, f"{BALANCED} --parallelism.context_parallel_rotate_method alltoall"),
+}
+
+
+def batches(step, rank, degree, size=1):
+    """A rank's of a step, of which the labels that count are unequally many."""
+    g = torch.Generator().manual_seed(step)
+    tokens = torch.randint(256, (SEQUENCES, SEQ_LEN), generator=g)
+    counted = torch.arange(SEQ_LEN) < SEQ_LEN // torch.arange(1, SEQUENCES + 1).unsqueeze(1)
+    labels = tokens.roll(-1, 1).where(counted, IGNORE_INDEX)
+    shares = (part[rank::degree].split(size) for part in (tokens, labels))
+    return [({"input": tokens}, labels) for tokens, labels in zip(*shares, strict=True)]
+
+
+def train_each_way(rank, ways, folder):
+    n_ranks, start = torch.distributed.get_world_size(), build(flavors["debug"])
+    degrees = ("data_parallel_replicate", "data_parallel_shard", "context_parallel")
+    for name, (*sizes, settings) in ways.items():
+        arguments = [f"--parallelism.{degree}_degree={size}" for degree, size in zip(degrees, sizes, strict=True)]
+        arguments += [*SETTINGS, *settings.split(), f"--job.dump_folder={folder}"]
+        with patch.object(dist_utils, "init_distributed", lambda *_, **__: n_ranks):
+            trainer = LighthouseTrainer(parse("configs/text/stage1.toml", *arguments))
+        whole = StateDictOptions(full_state_dict=True)  # shards would start from other random numbers
+        set_model_state_dict(trainer.model_parts[0], start.state_dict(), options=whole)
+        share, logged, validated = (rank // sizes[2], sizes[0] * sizes[1]), [], []
+        metrics = trainer.metrics_processor
+        metrics.log_validation = lambda loss, step, to=validated: to.append(loss)
+        for size in (1, 2, 4, 8) if n_ranks == 1 else (SEQUENCES // share[1],):
+            trainer.validator.validation_dataloader = batches(0, *share, size)
+            trainer.validator.validate(trainer.model_parts, 0)
+        metrics.log = lambda *values, to=logged, **_: to.append(values)
+        for trainer.step in range(1, STEPS + 1):
+            trainer.train_step(iter(batches(trainer.step, *share)))
+        if rank == 0:
+            torch.save((logged, validated), folder / f"{name}.pt")
+        trainer.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """By name: what each step logged, and the losses of validation."""
+    folder = tmp_path_factory.mktemp("degrees")
+    in_group(train_each_way, 1, {"alone": (1, 1, 1, "")}, folder)
+    in_group(train_each_way, 4, WAYS, folder)
+    return {name: torch.load(folder / f"{name}.pt") for name in ("alone", *WAYS)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_to_share_the_work_train_the_same(runs, way):
+    (alone, _), (logged, _) = runs["alone"], runs[way]
+    assert len(alone) == STEPS and all(norm > 0.1 for *_, norm in alone)  # clipped
+    for values, expected in zip(logged, alone, strict=True):
+        assert values[1] == pytest.approx(expected[1], rel=1e-5)
+        assert values[3] == pytest.approx(expected[3], rel=1e-4)
+
+
+@pytest.mark.parametrize("way", ["alone", *WAYS])
+def test_a_validation_loss_depends_on_the_documents_alone(runs, way):
+    """In batches of any size on any ranks, where documents have unequally many labels that count."""
+    loss, *_ = runs["alone"][1]
+    assert runs[way][1] == pytest.approx([loss] * len(runs[way][1]), rel=1e-6)

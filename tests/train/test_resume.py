@@ -1,0 +1,235 @@
+"""Exact resume, seen from outside: runs of torchtitan.train, on one process and on several, which train what
+one would.
+
+On a CPU with the demo's jobs, with -m eight on eight processes; with -m gpu, with six layers of the 530M recipe on two
+GPUs: each layer more costs time, and the parameters of a large vocabulary gigabytes per checkpoint.
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.launches import losses, train
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from torchtitan_ext.jobs.recorded import CONFIG_FILE
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is unavailable"),
+    pytest.mark.timeout(900),
+]
+COMMON = (
+    "--lr_scheduler.warmup_steps=2",
+    "--checkpoint.interval=2",
+    "--experimental.custom_import=helpers.recording_import",
+    "--training.dataset=python_source",
+    "--metrics.log_freq=1",
+)
+DEMO = SimpleNamespace(
+    configs="configs/text",
+    steps=6,
+    split=4,
+    overrides=(
+        *("--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"),
+        *("--validation.enable", "--validation.dataset=python_source_validation"),
+        *("--validation.seq_len=256", "--validation.local_batch_size=2"),
+        *("--validation.steps=3", "--validation.freq=2"),
+    ),
+    repeats=True,
+    rounding=1e-5,
+)
+# Sixteen tiles and eight heads, for eight ranks that share a sequence.
+LONGER = SimpleNamespace(**vars(DEMO))
+LONGER.overrides += ("--training.seq_len=1024", "--validation.seq_len=1024")
+LONGER.overrides += ("--lighthouse.top_k=64", "--model.flavor=eight-heads")
+RECIPE = SimpleNamespace(
+    configs="configs/530m",
+    steps=4,
+    split=2,
+    # a sequence per data-parallel rank and step
+    overrides=("--model.flavor=six-layers", "--training.global_batch_size=-1"),
+    repeats=False,  # the backward pass of cuDNN's attention sums with atomics
+    rounding=1e-2,
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        # job, data-parallel degree, context-parallel degree, and the one of the run that moves
+        pytest.param((DEMO, 1, 1, None), id="one-process"),
+        pytest.param((DEMO, 2, 2, 1), id="four-ranks-two-a-sequence"),
+        pytest.param((DEMO, 8, 1, None), id="eight-ranks", marks=pytest.mark.eight),
+        pytest.param((DEMO, 4, 2, 1), id="eight-ranks-two-a-sequence", marks=pytest.mark.eight),
+        pytest.param((LONGER, 1, 8, 1), id="eight-ranks-a-sequence", marks=pytest.mark.eight),
+        pytest.param((RECIPE, 2, 1, None), id="530M-on-two-GPUs", marks=pytest.mark.gpu),
+        pytest.param((RECIPE, 1, 2, 1), id="530M-on-two-GPUs-a-sequence", marks=pytest.mark.gpu),
+    ],
+)
+def runs(request, tmp_path_factory):
+    """Stage 1; the same killed and resumed; from the former's checkpoint, stage 2 and the rest on other ranks."""
+    folder, (job, dp, cp, moved_cp) = tmp_path_factory.mktemp("runs"), request.param
+
+    def launch(name, *overrides, stage="stage1", steps=job.steps, dump=None, dp=dp, cp=cp, **env):
+        records, dump = folder / f"{name}-records", folder / (dump or name)
+        records.mkdir()
+        arguments = [f"--job.config_file={job.configs}/{stage}.toml", f"--job.dump_folder={dump}"]
+        arguments += [f"--parallelism.context_parallel_degree={cp}"]
+        # beside the trainer, or in it
+        arguments += [f"--training.dataloader.num_workers={int(dp == 2)}"]
+        arguments += [*COMMON, *job.overrides, f"--training.steps={steps}", *overrides]
+        good, output = train(dp * cp, arguments, RECORDS=str(records), **env)
+        return SimpleNamespace(dump=dump, records=records, good=good, output=output)
+
+    wandb = {"WANDB_MODE": "offline"} if dp * cp == 1 else {}
+    recorded = ["--metrics.enable_wandb"] * bool(wandb)
+    whole = launch("whole")
+    assert whole.good, whole.output
+    runs, killed = {"whole": whole}, None
+    if job.repeats or not moved_cp:  # on GPUs once
+        killed = launch("killed", *recorded, KILL_AT_BATCH=str(job.split + 2), **wandb)
+        runs["resumed"] = launch("resumed", *recorded, dump="killed", **wandb)
+    start = f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}"
+    runs["stage2"] = launch("stage2", start, *recorded, stage="stage2", steps=job.split + 1, **wandb)
+    weights_and_all = "--checkpoint.no_initial_load_model_only"
+    if moved_cp:
+        runs["moved"] = launch("moved", start, weights_and_all, cp=moved_cp)
+    if job.repeats and dp > 1:
+        runs["alone"] = launch(
+            *("alone", start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader"),
+            *(f"--training.global_batch_size={dp}", "--validation.no_enable"),
+            dp=1,
+            cp=1,
+            REPLAYED=str(whole.records),
+            FIRST_REPLAYED=str(job.split + 1),
+        )
+    if dp * cp == 1:
+        # its data once more from the start, at another rate; killed behind a checkpoint, and launched again
+        over = (start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader")
+        over += ("--validation.no_enable", "--optimizer.lr=5e-3", "--optimizer.weight_decay=0.3")
+        on_purpose = "--optimizer.override_checkpoint"
+        launch(*("over-killed", *over, on_purpose), dump="over", steps=job.steps + 2, KILL_AT_BATCH="3")
+        runs["over"] = launch("over", *over, steps=job.steps + 2)
+    for run in runs.values():
+        assert run.good, run.output
+    return SimpleNamespace(job=job, dp=dp, n_ranks=dp * cp, killed=killed, **runs)
+
+
+def batch(run, rank, count):
+    inputs, labels = torch.load(run.records / f"batch-{rank}-{count}.pt")
+    return inputs["input"], labels
+
+
+def continued(runs):
+    """What started from a checkpoint of step `split`."""
+    return [getattr(runs, name) for name in ("stage2", "resumed", "moved") if hasattr(runs, name)]
+
+
+def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(runs):
+    if not runs.killed:
+        return
+    assert not runs.killed.good and "SIGKILL" in runs.killed.output
+    job, whole = runs.job, dict(losses(runs.whole.dump))
+    assert sorted(whole) == list(range(1, job.steps + 1))
+    # The kill came after a step that the checkpoint doesn't hold: that one was trained twice.
+    resumed = losses(runs.resumed.dump)
+    assert [step for step, _ in resumed] == sorted([*whole, job.split + 1])
+    first, again = (loss for step, loss in resumed if step == job.split + 1)
+    assert first == again
+    if job.repeats:
+        assert all(loss == whole[step] for step, loss in resumed)
+
+
+def test_every_validation_of_every_start_reads_the_same_documents(runs):
+    if runs.job.repeats:
+        whole, resumed = (losses(run.dump, "validation_metrics/loss") for run in (runs.whole, runs.resumed))
+        assert [step for step, _ in whole] == [1, 2, 4, 6]
+        assert resumed == whole
+        assert whole == sorted(whole, key=lambda point: -point[1])  # it learns
+
+
+def test_what_continues_draws_first_what_stage_1_would_have_drawn_next(runs):
+    for rank in range(runs.dp):
+        for run in continued(runs):
+            for got, expected in zip(batch(run, rank, 1), batch(runs.whole, rank, runs.job.split + 1), strict=True):
+                assert torch.equal(got, expected)
+        drawn = [batch(runs.whole, rank, count)[0] for count in range(1, runs.job.steps + 1)]
+        assert len({tuple(tokens.flatten().tolist()) for tokens in drawn}) == runs.job.steps
+
+
+def test_data_that_were_started_over_and_a_rate_that_was_changed_on_purpose_hold_from_then_on(runs):
+    if not hasattr(runs, "over"):
+        return
+    for got, expected in zip(batch(runs.over, 0, 1), batch(runs.whole, 0, 3), strict=True):
+        assert torch.equal(got, expected)
+    rates = dict(losses(runs.over.dump, "lr"))
+    assert rates == pytest.approx(dict.fromkeys(range(runs.job.split + 1, runs.job.steps + 3), 5e-3))
+    records = [runs.over.records.parent / f"{name}-records" / "loaded.pt" for name in ("over-killed", "over")]
+    killed, over = map(torch.load, records)
+    assert (killed["step"], over["step"]) == (runs.job.split, runs.job.steps)
+    for loaded in (killed, over):
+        assert {loaded[key] for key in loaded if key.endswith(".weight_decay")} == {0.3}
+    config = json.loads((runs.over.dump / CONFIG_FILE).read_text())["optimizer"]
+    assert (config["lr"], config["weight_decay"]) == (5e-3, 0.3)
+
+
+def test_what_continues_starts_from_the_optimizer_schedule_and_step_of_the_checkpoint(runs):
+    names = {"optimizer", "lr_scheduler", "train_state"}
+    for run in continued(runs):
+        # the killed run's own: on a GPU two runs don't have the same
+        source = run if run.dump.name == "killed" else runs.whole
+        checkpoint = f"{source.dump}/checkpoint/step-{runs.job.split}"
+        saved = _load_state_dict_from_keys(names, checkpoint_id=checkpoint)
+        moments = [key for key in saved["optimizer"] if key.endswith(("exp_avg", "exp_avg_sq"))]
+        assert any(saved["optimizer"][key].any() for key in moments)
+        loaded = torch.load(run.records / "loaded.pt", map_location="cpu")
+        assert loaded["step"] == saved["train_state"]["step"] == runs.job.split
+        assert loaded["lr"] == saved["lr_scheduler"]["_last_lr"]
+        assert loaded["ntokens_seen"] == saved["train_state"]["ntokens_seen"]
+        for key, value in saved["optimizer"].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(loaded[key], value), key
+            else:
+                assert loaded[key] == value, key
+
+
+def test_stage_2_attends_densely_and_differs_from_stage_1_by_that_alone(runs):
+    whole, stage2 = dict(losses(runs.whole.dump)), dict(losses(runs.stage2.dump))
+    step = runs.job.split + 1
+    assert list(stage2) == [step]
+    assert stage2[step] != whole[step]
+    assert stage2[step] == pytest.approx(whole[step], abs=1)
+
+
+def test_other_numbers_of_ranks_train_the_same_from_a_checkpoint_on(runs):
+    """At another context-parallel degree, and one rank with the sequences of all."""
+    for name, tags in {"moved": ("validation_metrics/loss", "n_tokens_seen"), "alone": ()}.items():
+        for tag in ("loss_metrics/global_avg_loss", "grad_norm", *tags) if hasattr(runs, name) else ():
+            whole, rest = (dict(losses(dump, tag)) for dump in (runs.whole.dump, getattr(runs, name).dump))
+            whole = {step: value for step, value in whole.items() if step > runs.job.split}
+            assert rest == pytest.approx(whole, rel=runs.job.rounding)
+
+
+def test_what_is_logged_adds_up_where_ranks_share_a_sequence(runs):
+    n_tokens = sum(batch(runs.whole, rank, 1)[1].numel() for rank in range(runs.dp))
+    steps = range(1, runs.job.steps + 1)
+    assert losses(runs.whole.dump, "n_tokens_seen") == [(step, step * n_tokens) for step in steps]
+    assert losses(runs.whole.dump, "n_devices") == [(step, runs.n_ranks) for step in steps]
+    mean = dict(losses(runs.whole.dump))
+    for step, greatest in losses(runs.whole.dump, "loss_metrics/global_max_loss"):
+        assert greatest >= mean[step]
+    # before it has learned much, what it trained on last is no easier than what it never saw
+    first = dict(losses(runs.whole.dump, "validation_metrics/loss"))
+    assert all(loss == pytest.approx(mean[step], rel=0.3) for step, loss in first.items())
+
+
+def test_weights_and_biases_records_every_start_of_a_run_as_one(runs):
+    seen = []
+    for dump, n_starts in {runs.stage2.dump: 1, runs.resumed.dump: 2}.items() if runs.n_ranks == 1 else ():
+        records = list(dump.glob("tb/*/wandb/offline-run-*/run-*.wandb"))
+        assert len(records) == n_starts
+        assert b"loss_metrics/global_avg_loss" in max(records).read_bytes()  # not the killed start's
+        seen += {record.stem for record in records}
+    assert len(seen) == len(set(seen)) == 2 * (runs.n_ranks == 1)

@@ -1,0 +1,219 @@
+"""The trainer and the checkpoint manager, on parts of a run: ranks that agree, gradients, what is purged."""
+
+import math
+from collections import deque
+from unittest.mock import MagicMock, patch
+
+import pytest
+import torch
+from helpers.launches import in_group, losses, train
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torchtitan.config import ConfigManager, Debug
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import set_determinism
+from torchtitan.train import Trainer
+
+from torchtitan_ext.jobs.folder_lock import LOCK
+from torchtitan_ext.jobs.resume import INTERRUPTED, stale_checkpoints
+from torchtitan_ext.train.spec import seed_shards
+from torchtitan_ext.train.trainer import Interrupted, LighthouseTrainer
+
+JOB = ("--job.custom_config_module=torchtitan_ext.model.settings",)
+
+
+def bare_trainer(**attributes) -> LighthouseTrainer:
+    """A trainer of which nothing is built."""
+    trainer = object.__new__(LighthouseTrainer)
+    trainer.job_config = ConfigManager().parse_args([*JOB])
+    trainer.step, trainer.nonfinite_steps, trainer.outcomes = 7, 0, deque()
+    trainer.sigterm_received = trainer.interrupted = False
+    trainer.device, trainer.gradient_accumulation_steps = torch.device("cpu"), 1
+    trainer.checkpointer, trainer.lr_schedulers, trainer.optimizers = MagicMock(), MagicMock(), MagicMock()
+    trainer.checkpointer.describe_latest.return_value = "LATEST"
+    vars(trainer).update(attributes)
+    return trainer
+
+
+@pytest.mark.slow
+def test_stock_torchtitan_trains_a_stage_to_the_same_losses(tmp_path):
+    arguments = ["--job.config_file=configs/passkey/stage1.toml", "--training.steps=4", "--lr_scheduler.warmup_steps=1"]
+    register = ["--job.custom_config_module=torchtitan_ext.model.settings"]
+    register += ["--experimental.custom_import=torchtitan_ext.register"]
+    for dump, stock, more in (("stock", True, register), ("ours", False, [])):
+        ended_well, output = train(1, [*arguments, *more, f"--job.dump_folder={tmp_path / dump}"], stock=stock)
+        assert ended_well, output
+    stock, ours = (losses(tmp_path / dump) for dump in ("stock", "ours"))
+    assert stock == ours and [step for step, _ in stock] == [1, 2, 3, 4]
+    assert not (tmp_path / "stock" / LOCK).exists() and (tmp_path / "ours" / LOCK).exists()
+
+
+def shards_start_different(rank):
+    for seed in (None, 7):
+        for fsdp, tp in ((2, 1), (1, 2), (1, 1)):
+            shards = fsdp * tp
+            dims = ParallelDims(2 // shards, fsdp, 1, tp, 1, 1, 1, 2)
+            dims.build_mesh()
+            set_determinism(dims, torch.device(f"cpu:{rank}"), Debug(seed=seed), ["pp"])
+            seed_shards(dims)
+            with torch.device("meta"):
+                model = torch.nn.Linear(8, 8)
+            if tp == 2:
+                parallelize_module(model, dims.get_mesh("tp"), ColwiseParallel())
+            if fsdp == 2:
+                fully_shard(model, mesh=dims.get_mesh("fsdp"))
+            model.to_empty(device="cpu")
+            with torch.no_grad():
+                torch.nn.init.normal_(model.weight)
+            mine = model.weight.to_local() if shards == 2 else model.weight.detach()
+            both = [torch.empty_like(mine) for _ in range(2)]
+            torch.distributed.all_gather(both, mine)
+            assert both[0].equal(both[1]) == (shards == 1)
+
+
+def all_ranks_agree(rank):
+    trainer = bare_trainer()
+    allowed = trainer.job_config.training
+
+    def finite(loss=2.0, norm=3.0):
+        trainer._share_outcome(torch.tensor(loss), torch.tensor(norm))
+        return trainer._check_outcomes()
+
+    assert trainer._check_outcomes() and finite()
+    for value in (math.nan, math.inf, -math.inf):
+        for case in ({"loss": value if rank == 1 else 2.0}, {"norm": value}):
+            allowed.skip_nonfinite_steps = 2
+            assert not finite(**case) and not finite(**case)
+            assert finite() and not finite(**case)  # in a row
+            allowed.skip_nonfinite_steps = 1
+            named = "loss on rank 1, gradient norm 3.0" if "loss" in case else f"gradient norm {value}"
+            with pytest.raises(RuntimeError, match=f"Step 7 is not finite: {named}.*LATEST"):
+                finite(**case)
+            assert finite()
+    assert not trainer.interrupted
+    trainer.sigterm_received = rank == 1
+    assert finite() and trainer.interrupted
+
+
+def nothing_is_saved_from_a_bad_step_on(rank):
+    for bad in range(1, 9):
+        trainer = bare_trainer(step=0)
+        trainer.job_config.training.steps = 8
+        trainer.checkpointer.due.side_effect = lambda step: step % 3 == 0
+
+        def step(self, _, bad=bad):
+            loss = math.nan if rank == 1 and self.step == bad else 2.0
+            self.update_parameters(torch.tensor(loss), torch.tensor(3.0))
+
+        saved = []
+        with patch.object(Trainer, "train_step", step), pytest.raises(RuntimeError, match=f"Step {bad} "):
+            while True:
+                trainer.step += 1
+                trainer.train_step(None)
+                saved += [trainer.step] * (trainer.step in (3, 6, 8))
+        assert saved == [step for step in (3, 6, 8) if step < bad]
+        # read after the next step, or before a checkpoint
+        assert trainer.step == (bad if bad in (3, 6, 8) else bad + 1)
+
+
+def sigterm_to_one_rank_ends_all_after_the_same_step(rank):
+    trainer = bare_trainer(step=3)
+    trainer.job_config.training.steps = 8
+
+    def step(self, _):
+        self.sigterm_received = rank == 1 and self.step >= 4
+        self.update_parameters(torch.tensor(2.0), torch.tensor(3.0))
+
+    trainer.checkpointer.due.return_value = False
+    with patch.object(Trainer, "train_step", step), pytest.raises(Interrupted) as end:
+        while True:
+            trainer.step += 1
+            trainer.train_step(None)
+    assert trainer.step == 5 and end.value.code == 143
+    trainer.checkpointer.save_interrupted.assert_called_once_with(5)
+    trainer.checkpointer.due.return_value = True  # read before a checkpoint, at once
+    trainer.step, trainer.interrupted = 4, False
+    with patch.object(Trainer, "train_step", step), pytest.raises(Interrupted):
+        trainer.train_step(None)
+    trainer.step = 8  # the last one: the run is finished
+    with patch.object(Trainer, "train_step", step):
+        trainer.train_step(None)
+
+
+def reduced_once(rank):
+    def train(no_sync, reshard):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for module in model:
+            fully_shard(module, mp_policy=policy, reshard_after_forward=reshard != "never")
+        fully_shard(model, mp_policy=policy)
+        model.set_force_sum_reduction_for_comms(True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = bare_trainer(model_parts=[model], gradient_accumulation_steps=3)
+        trainer.job_config.parallelism.fsdp_no_sync = no_sync
+        trainer.job_config.parallelism.fsdp_reshard_after_forward = reshard
+
+        def forward_backward(self, input, labels):
+            (model(input) - labels).square().sum().backward()
+
+        data = torch.Generator().manual_seed(rank)
+        with (
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+            patch.object(Trainer, "forward_backward_step", forward_backward),
+        ):
+            for _ in range(2):
+                trainer.microbatch = 0
+                for _ in range(3):
+                    inputs, labels = torch.randn(2, 4, 8, generator=data)
+                    trainer.forward_backward_step(input=inputs, labels=labels)
+                optimizer.step()
+                optimizer.zero_grad()
+        names = [event.name.partition(" (")[0] for event in profile.events()]
+        counts = (names.count(f"FSDP::{what}") for what in ("all_gather", "post_backward_reduce"))
+        return [parameter.full_tensor() for parameter in model.parameters()], *counts
+
+    for reshard in ("never", "always"):
+        expected, gathered, reduced = train(False, reshard)
+        parameters, gathered_once, reduced_once = train(True, reshard)
+        torch.testing.assert_close(parameters, expected)
+        assert reduced == 3 * reduced_once == 3 * 4
+        assert gathered == (3 * gathered_once if reshard == "never" else gathered_once)
+
+
+def agree(rank):
+    all_ranks_agree(rank)
+    nothing_is_saved_from_a_bad_step_on(rank)
+    sigterm_to_one_rank_ends_all_after_the_same_step(rank)
+    reduced_once(rank)
+    shards_start_different(rank)
+
+
+@pytest.mark.slow
+def test_what_ranks_agree_on_and_what_differs():
+    """A loss that isn't finite, a norm that isn't, SIGTERM; gradients reduced once a step; shards' random numbers."""
+    in_group(agree, 2)
+
+
+@pytest.mark.parametrize(
+    ("keep_latest_k", "steps", "bridges", "half_saved", "stale"),
+    [
+        (2, [100, 200, 250], [250], [], []),
+        (2, [100, 200, 250, 300], [250], [], [100, 250]),
+        (2, [50, 100], [50], [100], []),  # the only one to go on from
+        # saved at another interval, or as a first step: kept like any other
+        (4, [9000, 10000, 11000, 11400], [], [], []),
+        (2, [1, 100, 200], [], [], [1]),
+    ],
+)
+def test_an_interruptions_checkpoint_goes_when_a_later_one_is_complete(
+    tmp_path, keep_latest_k, steps, bridges, half_saved, stale
+):
+    for step in steps:
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        if step in bridges:
+            (folder / INTERRUPTED).touch()
+        if step not in half_saved:
+            (folder / ".metadata").touch()
+    assert stale_checkpoints(tmp_path, keep_latest_k) == [tmp_path / f"step-{step}" for step in stale]

@@ -1,0 +1,37 @@
+"""On what ranks validate: as many batches each, of the labels that training counts."""
+
+import pytest
+import torch.distributed as dist
+from helpers.launches import in_group
+from helpers.models import parse
+from torchtitan.protocols.train_spec import get_train_spec
+
+from torchtitan_ext.train.validator import LighthouseValidator
+
+
+def validators(rank):
+    """What a rank validates on, to the end of its documents, of which the ranks have different numbers."""
+    n_ranks = dist.get_world_size()
+    unused = ("parallel_dims", "loss_fn", "validation_context", "maybe_enable_amp")
+    unused = dict.fromkeys((*unused, "metrics_processor"))
+
+    def batches(*overrides):
+        job = parse("configs/text/dense.toml", "--validation.enable", *overrides)
+        tokenizer = get_train_spec("llama3_lighthouse").build_tokenizer_fn(job)
+        return LighthouseValidator(job, n_ranks, rank, tokenizer, **unused).validation_dataloader
+
+    sources = "--validation.dataset=python_source_validation", "--validation.steps=-1"
+    n_batches = [None] * n_ranks
+    dist.all_gather_object(n_batches, len(batches(*sources, "--validation.seq_len=4096")))
+    assert n_batches[0] == n_batches[1] > 1
+    longer = "--training.seq_len=1048576", "--validation.seq_len=1048576"
+    with pytest.raises(ValueError, match=r"validation\.dataset = .*not one sequence of 1048576"):
+        batches(*sources, *longer)
+    passkey = "--validation.dataset=passkey", "--validation.dataset_path=511"
+    [(_, labels)] = batches(*passkey, "--validation.steps=1", "--validation.seq_len=512")
+    assert 0 < (labels != -100).float().mean() < 0.05  # the answers alone, as in training
+
+
+@pytest.mark.slow
+def test_ranks_validate_on_as_many_batches_each_and_on_what_training_counts():
+    in_group(validators, 2)

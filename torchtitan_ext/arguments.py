@@ -1,0 +1,52 @@
+"""Read a command's arguments with tyro: a dataclass says what they are, one line what is wrong with them."""
+
+import re
+import sys
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from .console import MOUNT, is_address, run
+
+
+def _positive(texts: list[str]) -> int:
+    if not texts[0].isdecimal() or int(texts[0]) < 1:
+        raise ValueError(f"{texts[0]!r}: give a whole number, 1 or more")
+    return int(texts[0])
+
+
+_SPEC: Any = PrimitiveConstructorSpec(1, "N", _positive, lambda value: isinstance(value, int), lambda n: [str(n)])
+Positive = Annotated[int, _SPEC]
+Positives = tuple[Positive, ...]
+
+
+def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:
+    """`arguments` as a `kind`, with options of tyro.cli. Raises ValueError for wrong ones; --help exits."""
+    try:
+        with redirect_stderr(StringIO()) as printed:
+            parsed = tyro.cli(kind, args=arguments, prog=program, **options)
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        raise ValueError(f"{one_line(printed.getvalue())}; see --help") from None
+    for value in vars(parsed[0] if isinstance(parsed, tuple) else parsed).values():
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and is_address(str(path)):
+                raise ValueError(f"{path} is no path on this machine: {MOUNT}")
+    return parsed
+
+
+def one_line(printed: str) -> str:
+    """What tyro's box says is wrong, without its frame, title, help texts and advice to call --help."""
+    lines = (line.strip("│ ") for line in printed.splitlines() if not re.match("[╭╰]|│ [─ ]{6}", line))
+    return re.sub(r"\.? *(Argument helptext: .*)?For full helptext.*", "", " ".join(lines))
+
+
+def start(kind: Any) -> NoReturn:
+    """Run a script, which its docstring describes: `kind` is a dataclass of its arguments, with a method `run`."""
+    program, description = f"python scripts/{Path(sys.argv[0]).name}", sys.modules[kind.__module__].__doc__
+    run(lambda: parse(kind, sys.argv[1:], program, description=description).run(), program)

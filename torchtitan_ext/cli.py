@@ -1,0 +1,261 @@
+"""The verbs of `python -m torchtitan_ext <verb>`. Training is `torchrun -m torchtitan_ext.train`."""
+
+import os
+import sys
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from tyro.conf import Positional, arg, subcommand
+
+from .arguments import Positive, Positives, parse
+from .console import make_folder, size
+from .progress import Display
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PUBLISHED = CONFIGS / "published.toml"
+FIRST_STAGE = "of a first stage (lighthouse.enable = true), not finished under dense attention"
+Stage = Literal["dense", "stage1", "stage2"]
+JobFile = Annotated[Path, arg(name="job.config_file")]
+
+
+@dataclass
+class Patch:
+    """Patch torchtitan, say whether it is patched, or make it as released again: all patches or none.
+
+    Exit code: 0 done, or so already (check: patched); 1 check found torchtitan as released, 2 it was refused.
+    """
+
+    action: Positional[Literal["apply", "check", "revert"]]
+    root: Path | None = None  # folder that holds torchtitan/, as a git checkout does; None for where it is installed
+
+    def run(self) -> int:
+        from . import patching
+
+        root, wanted = self.root or patching.installed_root(), self.action != "revert"
+        changed = self.action != "check" and patching.change(root, wanted)
+        patched = patching.is_patched(root)
+        state = f"patched ({len(patching.series())} patches)" if patched else "as released"
+        already = "" if changed or self.action == "check" else "already "
+        print(f"{root / 'torchtitan'} is {already}{state}")
+        return 0 if patched == wanted else 1
+
+
+@dataclass
+class Preflight:
+    """Check a whole run before it costs anything, in seconds: no training, no GPU, on any machine.
+
+    Lists every problem of versions, patches, settings, data, checkpoint, disk and GPU memory, and what the run
+    will take. Overrides are torchtitan's, as for training: --lighthouse.top_k 2048.
+    Exit code: 0 no problem, 1 problems, 2 wrong arguments.
+    """
+
+    config_file: JobFile  # the job file
+    nproc: Positive = 1  # processes of the run on all nodes, one per GPU
+    gpu_memory: float | None = None  # GiB of one GPU; None for this machine's, or the 139 of an NVIDIA H200
+    tok_s: float | None = None  # tokens per second per GPU, `tps` in a log; None for what an H200's measured MFU gives
+
+    def run(self, overrides: list[str]) -> int:
+        from .jobs.preflight import report
+
+        for name, value in (("--gpu-memory", self.gpu_memory), ("--tok-s", self.tok_s)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} {value}: must be a positive number")
+        return report(self.config_file, overrides, self.nproc, self.gpu_memory, self.tok_s)
+
+
+@dataclass
+class Splits:
+    """Run a split-point experiment: dense, stage 1, and stage 2 from each split.
+
+    The same command continues what was interrupted. Overrides go to every run: --debug.seed 2.
+    """
+
+    configs: Path  # folder of dense.toml, stage1.toml and stage2.toml
+    output: Path | None = None  # folder of the runs; None for outputs/<name of configs>
+    nproc: Positive = 1  # processes, one per device
+    splits: Positives = ()  # steps at which stage 2 takes over; without any, 10, 11 and 12 sixteenths of its steps
+    only: tuple[Stage, ...] = ("dense", "stage1", "stage2")  # which of the runs
+
+    def run(self, overrides: list[str]) -> None:
+        from .experiment import runner
+
+        output = self.output or Path("outputs") / self.configs.resolve().name
+        runs = runner.plan(self.configs, output, splits=self.splits, only=self.only, overrides=overrides)
+        runner.run_all(runs, self.nproc)
+
+
+@dataclass
+class Table:
+    """Make the split-point table and plot from the records that `splits` left."""
+
+    folder: Positional[Path]  # the experiment: dense/, stage1/, stage2-*/
+    output: Path | None = None  # where table and plot go; None for the experiment's folder
+    other_seeds: tuple[Path, ...] = ()  # the same experiment from other seeds
+    ablations: tuple[Path, ...] = ()  # experiments with other settings of Lighthouse, as `ablate` leaves them
+
+    def run(self) -> None:
+        import tomllib
+
+        from .experiment import report
+
+        published = tomllib.loads(PUBLISHED.read_text())
+        text, paths = report.write(self.folder, self.output or self.folder, published, self.other_seeds, self.ablations)
+        print(text, *paths, f"made from the records in {self.folder}/*/tb (TensorBoard)", sep="\n")
+
+
+@dataclass
+class Ablate:
+    """Run cells of an ablation grid: stage 1 to ten sixteenths of the steps, then stage 2 to the end.
+
+    A cell is its settings in the grid on top of the job files in --configs. Without --cells they are listed.
+    """
+
+    cells: tuple[str, ...] = ()  # names, or all
+    grid: Path = PUBLISHED  # TOML with [[ablations]], each a run and its settings
+    configs: Path = CONFIGS / "530m"  # folder of dense.toml, stage1.toml and stage2.toml
+    output: Path = Path("outputs/ablations")  # folder of the cells' runs
+    nproc: Positive = 1  # processes, one per device
+    splits: Positives = ()  # steps at which stage 2 takes over; without any, ten sixteenths of its steps
+
+    def run(self, overrides: list[str]) -> None:
+        from .experiment import ablations, runner
+
+        grid = ablations.read_grid(self.grid)
+        if not self.cells:
+            for name, settings in grid.items():
+                print(f"{name:26}", *settings)
+            return
+        names = [*grid] if self.cells == ("all",) else self.cells
+        if unknown := [name for name in names if name not in grid]:
+            raise ValueError(f"--cells {' '.join(unknown)}: the grid has {', '.join(grid)}")
+        cells = {name: grid[name] for name in names}
+        runner.run_all(ablations.plan(cells, self.configs, self.output, self.splits, overrides), self.nproc)
+
+
+@dataclass
+class Niah:
+    """Ask a checkpoint for a digit hidden in random text: table, JSON and heat map of what it retrieves.
+
+    The model attends densely, whatever it was trained with: in bfloat16 on a GPU, in float32 where there is none.
+    """
+
+    checkpoint: Positional[Path]  # a step-N folder, a run's folder for its newest step, or a Hugging Face folder
+    contexts: Positives = ()  # tokens; without any, 4096, 8192, 16384, 32768, 65536 and 98304 as far as it was trained
+    depths: tuple[int, ...] = (0, 15, 30, 50, 70, 85, 100)  # percent of the filler before the needle
+    trials: Positive = 10  # prompts per context and depth, a multiple of 10
+    batch_size: Positive = 10  # prompts at once
+    seed: int = 0  # of the prompts
+    output: Path | None = None  # folder of the results; None for outputs/niah/<name of the checkpoint>
+
+    def run(self) -> None:
+        import torch
+
+        from .evaluate import niah
+
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        candidate = niah.find_candidate(self.checkpoint)
+        prompts = niah.Prompts(candidate.tokenizer)
+        contexts = self.contexts or tuple(n for n in niah.CONTEXTS if n <= candidate.max_context)
+        contexts, depths = (tuple(sorted(set(values))) for values in (contexts, self.depths))
+        settings = niah.Settings(contexts, depths, self.trials, self.seed, self.batch_size)
+        settings.check(prompts, candidate)
+        folder = make_folder(self.output or Path("outputs/niah") / candidate.name)
+        if not self.contexts and (left_out := niah.CONTEXTS[len(contexts) :]):
+            beyond = f"beyond the {candidate.max_context} of training"
+            print(f"left out: contexts {', '.join(map(str, left_out))}, {beyond}", file=sys.stderr)
+        if candidate.lighthouse:
+            print(f"note: {candidate.path} is {FIRST_STAGE}, which is what this evaluates", file=sys.stderr)
+        logits = candidate.load(torch.device(device), dtype)
+        with Display() as display:
+            n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials
+            display.begin(f"{n_tokens:,} tokens", n_tokens)
+            cells = niah.evaluate(logits, prompts, settings, display.count)
+        text, paths = niah.write(folder, candidate, settings, cells, dtype)
+        print(text, *paths, sep="\n")
+
+
+@dataclass
+class Export:
+    """Export a checkpoint as a Hugging Face folder, which transformers loads as a plain Llama.
+
+    Needs no GPU. The model is the one that config.json in the run's folder describes.
+    """
+
+    checkpoint: Positional[Path]  # a step-N folder, or a run's folder for its newest step
+    output: Path  # folder to write to; must be new or empty
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+
+    def run(self) -> None:
+        import torch
+
+        from .evaluate.export_hf import export, find_checkpoint
+
+        checkpoint = find_checkpoint(self.checkpoint)
+        if checkpoint.lighthouse:
+            remedy = "resume it in a stage 2 and export that"
+            print(f"warning: {checkpoint.path} is {FIRST_STAGE}; {remedy}", file=sys.stderr)
+        dtype = getattr(torch, self.dtype)
+        with Display() as display:
+            n_bytes = checkpoint.n_bytes(dtype)
+            display.begin(f"{size(n_bytes)} read and written", 2 * n_bytes)
+            export(checkpoint, self.output, dtype, display.count)
+        print(f"{checkpoint.path} exported to {self.output}")
+
+
+@dataclass
+class CheckData:
+    """Check a local copy of C4: count its documents, find what is damaged, say what is missing.
+
+    Reads every file as training reads it, and compares what it holds with what a run reads.
+    Exit code: 0 nothing is damaged (files may be missing), 1 something is, 2 wrong arguments.
+    """
+
+    dataset_path: Positional[Path]  # the copy's root, or its en folder
+    workers: Positive = os.cpu_count() or 1  # processes that read
+    config_file: JobFile = CONFIGS / "530m" / "dense.toml"  # of the run; overrides follow: --training.steps 1000
+
+    def run(self, overrides: list[str]) -> int:
+        from .data.c4_check import check_files, report
+        from .data.datasets import c4_files
+        from .jobs.job_file import parse_job
+
+        files, training = c4_files(str(self.dataset_path)), parse_job(self.config_file, overrides).training
+        if training.global_batch_size < 1:
+            raise ValueError(
+                f"training.global_batch_size = {training.global_batch_size} in {self.config_file}: the sequences per "
+                "step then depend on the number of processes; add --training.global_batch_size N"
+            )
+        checked, damaged = [], 0
+        results = check_files(files, self.workers)  # forks before the display's thread starts
+        with Display() as display:
+            display.begin("files", len(files))
+            for contents in results:
+                checked.append(contents)
+                damaged += contents.n_problems > 0
+                display.count(1, f"{len(checked)}/{len(files)}, {damaged} damaged, ")
+        text, is_damaged = report(files, checked, training)
+        print(text)
+        return 1 if is_damaged else 0
+
+
+VERBS = {"patch": Patch, "preflight": Preflight, "splits": Splits, "table": Table, "ablate": Ablate, "niah": Niah}
+VERBS |= {"export": Export, "check-data": CheckData}
+TAKE_OVERRIDES = (Preflight, Splits, Ablate, CheckData)
+
+
+def main(arguments: list[str]) -> int:
+    verbs: Any = Union[tuple(Annotated[v, subcommand(name, prefix_name=False)] for name, v in VERBS.items())]  # noqa: UP007
+    chosen, overrides = parse(verbs, arguments, "python -m torchtitan_ext", return_unknown_args=True)
+    if not isinstance(chosen, (Patch, Table)):
+        # what is missing for a preflight, its report names
+        with suppress(ImportError) if isinstance(chosen, Preflight) else nullcontext():
+            from .train.spec import register
+
+            register()
+    if isinstance(chosen, TAKE_OVERRIDES):
+        return chosen.run(overrides) or 0
+    if overrides:
+        raise ValueError(f"{overrides[0]}: no such argument here; see --help")
+    return chosen.run() or 0

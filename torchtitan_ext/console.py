@@ -1,0 +1,83 @@
+"""How a command ends: a user's error prints one line, a bug its traceback.
+
+Imports nothing that takes time or may be missing, so that --help and a wrong environment are answered at once.
+"""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+MOUNT = "mount what lies there, or copy it, and give its path"
+REMEDIES = {
+    errno.ENOENT: "give one that exists",
+    errno.EISDIR: "give a file",
+    errno.EEXIST: "choose another path, or move what is there",
+    errno.ENOSPC: "make room there, or choose another path",
+}
+
+
+class CommandFailed(Exception):
+    """What a command started has failed. The message says why, and what to do."""
+
+
+def is_address(path: str) -> bool:
+    """Whether a path begins with a scheme, as s3://bucket: it would become a folder of that name here."""
+    return bool(re.match(r"[A-Za-z][\w+.-]+:/", path))
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be, before time is spent on its content. Raises OSError if nothing can be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    return folder
+
+
+def run(main: Callable[[], int | None], program: str) -> NoReturn:
+    """Exit with what `main` returns, or as `end` says if it raises."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        code = end(error, program)
+    sys.exit(code)
+
+
+def end(error: BaseException, program: str) -> int:
+    """Say on stderr why a command ends; returns its exit code.
+
+    2 is for bad input and a missing package, 130 for an interruption, 1 for everything else.
+    """
+    code, reason = 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        code, reason = 130, "; ".join(["interrupted", *map(str, error.args)])
+    elif isinstance(error, BrokenPipeError):
+        # Python flushes once more as it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, reason = 1, "the reader of its output has closed it: write to a file (> FILE) to keep all of it"
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != __package__:
+        reason = (
+            f"{error.name} is not installed for {sys.executable}: `make setup`, then call .venv/bin/python; "
+            "in an environment of your own, pip install --editable ."
+        )
+    elif isinstance(error, OSError) and error.errno is not None:
+        file = f"{error.filename}: " if error.filename is not None else ""
+        reason = f"{file}{error.strerror}; {REMEDIES.get(error.errno, 'choose another path, or correct that')}"
+    elif isinstance(error, CommandFailed):
+        code = 1
+    elif not isinstance(error, (OSError, ValueError)):
+        traceback.print_exception(error)
+        return 1
+    print(f"{program}: {reason}", file=sys.stderr)
+    return code
+
+
+def size(n_bytes: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(n_bytes, precision=2)

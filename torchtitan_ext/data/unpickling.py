@@ -1,0 +1,65 @@
+"""Limit what a resumed run unpickles to plain data, tensors and the classes of a checkpoint's metadata.
+
+A pickle names functions, and loading it calls them; others may write to a checkpoint's disk. torch unpickles without a
+limit in two places: `.metadata`, and `torch.load(..., weights_only=False)` of what is no tensor. torchtitan does in a
+third, the data position, which `data/dataloader.py` reads with `load_plain` first.
+"""
+
+import io
+import os
+import pickle
+import re
+from collections.abc import Collection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+OF_METADATA: list[Any] = [
+    *(x for x in vars(metadata).values() if isinstance(x, type) and x.__module__ == metadata.__name__),
+    *(filesystem._StorageInfo, torch.Size, torch.serialization._get_layout, type(Path())),
+]
+NAMES_OF_METADATA = {
+    *((allowed.__module__, allowed.__qualname__) for allowed in OF_METADATA),
+    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], allowed: Collection[tuple[str, str]]):
+        super().__init__(file)
+        self.allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it would call {module}.{name}, which has no place there")
+        return super().find_class(module, name)
+
+
+def load_plain(data: bytes) -> Any:
+    """Unpickles numbers, text, bytes, None and containers of them. Raises UnpicklingError for a class or function."""
+    return _Unpickler(io.BytesIO(data), ()).load()
+
+
+def load_object(saved: bytes) -> Any:
+    """What torch.save made of plain data and tensors. Raises UnpicklingError for anything else, without a call."""
+    try:
+        return torch.load(io.BytesIO(saved), weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's message is of many lines, and advises to load it without this check.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would call {named[1]}, which has no place there" if named else "no plain data"
+        raise pickle.UnpicklingError(reason) from None
+
+
+def restrict_unpickling() -> None:
+    """Limit, in this process, the two places where torch unpickles a checkpoint without a limit."""
+
+    def load_metadata(file: IO[bytes]) -> metadata.Metadata:
+        return _Unpickler(file, NAMES_OF_METADATA).load()
+
+    filesystem.pickle = SimpleNamespace(**vars(pickle) | {"load": load_metadata})  # type: ignore[assignment]
+    torch.serialization.clear_safe_globals()  # a distributed tensor's classes open a process group when built
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # stronger than an argument of the call

@@ -1,0 +1,236 @@
+"""Export a checkpoint as a Hugging Face folder that loads as a plain Llama.
+
+The job config that a run leaves in its dump folder says which model its checkpoints hold.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+
+from torchtitan_ext.console import make_folder
+from torchtitan_ext.data.tokenizer import load_tokenizer
+from torchtitan_ext.jobs import resume
+from torchtitan_ext.jobs.job_file import import_extension
+from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
+from torchtitan_ext.model import LighthouseModelArgs, flavors
+from torchtitan_ext.model.hf_config import llama_config
+from torchtitan_ext.model.model import meta_model
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# of its fields, those that change no encoding, beside the tokens that it names
+NAMES_AND_TEMPLATES = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "chat_template"}
+NAMES_AND_TEMPLATES |= {"clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side"}
+TEXTS = (
+    "In 2023 it was -3.5 %, wasn't it?",
+    "  def f(x):\n\n\treturn {x: [x < 1]}  \r\n",
+    "\u00c5ngstr\u00f6m e\u0301 \u00df \u00a0 \u6f22\u5b57 \u0627\u0644 \U0001f600\u200d",
+)
+JOB_FIELDS = [("model", "flavor"), ("model", "hf_assets_path"), ("training", "seq_len")]
+JOB_FIELDS += [("checkpoint", "folder"), ("lighthouse", "enable")]
+Advance = Callable[[int], None]  # gets the number done since the last call
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint and what its run's job config says of it.
+
+    path: the step-N folder. model_args: of the model under dense attention, max_seq_len that of the training.
+    lighthouse: whether the run had Lighthouse on.
+    """
+
+    path: Path
+    model_args: LighthouseModelArgs
+    tokenizer: HuggingFaceTokenizer
+    lighthouse: bool
+
+    @property
+    def adapter(self) -> BaseStateDictAdapter:
+        return Llama3StateDictAdapter(self.model_args, None)
+
+    @property
+    def in_hugging_face(self) -> bool:
+        return not (self.path / resume.METADATA).is_file()
+
+    @property
+    def _reader(self) -> FileSystemReader:
+        return (
+            self.adapter.get_hf_storage_reader(str(self.path)) if self.in_hugging_face else FileSystemReader(self.path)
+        )
+
+    def as_saved(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors in the checkpoint's names and shapes."""
+        return self.adapter.to_hf(state) if self.in_hugging_face else state
+
+    def metadata(self) -> Metadata:
+        """Raises ValueError where the checkpoint isn't complete."""
+        if not self.in_hugging_face:
+            return resume.complete_metadata(self.path)
+        try:
+            return self._reader.read_metadata()
+        except Exception as error:  # of safetensors
+            raise ValueError(
+                f"{self.path} is not a complete checkpoint ({error}); restore it, or use another"
+            ) from error
+
+    def n_bytes(self, dtype: torch.dtype) -> int:
+        """Of all weights in `dtype`."""
+        return sum(t.numel() for t in meta_model(self.model_args).parameters()) * dtype.itemsize
+
+    def load_state(
+        self, dtype: torch.dtype = torch.float32, advance: Advance = lambda n_bytes: None
+    ) -> dict[str, torch.Tensor]:
+        """The model's state dict on the CPU, without reading the rest. `advance` gets the bytes of each part."""
+        state = {
+            key: torch.empty_like(tensor, dtype=dtype, device="cpu")
+            for key, tensor in meta_model(self.model_args).state_dict().items()
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what we want
+            for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
+                part = self.as_saved({key: state[key] for key in keys})
+                dcp.load(part, storage_reader=self._reader, no_dist=True)
+                state |= self.adapter.from_hf(part) if self.in_hugging_face else part
+                advance(sum(tensor.nbytes for tensor in part.values()))
+        return state
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a step-N folder, or a run's dump folder for its newest complete step.
+
+    Raises ValueError where there is none that is complete, or the run's job config or tokenizer doesn't fit the
+    checkpoint; FileNotFoundError where it has no job config.
+    """
+    path = path.resolve()
+    is_run = (path / CONFIG_FILE).is_file()
+    if not is_run and not resume.is_saved(path):
+        raise ValueError(
+            f"{path} is not a complete checkpoint or a run's folder: it has no .metadata and no {CONFIG_FILE}; "
+            "give the step-N folder of a checkpoint that was saved to its end, or its run's folder"
+        )
+    config_file = (path if is_run else path.parents[1]) / CONFIG_FILE
+    job = read_config(config_file, JOB_FIELDS)
+    if module := job.get("experimental", {}).get("custom_import"):
+        import_extension(module, config_file)
+    if is_run:
+        path = _newest(path / job["checkpoint"]["folder"])
+    model_args, tokenizer = _trained(job, config_file)
+    checkpoint = Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
+    expected = checkpoint.as_saved(meta_model(model_args).state_dict())
+    if mismatches := resume.shape_mismatches(expected, resume.saved_shapes(checkpoint.metadata())):
+        raise ValueError(
+            f"{path} holds no model of flavor {job['model']['flavor']!r} ({len(mismatches)} of {len(expected)} "
+            f"weights: {mismatches[0]}); correct model.flavor in {config_file}"
+        )
+    return checkpoint
+
+
+def _newest(folder: Path) -> Path:
+    steps = [*resume.complete_steps(folder), *resume.complete_steps(folder, resume.HF_INDEX)]
+    if not steps:
+        raise ValueError(
+            f"{folder} holds no complete checkpoint: train with checkpoint.enable = true until the first is saved "
+            "(checkpoint.interval)"
+        )
+    return folder / f"step-{max(steps)}"
+
+
+def _trained(job: dict, config_file: Path) -> tuple[LighthouseModelArgs, HuggingFaceTokenizer]:
+    """The model and the tokenizer that a run's job config names."""
+    flavor, tokenizer = job["model"]["flavor"], job["model"]["hf_assets_path"]
+    if flavor not in flavors:
+        raise ValueError(
+            f"model.flavor = {flavor!r} in {config_file} is unknown: export with the version of this package that "
+            f"trained it; this one has {', '.join(flavors)}"
+        )
+    model_args = replace(flavors[flavor], max_seq_len=job["training"]["seq_len"])  # type: ignore[call-arg]
+    named = f"model.hf_assets_path = {tokenizer!r} in {config_file}"
+    remedy = "call from the folder that the training was launched from, or correct the path"
+    return model_args, load_tokenizer(tokenizer, named, remedy)
+
+
+def export(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32, advance: Advance = lambda n_bytes: None
+) -> None:
+    """Write config.json, model.safetensors (weights in `dtype`) and the tokenizer's files to `folder`.
+
+    Raises ValueError where `folder` isn't empty. `advance` gets the bytes read and written, `n_bytes` of the
+    checkpoint each.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
+    with TemporaryDirectory() as small_files:
+        _save_small_files(checkpoint, dtype, Path(small_files))
+        make_folder(folder)
+        state = checkpoint.adapter.to_hf(checkpoint.load_state(dtype, advance))
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        advance(checkpoint.n_bytes(dtype))
+        # The config last, so that a folder that lacks something doesn't load.
+        for file in sorted(Path(small_files).iterdir(), key=lambda file: file.name == CONFIG_FILE):
+            shutil.copy(file, folder)
+
+
+def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> None:
+    tokenizer = checkpoint.tokenizer
+    source = Path(tokenizer.tokenizer_path)
+    _save_tokenizer(tokenizer, source, folder)
+    # A tokenizer with one token for both has it between documents.
+    end = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    config = llama_config(checkpoint.model_args) | {
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": end,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        from transformers import AutoTokenizer, logging
+    except ImportError:
+        return  # not needed to export
+    logging.set_verbosity_error()  # it warns of a RoPE that a short training doesn't reach the end of
+    exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for text in TEXTS:
+        theirs, ids = exported(text).input_ids, tokenizer.encode(text, add_bos=True, add_eos=False)
+        if theirs != ids:
+            raise ValueError(
+                f"model.hf_assets_path = {str(source)!r}: transformers would encode {text!r} as {theirs}, and training "
+                f"encoded it as {ids}, so nothing is exported; look at the tokens that {source / TOKENIZER_CONFIG} "
+                "names and tokenizer.json lacks, or has with other properties"
+            )
+
+
+def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> None:
+    """The training's tokenizer, which begins a text with bos as the training's documents do.
+
+    The class that the source names may build another from the vocabulary: the one saved reads tokenizer.json as it is.
+    """
+    saved = Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos:
+        bos = [(tokenizer.bos_token, tokenizer.bos_id)]
+        saved.post_processor = TemplateProcessing(single=f"{tokenizer.bos_token} $A", special_tokens=bos)
+    saved.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, value in (tokenizer.config or {}).items():
+        if re.fullmatch(r"(?!add_)\w+_token", name):
+            token = isinstance(value, dict)  # which transformers knows by its type
+            config[name] = value | {"__type": "AddedToken"} if token else value
+        elif name in NAMES_AND_TEMPLATES:
+            config[name] = value
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if (template := source / "chat_template.jinja").is_file():
+        shutil.copy(template, folder)

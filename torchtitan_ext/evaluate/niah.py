@@ -1,0 +1,254 @@
+"""Retrieve a needle from a haystack: a digit hidden at a depth of a context, asked for at its end.
+
+Protocol (the retrieval experiment of the paper). A prompt is
+
+    <bos> filler[:a] needle filler[a:] question
+
+with the needle " The pass key is 7.", the question " The pass key is " and 62 equally likely letters and digits,
+without spaces, as filler. Filler holds digits too, so a model has to find the one after the marker. Lengths are in
+tokens of the model's own tokenizer: the whole prompt is exactly `context` of them, and a = depth percent of the filler,
+so that at depth 0 the needle follows bos (if the tokenizer has one), and at depth 100 the question follows the needle.
+The question's tokens are those that " The pass key is 0" to "... 9" share, before the answer's one token each.
+
+The model answers with the likeliest of these ten tokens, under dense attention whatever it was trained with. Trial t
+asks for the digit t mod 10, and trials come in tens: a constant answer scores exactly 0.1. A prompt depends only on
+seed, context, depth and trial.
+"""
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from torchtitan_ext.data.passkey import FILLER, QUESTION, encode, needle, question_and_answers
+from torchtitan_ext.data.tokenizer import load_tokenizer
+from torchtitan_ext.figures import markdown_table, new_figure
+from torchtitan_ext.jobs.recorded import CONFIG_FILE
+from torchtitan_ext.model import LighthouseTransformer
+
+from .export_hf import Advance, find_checkpoint
+
+DEPTHS = (0, 15, 30, 50, 70, 85, 100)  # percent
+CONTEXTS = (4096, 8192, 16384, 32768, 65536, 98304)  # tokens
+
+# [B, N] tokens, int64, on the CPU -> [B, vocab_size] logits of the token that follows the last
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint to evaluate, its weights not read yet.
+
+    name: a short one, for a folder. max_context: tokens that it was trained for. lighthouse: whether its run had
+    Lighthouse on. load: its logits on a device, with weights in a dtype.
+    """
+
+    path: Path
+    name: str
+    tokenizer: HuggingFaceTokenizer
+    max_context: int
+    lighthouse: bool
+    load: Callable[[torch.device, torch.dtype], Logits] = field(repr=False)
+
+
+def find_candidate(path: Path) -> Candidate:
+    """The checkpoint at `path`: torchtitan's, as `find_checkpoint` takes it, or a Hugging Face folder.
+
+    Raises ValueError where there is none, or what it needs is missing.
+    """
+    path = path.resolve()
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        config = {}  # for find_checkpoint to judge
+    if "model_type" in config:
+        return _hugging_face(path)
+
+    checkpoint = find_checkpoint(path)
+    path, args = checkpoint.path, checkpoint.model_args
+
+    def load(device: torch.device, dtype: torch.dtype) -> Logits:
+        with torch.device(device):
+            model = LighthouseTransformer(args)
+        state = {key: value.to(device) for key, value in checkpoint.load_state(dtype).items()}
+        # Assigned, not copied: so the parameters take on dtype, and RoPE's table keeps its own.
+        model.load_state_dict(state, assign=True)
+        _only_last(model.output)
+        return lambda tokens: model(tokens.to(device))[:, -1]
+
+    name = f"{path.parents[1].name}-{path.name}"
+    return Candidate(path, name, checkpoint.tokenizer, args.max_seq_len, checkpoint.lighthouse, load)
+
+
+def _hugging_face(path: Path) -> Candidate:
+    tokenizer = load_tokenizer(path, str(path), "put the model's tokenizer.json beside its weights")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def load(device: torch.device, dtype: torch.dtype) -> Logits:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+        torch.nn.Module.to(model, device)
+        _only_last(model.get_output_embeddings())
+        return lambda tokens: model(tokens.to(device), use_cache=False).logits[:, -1]
+
+    max_context = AutoConfig.from_pretrained(path).max_position_embeddings
+    return Candidate(path, path.name, tokenizer, max_context, False, load)
+
+
+def _only_last(projection: torch.nn.Module) -> None:
+    """Logits only of the last position: those of a long context would be its largest tensor by far."""
+    projection.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, -1:],))
+
+
+class Prompts:
+    """Builds prompts in a tokenizer's tokens. Raises ValueError where a digit after the question is not one token.
+
+    answers: the ids of the ten digits' tokens. shortest: tokens of a prompt without filler.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer):
+        self._tokenizer = tokenizer
+        self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self._question, self.answers = question_and_answers(tokenizer)
+        self._needle_end = encode(tokenizer, needle("").removeprefix(QUESTION))
+        self.shortest = len(self._start) + 2 * len(self._question) + 1 + len(self._needle_end)
+
+    def __call__(self, context: int, depth: int, trial: int, seed: int) -> list[int]:
+        """The prompt's `context` tokens; `context` must be `shortest` at least."""
+        rng = random.Random(f"{seed} {context} {depth} {trial}")
+        n_filler = context - self.shortest
+        filler: list[int] = []
+        while len(filler) < n_filler:  # at most one token per character
+            filler += encode(self._tokenizer, "".join(rng.choices(FILLER, k=n_filler - len(filler))))
+        at = round(n_filler * depth / 100)
+        hidden = [*self._question, self.answers[trial % 10], *self._needle_end]
+        return [*self._start, *filler[:at], *hidden, *filler[at:], *self._question]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to evaluate: contexts in tokens, depths in percent of the filler, trials per context and depth."""
+
+    contexts: tuple[int, ...]
+    depths: tuple[int, ...] = DEPTHS
+    trials: int = 10
+    seed: int = 0
+    batch_size: int = 10
+
+    def check(self, prompts: Prompts, candidate: Candidate) -> None:
+        """Raises ValueError for settings that can't be evaluated."""
+        longest, shortest = candidate.max_context, prompts.shortest
+        trained = f"context of {longest} tokens that {candidate.path} was trained for"
+        if not self.contexts:
+            raise ValueError(f"the {trained} is below all of {', '.join(map(str, CONTEXTS))}: give --contexts")
+        for option, wrong, reason in (
+            ("contexts", [n for n in self.contexts if n > longest], f"exceed the {trained}: leave them out"),
+            ("contexts", [n for n in self.contexts if n < shortest], f"hold no question: give {shortest} or more"),
+            ("depths", [depth for depth in self.depths if not 0 <= depth <= 100], "are no percentages: give 0 to 100"),
+            ("trials", [self.trials] * (self.trials % 10 > 0), "hide some digits more often: give a multiple of 10"),
+        ):
+            if wrong:
+                raise ValueError(f"--{option}: {', '.join(map(str, wrong))} {reason}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The trials of a context and a depth; answers: the digit given in each, in the trials' order."""
+
+    context: int
+    depth: int
+    answers: str
+
+    @property
+    def correct(self) -> int:
+        return sum(int(answer) == trial % 10 for trial, answer in enumerate(self.answers))
+
+
+@torch.inference_mode()
+def evaluate(
+    logits: Logits, prompts: Prompts, settings: Settings, advance: Advance = lambda n_tokens: None
+) -> list[Cell]:
+    """Every cell, by context and depth as `settings` has them. `advance` gets the tokens of each batch.
+
+    Raises ValueError where the device's memory doesn't hold a batch, or the logits aren't finite.
+    """
+    cells = {}
+    # The longest first: if it is too long for the device, that shows at once.
+    for context, depth in product(sorted(settings.contexts, reverse=True), settings.depths):
+        answers = ""
+        for start in range(0, settings.trials, settings.batch_size):
+            trials = range(settings.trials)[start : start + settings.batch_size]
+            tokens = torch.tensor([prompts(context, depth, trial, settings.seed) for trial in trials])
+            try:
+                of_digits = logits(tokens)[:, prompts.answers]  # [B, 10]
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"out of memory with --batch-size = {settings.batch_size} at context {context}: give a smaller "
+                    "--batch-size, or leave it out of --contexts"
+                ) from error
+            if not of_digits.isfinite().all():
+                raise ValueError(
+                    f"the model's logits at context {context} are not finite: its training diverged, or the "
+                    "checkpoint is damaged"
+                )
+            answers += "".join(map(str, of_digits.argmax(-1).tolist()))
+            advance(tokens.numel())
+        cells[context, depth] = Cell(context, depth, answers)
+    return [cells[place] for place in product(settings.contexts, settings.depths)]
+
+
+def write(
+    folder: Path, candidate: Candidate, settings: Settings, cells: Sequence[Cell], dtype: torch.dtype
+) -> tuple[str, list[Path]]:
+    """table.md, niah.json and heatmap.png in `folder`; returns the table and the paths written."""
+    n_trials = len(cells) * settings.trials
+    mean = sum(cell.correct for cell in cells) / n_trials
+    error = math.sqrt(mean * (1 - mean) / n_trials)
+    name, precision = os.path.relpath(candidate.path), str(dtype).removeprefix("torch.")
+    record = {
+        "checkpoint": name,
+        "trained_with_lighthouse": candidate.lighthouse,
+        "max_context": candidate.max_context,
+        "dtype": precision,
+        **asdict(settings),
+        "mean": mean,
+        "standard_error": error,
+        "cells": [asdict(cell) | {"correct": cell.correct, "mean": cell.correct / settings.trials} for cell in cells],
+    }
+    # [depth, context]
+    shares = np.array([cell.correct / settings.trials for cell in cells]).reshape(len(settings.contexts), -1).T
+    contexts = [f"{context:,}" for context in settings.contexts]
+    rows = [[f"{depth} %", *row, row.mean()] for depth, row in zip(settings.depths, shares, strict=True)]
+    rows.append(["mean", *shares.mean(0), mean])
+    body = [[title, *(f"{share:.2f}" for share in row)] for title, *row in rows]
+    body[-1][-1] = f"**{body[-1][-1]}**"
+    text = (
+        f"Retrieval under dense attention, {name}: mean {mean:.3f} ± {error:.3f} (standard error), {settings.trials} "
+        f"trials per cell, seed {settings.seed}, {precision}. Context in tokens; chance is 0.1.\n\n"
+        f"{markdown_table(['depth', *contexts, 'mean'], body, 'r' * (len(contexts) + 2))}\n"
+    )
+    figure = new_figure(2.5 + 0.8 * len(contexts), 1.5 + 0.45 * len(settings.depths))
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share < 0.6 else "black")
+    axes.set_xticks(range(len(contexts)), contexts)
+    axes.set_yticks(range(len(settings.depths)), map(str, settings.depths))
+    axes.set(xlabel="context (tokens)", ylabel="depth (%)")
+    axes.set_title(f"{name}\nmean {mean:.3f}", fontsize="medium")
+    figure.colorbar(image, label="share of digits retrieved (chance 0.1)")
+
+    paths = [folder / file for file in ("table.md", "niah.json", "heatmap.png")]
+    paths[0].write_text(text)
+    paths[1].write_text(json.dumps(record, indent=2) + "\n")
+    figure.savefig(paths[2], dpi=150)
+    return text, paths

@@ -1,0 +1,41 @@
+"""Ablation grids: cells, each a stage 1 and a stage 2 with settings of its own."""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torchtitan_ext.jobs.job_file import parse_job
+
+from . import runner
+
+
+def read_grid(file: Path) -> dict[str, list[str]]:
+    """The torchtitan arguments of each cell by its name. Raises ValueError if the file is no grid."""
+    try:
+        return {cell["run"]: [*_arguments(cell["settings"])] for cell in tomllib.loads(file.read_text())["ablations"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--grid {file} is no grid ({error!r}): give a TOML file of [[ablations]], each with a run and its "
+            "settings, like configs/published.toml"
+        ) from error
+
+
+def _arguments(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    for section, fields in settings.items():
+        for field, value in fields.items():
+            yield f"--{section}.{field}"
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def plan(
+    cells: Mapping[str, list[str]], configs: Path, output: Path, splits: Sequence[int], overrides: Sequence[str]
+) -> list[runner.PlannedRun]:
+    """The runs of each cell, into a folder of its name: the job files in `configs`, its settings and the overrides."""
+    splits = splits or [parse_job(configs / "stage2.toml", overrides).training.steps * 10 // 16]
+    runs = []
+    for name, settings in cells.items():
+        both, only = [*settings, *overrides], ("stage1", "stage2")
+        experiment = runner.plan(configs, output / name, splits=splits, only=only, overrides=both)
+        runs += [replace(run, name=f"{name}/{run.name}") for run in experiment]
+    return runs

@@ -1,0 +1,127 @@
+"""Read a run's records: its TensorBoard events and the job that it leaves behind.
+
+torchtitan opens a new event file at each process start, so a run that was killed and resumed has several; `read_run`
+makes one curve of them.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torchtitan_ext.jobs.recorded import CONFIG_FILE, LOG_FREQ, N_DEVICES, read_config
+
+LOSS = "loss_metrics/global_avg_loss"
+TOKENS_PER_SECOND = "throughput(tps)"
+SECONDS = "time_metrics/end_to_end(s)"
+VALIDATION_LOSS = "validation_metrics/loss"
+# of each logged point, by field of Run
+TAGS = {"loss": LOSS, "tokens_per_second": TOKENS_PER_SECOND, "seconds": SECONDS}
+TAGS |= {"n_devices": N_DEVICES, "log_freqs": LOG_FREQ}
+# what is read of the job
+CONFIG_FIELDS = (("training", "steps"), ("training", "seq_len"), ("model", "flavor"), ("debug", "seed"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One curve, a value per logged step: every array has shape [n_logged], those of validation [n_validated].
+
+    step: strictly increasing. loss: nats per token. tokens_per_second: of one device. seconds: wall time since the
+    point logged before (or since the process start). n_devices: devices at work. log_freqs: `metrics.log_freq`, which
+    a later start may have changed. starts: True at the first point of each process start, whose time includes loading
+    and compilation. validation_loss: under the run's own attention; the time of validation is in none of the others.
+    """
+
+    folder: Path
+    config: dict
+    step: np.ndarray
+    loss: np.ndarray
+    tokens_per_second: np.ndarray
+    seconds: np.ndarray
+    n_devices: np.ndarray
+    log_freqs: np.ndarray
+    starts: np.ndarray
+    validation_step: np.ndarray
+    validation_loss: np.ndarray
+
+    @property
+    def total_steps(self) -> int:
+        return self.config["training"]["steps"]
+
+    @property
+    def log_freq(self) -> int:
+        """The largest of any start."""
+        return int(self.log_freqs.max())
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.step[-1] > self.total_steps - self.log_freqs[-1])
+
+    @property
+    def device_hours(self) -> np.ndarray:
+        """Device-hours spent up to and with each logged step, [n_logged].
+
+        Work that a kill threw away is left out: only the steps that led to the result count.
+        """
+        return np.cumsum(self.seconds * self.n_devices) / 3600
+
+    def gaps(self, start: int) -> list[tuple[int, int]]:
+        """Pairs of steps, from `start` on, between which a kill lost what TensorBoard had not written yet."""
+        pairs = zip(pairwise([start, *self.step.tolist()]), self.log_freqs, strict=True)
+        return [(a, b) for (a, b), log_freq in pairs if b - a > log_freq]
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run dumped into `folder` (its `job.dump_folder`), or None if nothing is logged yet.
+
+    Where a resumed process repeats steps, the later process's points replace every older one from its first step on.
+    Raises FileNotFoundError if the records lack the job, ValueError if they lack a scalar.
+    """
+    starts = [points for file in folder.glob("**/events.out.tfevents.*") if (points := _read_start(file))]
+    if not starts:
+        return None
+    config = read_config(folder / CONFIG_FILE, CONFIG_FIELDS)
+    starts.sort(key=lambda points: points["wall_time"][0])
+    merged = starts[0]
+    for points in starts[1:]:
+        first = points["step"][0]
+        valid, validation_valid = merged["step"] < first, merged["validation_step"] < first
+        for name, later in points.items():
+            older = merged[name][validation_valid if name.startswith("validation") else valid]
+            merged[name] = np.concatenate([older, later])
+    del merged["wall_time"]
+    # torchtitan divides by log_freq whatever the number of steps since the last point
+    merged["seconds"] = merged["seconds"] * merged["log_freqs"]
+    return Run(folder=folder, config=config, **merged)
+
+
+def read_scalars(file: Path) -> dict[str, list[Any]]:
+    """The points of an event file by tag, each with its step, value and wall_time."""
+    events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def _read_start(file: Path) -> dict[str, np.ndarray] | None:
+    """The points of one process start by field of Run, or None if it was killed before it logged any."""
+    logged = read_scalars(file)
+    losses, validated = logged.get(LOSS, []), logged.get(VALIDATION_LOSS, [])
+    # a kill can cut the last point short: some of its scalars are written, some are not
+    n_logged = min(len(logged.get(tag, [])) for tag in TAGS.values())
+    if n_logged == 0:
+        if len(losses) > 1:
+            missing = next(tag for tag in TAGS.values() if tag not in logged)
+            raise ValueError(
+                f"{file} has no scalar '{missing}': train with model.name = 'llama3_lighthouse', which logs it"
+            )
+        return None
+    points = {name: np.array([point.value for point in logged[tag][:n_logged]]) for name, tag in TAGS.items()}
+    return points | {
+        "step": np.array([point.step for point in losses[:n_logged]]),
+        "wall_time": np.array([point.wall_time for point in losses[:n_logged]]),
+        "starts": np.arange(n_logged) == 0,
+        "validation_step": np.array([point.step for point in validated], dtype=int),
+        "validation_loss": np.array([point.value for point in validated]),
+    }

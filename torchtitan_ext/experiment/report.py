@@ -1,0 +1,375 @@
+"""Report a split-point experiment: its table and its plot, made from the runs' own records.
+
+An experiment is a folder that holds one run each for `dense` (from scratch), `stage1` (Lighthouse) and
+`stage2-<split>` (dense, from stage 1's checkpoint at step <split>).
+
+Definitions. T is the step at which stage 2 and dense end. The window W is T // 100 steps, but no fewer than 5 and no
+fewer than metrics.log_freq, so that it always holds a logged step. Means are over the logged steps of a window.
+
+- before: mean loss of stage 1 over the steps in (split - W, split].
+- jump: loss at stage 2's first logged step, minus before. Nats.
+- recovery: the smallest n, W at least, for which stage 2's mean loss over the steps in (split + n - W, split + n] is at
+  most before; none where the run ends first.
+- final loss: mean loss over the steps in (T - W, T]. Difference: final loss minus dense's.
+- validation loss: the last one of a finished run that validates; difference as above.
+- dense at equal hours: dense's validation loss when it had spent the split's device-hours; linear between two points.
+  Training losses are of other batches at other times, so they don't compare.
+- device-hours: Run.device_hours; for a split, stage 1's up to the split and stage 2's.
+- tok/s per device: median over the logged steps, the first one of each process start left out. For a split, of
+  stage 1 up to the split.
+"""
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchtitan_ext import figures
+from torchtitan_ext.console import make_folder
+from torchtitan_ext.figures import markdown_table
+
+from .records import Run, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILES = ("table.md", "table.csv", "curves.csv", "loss.png")
+# columns of curves.csv, the logged points that everything is made of
+CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
+TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
+
+
+def _number(x: float) -> str:
+    return f"{x:.1f}" if x >= 10 else f"{x:#.3g}"
+
+
+_loss, _signed, _count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
+# title and form of each column of the table
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "run": ("run", str),
+    "device_hours": ("device-hours", _number),
+    "ktok_s": ("stage-1 tok/s per device (k)", _number),
+    "final_loss": ("final loss", _loss),
+    "jump": ("jump (nats)", _signed),
+    "recovery": ("steps to recover", _count),
+    "difference": ("difference from dense", _signed),
+    "validation_loss": ("validation loss", _loss),
+    "validation_difference": ("difference from dense", _signed),
+    "dense_at_equal_hours": ("dense at equal hours", _loss),
+}
+
+
+# A row of the table lacks what the records don't (yet) say; a value that was published as a range is a string.
+Row = dict[str, Any]
+
+
+def cell(row: Row, column: str) -> str:
+    value = row.get(column)
+    if column == "recovery" and value is None and "jump" in row:
+        return f"not within {row['steps_after_switch']:,}"
+    return value if isinstance(value, str) else _cell(value, COLUMNS[column][1])
+
+
+def _cell(value: float | None, form: Callable[[Any], str]) -> str:
+    return "-" if value is None else form(value)
+
+
+def compare(row: Row, dense: Row) -> None:
+    """Add the row's differences from dense."""
+    for loss, difference in (("final_loss", "difference"), ("validation_loss", "validation_difference")):
+        if loss in row and loss in dense:
+            row[difference] = row[loss] - dense[loss]
+
+
+def deciding_loss(row: Row) -> float | None:
+    """On the validation documents if there are any."""
+    return row.get("validation_loss", row.get("final_loss"))
+
+
+def markdown_rows(rows: Sequence[Row]) -> str:
+    """The columns in which any row has a value."""
+    shown = [c for c in COLUMNS if any(cell(row, c) != "-" for row in rows)]
+    return markdown_table([COLUMNS[c][0] for c in shown], [[cell(row, c) for c in shown] for row in rows])
+
+
+@dataclass
+class Experiment:
+    dense: Run | None
+    stage1: Run | None
+    tails: dict[int, Run | None]  # by split, latest first
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those that have records, in the table's order."""
+        return [run for run in (self.dense, self.stage1, *self.tails.values()) if run]
+
+    @property
+    def validated(self) -> bool:
+        return any(run.validation_loss.size for run in self.runs)
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """The experiment in `folder`; a run of which nothing is logged yet is None.
+
+    Raises FileNotFoundError if no run of the experiment is there.
+    """
+    splits = [int(m[1]) for p in folder.glob("*") if (m := re.fullmatch(r"stage2-(\d+)", p.name))]
+    tails = {split: read_run(folder / f"stage2-{split}") for split in sorted(splits, reverse=True)}
+    experiment = Experiment(read_run(folder / "dense"), read_run(folder / "stage1"), tails)
+    if not experiment.runs:
+        raise FileNotFoundError(
+            f"{folder} holds no records of a run: expected TensorBoard events under dense/, stage1/ or "
+            "stage2-<split>/, as python -m torchtitan_ext splits leaves them"
+        )
+    return experiment
+
+
+def window(total_steps: int, log_freq: int) -> int:
+    return max(5, total_steps // 100, log_freq)
+
+
+def mean_loss(step: np.ndarray, loss: np.ndarray, end: int, window: int) -> float:
+    """Mean of the losses [n_logged] logged at the steps in (end - window, end]; NaN for none."""
+    inside = (step > end - window) & (step <= end)
+    return float(loss[inside].mean()) if inside.any() else float("nan")
+
+
+def recovery(step: np.ndarray, loss: np.ndarray, split: int, before: float, window: int) -> int | None:
+    """Steps after `split` until stage 2's trailing mean loss is at most `before`, or None."""
+    for end in step[step >= split + window]:
+        if mean_loss(step, loss, end, window) <= before:
+            return int(end - split)
+    return None
+
+
+def batch_noise(run: Run) -> float:
+    """Standard deviation of the loss between batches, from neighbours in the later half; NaN if too few are logged."""
+    steps = np.diff(run.loss[len(run.loss) // 2 :])
+    return float(steps.std() / np.sqrt(2)) if steps.size else float("nan")
+
+
+def hours_at(run: Run, step: int) -> float:
+    """Device-hours that `run` had spent at `step`; linear between two logged steps."""
+    return float(np.interp(step, [0, *run.step], [0.0, *run.device_hours]))
+
+
+def table(experiment: Experiment) -> list[Row]:
+    """One row for dense, then one per split."""
+    dense, stage1 = experiment.dense, experiment.stage1
+    rows: list[Row] = [{"run": "dense", "status": _status(dense)}]
+    if dense:
+        rows[0] |= _speed(dense, dense.total_steps)
+        if dense.finished:
+            rows[0] |= {"device_hours": float(dense.device_hours[-1]), **_final_losses(dense)}
+
+    for split, tail in experiment.tails.items():
+        row: Row = {"run": f"split at {split:,}", "status": _status(tail, split)}
+        rows.append(row)
+        reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freqs[-1] else None
+        if reached:
+            row |= _speed(reached, split)
+        if tail is None:
+            continue
+        row |= {"run": _label(split, tail), "steps_after_switch": int(tail.step[-1]) - split}
+        if reached:
+            w = window(tail.total_steps, tail.log_freq)
+            before = mean_loss(reached.step, reached.loss, split, w)
+            row["jump"] = float(tail.loss[0]) - before
+            row["recovery"] = recovery(tail.step, tail.loss, split, before, w)
+        if tail.finished:
+            row |= _final_losses(tail)
+            compare(row, rows[0])
+            if reached:
+                row["device_hours"] = hours_at(reached, split) + float(tail.device_hours[-1])
+                row |= _at_equal_hours(dense, row["device_hours"])
+    return rows
+
+
+def _speed(run: Run, upto: int) -> Row:
+    steady = (run.step <= upto) & ~run.starts
+    return {"ktok_s": float(np.median(run.tokens_per_second[steady])) / 1000} if steady.any() else {}
+
+
+def _final_losses(run: Run) -> Row:
+    final = mean_loss(run.step, run.loss, run.total_steps, window(run.total_steps, run.log_freq))
+    validation = {"validation_loss": float(run.validation_loss[-1])} if run.validation_loss.size else {}
+    return {"final_loss": final} | validation
+
+
+def _at_equal_hours(dense: Run | None, hours: float) -> Row:
+    """Nothing if dense has not (yet) spent so many device-hours, or isn't validated."""
+    if dense is None or hours > dense.device_hours[-1] or not dense.validation_step.size:
+        return {}
+    spent = [hours_at(dense, end) for end in dense.validation_step]
+    return {"dense_at_equal_hours": float(np.interp(hours, spent, dense.validation_loss))}
+
+
+def _status(run: Run | None, start: int = 0) -> str:
+    if run is None:
+        return "not started"
+    if not run.finished:
+        return f"unfinished, at step {run.step[-1]:,} of {run.total_steps:,}"
+    if gaps := ", ".join(f"{a:,} to {b:,}" for a, b in run.gaps(start)):
+        return f"finished, but nothing is recorded between steps {gaps}"
+    return "finished"
+
+
+def _label(split: int, tail: Run) -> str:
+    return f"{split:,} + {tail.total_steps - split:,}"
+
+
+def write(
+    folder: Path, output: Path, published: dict, other_seeds: Sequence[Path] = (), ablations: Sequence[Path] = ()
+) -> tuple[str, list[Path]]:
+    """Make FILES of the experiment in `folder` in `output`; returns the Markdown and the paths written.
+
+    published: what configs/published.toml holds. other_seeds: folders of the same experiment from other seeds, or
+    parts of it. ablations: folders of experiments with other settings of Lighthouse. table.md compares them.
+    """
+    experiment = read_experiment(folder)
+    paths = [make_folder(output) / name for name in FILES]
+    text = markdown(experiment, published)
+    if other_seeds:
+        text += seeds_table([experiment, *map(read_experiment, other_seeds)])
+    if ablations:
+        text += ablations_table(experiment, [*map(read_experiment, ablations)])
+    paths[0].write_text(text)
+    with paths[1].open("w", newline="") as file:
+        rows = csv.DictWriter(file, [*COLUMNS, "steps_after_switch", "status"])
+        rows.writeheader()
+        rows.writerows(table(experiment))
+    with paths[2].open("w", newline="") as file:
+        points = csv.writer(file)
+        points.writerow(["run", *CURVES, "validation_loss"])
+        for run in experiment.runs:
+            validated = dict(zip(run.validation_step, run.validation_loss, strict=True))
+            for point in zip(*(getattr(run, name) for name in CURVES), strict=True):
+                values = (*point, validated.get(point[0]))
+                points.writerow([run.folder.name, *("" if x is None else f"{x:.7g}" for x in values)])
+    draw(experiment).savefig(paths[3], dpi=150)
+    return text, paths
+
+
+def markdown(experiment: Experiment, published: dict) -> str:
+    """Our table, then the published rows, each labelled for what it is."""
+    run = experiment.runs[0]
+    n_devices, w = int(run.n_devices[-1]), window(run.total_steps, run.log_freq)
+    status = {"dense": _status(experiment.dense), "stage1": _status(experiment.stage1)}
+    status |= {f"stage2-{split}": _status(tail, split) for split, tail in experiment.tails.items()}
+    lacking = "".join(f"- {name}: {how}\n" for name, how in status.items() if how != "finished")
+    lacking += "\n" if lacking else ""
+    dense, *splits = published["split_points"]
+    theirs = [dense, *({"jump": published["jump"], "recovery": published["recovery"], **row} for row in splits)]
+    for row in theirs[1:]:
+        compare(row, dense)
+    return f"""**Measured**: {run.config["model"]["flavor"]}, seq_len {run.config["training"]["seq_len"]:,}, \
+{n_devices} {"device" if n_devices == 1 else "devices"}
+
+{markdown_rows(table(experiment))}
+
+Losses in nats per token, means over {w} steps; recovery counts the steps after the switch until the mean of the \
+last {w} is back at its level before. From batch to batch the loss varies by {batch_noise(run):.3f}: a jump has to be \
+seen against that.
+
+{lacking}**Published, not measured here**: {published["source"]}, {published["hardware"]}, {published["setting"]}
+
+{markdown_rows(theirs)}
+"""
+
+
+def seeds_table(experiments: Sequence[Experiment]) -> str:
+    """The final loss of the same runs from several seeds, and how far the seeds lie apart.
+
+    Raises ValueError for two experiments of one seed.
+    """
+    losses: dict[tuple[str, int], float] = {}
+    for experiment in experiments:
+        seed = experiment.runs[0].config["debug"]["seed"]
+        for row in table(experiment):
+            if (loss := deciding_loss(row)) is not None:
+                if (row["run"], seed) in losses:
+                    raise ValueError(f"two experiments are of debug.seed = {seed}: give folders of different seeds")
+                losses[row["run"], seed] = loss
+    seeds, body = sorted({seed for _, seed in losses}), []
+    for run in dict.fromkeys(run for run, _ in losses):
+        by_seed = [losses.get((run, seed)) for seed in seeds]
+        there = [loss for loss in by_seed if loss is not None]
+        spread = max(there) - min(there) if len(there) > 1 else None
+        body.append([run, *(_cell(loss, _loss) for loss in (*by_seed, spread))])
+    head = ["run", *(f"seed {seed}" for seed in seeds), "spread"]
+    title = f"final {'validation loss' if experiments[0].validated else 'loss'}"
+    return f"\n**From seed to seed**: {title}\n\n{markdown_table(head, body)}\n"
+
+
+def ablations_table(default: Experiment, others: Sequence[Experiment]) -> str:
+    """Experiments with other settings of Lighthouse beside the default one, at the splits that they have."""
+    splits = {split for other in others for split in other.tails}
+    losses = {split: deciding_loss(row) for split, row in zip(default.tails, table(default)[1:], strict=True)}
+    names = ("run", "ktok_s", "device_hours", "jump", "recovery", "final_loss", "validation_loss")
+    usual, body = default.runs[-1].config["lighthouse"], []
+    for experiment in (default, *others):
+        settings = experiment.runs[-1].config["lighthouse"]
+        changed = [f"{name} = {value}" for name, value in settings.items() if value != usual[name]]
+        for split, row in zip(experiment.tails, table(experiment)[1:], strict=True):
+            if split in splits:
+                ours, usually = deciding_loss(row), losses.get(split)
+                difference = "-" if ours is None or usually is None else _signed(ours - usually)
+                body.append([", ".join(changed) or "the default", *(cell(row, name) for name in names), difference])
+    head = ["settings", *(COLUMNS[name][0] for name in names), "difference"]
+    return f"\n**Other settings of Lighthouse**\n\n{markdown_table(head, body, 'll' + 'r' * 7)}\n"
+
+
+def draw(experiment: Experiment) -> "Figure":
+    """Loss against steps and against device-hours.
+
+    Raw points are pale, their trailing mean over the window on top; crosses are validation, a ring is where stage 1
+    hands over and a dotted line the jump.
+    """
+    stage1, runs = experiment.stage1, experiment.runs
+    w = max(window(run.total_steps, run.log_freq) for run in runs)
+    figure = figures.new_figure(12, 5)
+    panels = figure.subplots(1, 2, sharey=True)
+
+    def curve(run: Run | None, label: str, color: str, split: int = 0) -> None:
+        if run is None:
+            return
+        hours = hours_at(stage1, split) if stage1 else 0.0
+        smooth = [mean_loss(run.step, run.loss, end, w) for end in run.step]
+        for panel, x, x0 in zip(panels, (run.step, hours + run.device_hours), (split, hours), strict=True):
+            panel.plot(x, run.loss, color=color, alpha=0.25, linewidth=0.8)
+            panel.plot(x, smooth, color=color, linewidth=1.6, label=label)
+            panel.plot(np.interp(run.validation_step, run.step, x), run.validation_loss, "x", color=color, markersize=5)
+            if stage1 and split:
+                before = mean_loss(stage1.step, stage1.loss, split, w)
+                panel.plot([x0, x[0]], [before, run.loss[0]], ":", color=color, linewidth=1.2)
+                panel.plot(x0, before, "o", color=figures.BLUE, markerfacecolor="white", zorder=5)
+
+    curve(experiment.dense, "dense from scratch", figures.BLACK)
+    curve(stage1, "stage 1: Lighthouse", figures.BLUE)
+    for (split, tail), color in zip(experiment.tails.items(), cycle(TAIL_COLORS)):
+        curve(tail, f"{_label(split, tail)}: dense" if tail else "", color, split)
+    if stage1 and any(experiment.tails.values()):
+        panels[1].plot([], [], "o", color=figures.BLUE, markerfacecolor="white", label="switch")
+    if experiment.validated:
+        panels[1].plot([], [], "x", color="0.4", markersize=5, label="validation")
+
+    # the fall of the first steps would flatten all that follows
+    later = np.concatenate([run.loss[run.step > run.total_steps / 10] for run in runs])
+    if (later := later[np.isfinite(later)]).size:
+        margin = 0.05 * np.ptp(later) or 0.1
+        panels[0].set_ylim(later.min() - margin, later.max() + margin)
+    panels[0].set(xlabel="step", ylabel="training loss (nats per token)")
+    panels[0].xaxis.set_major_formatter("{x:,.0f}")
+    panels[1].set(xlabel="device-hours")
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[1].get_legend_handles_labels()
+    columns = len(labels) if len(labels) < 7 else 4  # more don't fit into one row
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    return figure

@@ -1,0 +1,217 @@
+"""Run a split-point experiment: dense from scratch, stage 1, and stage 2 from each split.
+
+Each run is one torchrun of torchtitan_ext.train with one of the folder's three TOMLs. What is done is skipped; what was
+interrupted continues from its own newest checkpoint.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan.config import JobConfig
+
+from torchtitan_ext.console import CommandFailed, make_folder
+from torchtitan_ext.jobs.folder_lock import LOCK, lock
+from torchtitan_ext.jobs.job_file import parse_job
+from torchtitan_ext.jobs.launch import torchrun, training
+from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
+from torchtitan_ext.jobs.resume import complete_steps, is_saved, remove_half_saved
+from torchtitan_ext.jobs.rules import check_job
+from torchtitan_ext.progress import Display
+
+STAGES = ("dense", "stage1", "stage2")
+LOG = "log.txt"
+
+
+@dataclass
+class PlannedRun:
+    """One run: `config_file` into `folder`, from step `start` (0, or the split) to `steps`."""
+
+    name: str
+    config_file: Path
+    folder: Path
+    config: JobConfig
+    start: int
+    steps: int
+    overrides: tuple[str, ...] = ()  # torchtitan arguments
+    load: Path | None = None  # the checkpoint that it starts from
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / self.config.checkpoint.folder / f"step-{step}"
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is complete."""
+        return is_saved(self.checkpoint(step))
+
+    @property
+    def newest(self) -> int:
+        """The step that a launch starts from."""
+        return max([self.start, *complete_steps(self.checkpoint(0).parent)])
+
+    @property
+    def done(self) -> bool:
+        return self.has(self.steps)
+
+
+def plan(
+    configs: Path,
+    output: Path,
+    *,
+    splits: Sequence[int] = (),
+    only: Sequence[str] = STAGES,
+    overrides: Sequence[str] = (),
+) -> list[PlannedRun]:
+    """The runs of the experiment that `configs` describes, in order.
+
+    configs: folder of dense.toml, stage1.toml and stage2.toml. splits: steps at which stage 2 takes over; by default
+    10, 11 and 12 sixteenths of stage 2's training.steps. only: which of STAGES. overrides: torchtitan arguments added
+    to every run. Raises ValueError, naming field, value and remedy, for anything that would stop or spoil a later run.
+    """
+    # what is to run first: a message names its file, not one that is only compared with
+    order = sorted(STAGES, key=lambda stage: stage not in only)
+    files = {stage: configs / f"{stage}.toml" for stage in STAGES}
+    loaded = {stage: load_job(files[stage], overrides) for stage in order}
+    total = loaded["stage2"].training.steps
+    splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
+
+    def planned(stage: str, name: str, start: int, steps: int, load: Path | None = None):
+        return PlannedRun(name, files[stage], output / name, loaded[stage], start, steps, tuple(overrides), load)
+
+    dense = planned("dense", "dense", 0, total)
+    stage1 = planned("stage1", "stage1", 0, splits[-1])
+    tails = [planned("stage2", f"stage2-{split}", split, total, stage1.checkpoint(split)) for split in splits]
+    runs = {"dense": [dense], "stage1": [stage1], "stage2": tails}
+    chosen = [run for stage in STAGES if stage in only for run in runs[stage]]
+    problems = [*_split_problems(dense, stage1, tails), *(problem for run in chosen for problem in _changed(run))]
+    if "stage2" in only:
+        problems += _missing_starts(stage1, tails, "stage1" in only)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return chosen
+
+
+def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
+    """The job config, checked as the job itself will check it, its checkpoints left out. Raises ValueError."""
+    config = parse_job(file, overrides)
+    checked = deepcopy(config)
+    checked.checkpoint.enable, checked.checkpoint.initial_load_path = False, None
+    try:
+        check_job(checked)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if (interval := config.checkpoint.interval) < 1:
+        raise ValueError(f"{file}: checkpoint.interval = {interval}: must be 1 or more")
+    return config
+
+
+def _split_problems(dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRun]) -> Iterator[str]:
+    total, steps, checkpoint = tails[0].steps, stage1.config.training.steps, stage1.config.checkpoint
+    if (dense_steps := dense.config.training.steps) != total:
+        yield (
+            f"{dense.config_file}: training.steps = {dense_steps}, but {tails[0].config_file} ends at {total}: set "
+            "both alike, or their final losses don't compare"
+        )
+    for split in (tail.start for tail in tails):
+        if not 0 < split < total:
+            yield f"split {split}: must lie between 0 and stage 2's training.steps = {total}"
+        elif split > steps:
+            yield f"split {split}: {stage1.config_file} ends at training.steps = {steps}; split earlier or raise it"
+        elif split % checkpoint.interval:
+            yield (
+                f"split {split}: {stage1.config_file} saves every checkpoint.interval = {checkpoint.interval} steps; "
+                "choose a multiple of it"
+            )
+    n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
+    if 0 < checkpoint.keep_latest_k < n_checkpoints:
+        yield (
+            f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k} would delete step "
+            f"{tails[0].start} before stage 2 starts from it; set it to 0 (keep all) or to {n_checkpoints} at least"
+        )
+
+
+def _missing_starts(stage1: PlannedRun, tails: list[PlannedRun], stage1_runs: bool) -> Iterator[str]:
+    for tail in tails:
+        if tail.newest > tail.start or stage1.has(tail.start):
+            continue
+        if not stage1_runs:
+            yield f"{tail.load} is not there for {tail.name}: run stage1 too"
+        elif tail.start <= stage1.newest:
+            yield (
+                f"{tail.load} is not there for {tail.name}, and stage 1 is past it, at step {stage1.newest}: split "
+                f"later, or delete {stage1.folder} to run stage 1 again"
+            )
+
+
+def _changed(run: PlannedRun) -> Iterator[str]:
+    """What `run` already has was made with other settings: going on would mix the two."""
+    saved_file = run.folder / CONFIG_FILE
+    if run.newest == run.start or not saved_file.is_file():
+        return
+    saved = read_config(saved_file, [("training", "steps")])
+    now = json.loads(json.dumps(run.config.to_dict()))
+    for section in ("model", "lighthouse", "training", "optimizer", "lr_scheduler", "debug"):
+        for field, value in now[section].items():
+            before = saved.get(section, {}).get(field, value)
+            if value != before and (section, field) != ("training", "steps"):
+                yield (
+                    f"{run.folder} was run with {section}.{field} = {before!r}, which is {value!r} now: choose "
+                    "another output folder, or delete this one"
+                )
+
+
+def train_command(run: PlannedRun, nproc: int) -> list[str]:
+    # the later of two arguments holds, so ours come last
+    command = [*torchrun(nproc, run.config_file), *run.overrides]
+    command += ["--job.dump_folder", str(run.folder), "--training.steps", str(run.steps)]
+    # what the table, and the next run, are made from
+    command += ["--metrics.enable_tensorboard", "--checkpoint.enable"]
+    if run.load:
+        command += ["--checkpoint.initial_load_path", str(run.load)]
+    return command
+
+
+def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
+    """Run what isn't done yet, one after the other, and show how far it is.
+
+    Raises CommandFailed for the first run that fails. On Ctrl-C, SIGTERM or a closed terminal, ends the
+    training processes and raises KeyboardInterrupt."""
+    # a table of an experiment that stopped halfway names the runs that these folders await
+    for run in runs:
+        make_folder(run.folder)
+    try:
+        with Display() as display:
+            for number, run in enumerate(runs, 1):
+                title = f"[{number}/{len(runs)}] {run.name}"
+                if run.done:
+                    display.say(f"{title}: done already, at step {run.steps}")
+                    continue
+                since = f", from step {run.newest}" if run.newest else ""
+                display.say(f"{title}: to step {run.steps}{since}; log in {run.folder / LOG}")
+                display.begin(title, run.steps, run.newest)
+                _execute(run, train_command(run, nproc), display)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues") from None
+
+
+def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
+    if run.newest == run.start:
+        # what a kill left half-saved: torchtitan would take its folder for the run's own
+        # checkpoints and pass over the one to start from
+        folder = run.checkpoint(0).parent
+        with lock("--output", run.folder / LOCK):
+            remove_half_saved(folder)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+    log_file = run.folder / LOG
+    with training(command, log_file) as child:
+        for step, loss, tps in child.steps():
+            display.show(step, f"{step}/{run.steps}  loss {loss:.3f}  {tps} tok/s/device  ")
+    code = child.process.returncode
+    if code or not run.done:
+        ending = f"exit code {code}" if code else f"ended without its checkpoint of step {run.steps}"
+        raise CommandFailed(
+            f"{child.output}\n{run.name} failed ({ending}), as said above and in {log_file}: correct that, and the "
+            "same command continues"
+        )

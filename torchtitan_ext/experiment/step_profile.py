@@ -1,0 +1,217 @@
+"""Split a training step's time into parts, from torch.profiler's trace, each beside its limit.
+
+A part's limit is the bytes that it has to move over the bandwidth of a copy, its FLOPs over the rate of a large matrix
+product, or, for attention, the time of the stock kernel alone: all measured on the same device.
+"""
+
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+
+from torchtitan_ext.figures import markdown_table
+from torchtitan_ext.model import LighthouseModelArgs
+from torchtitan_ext.model.model import meta_model
+
+from .timing import copy_gb_s, times_ms
+
+BF16 = 2  # bytes
+# categories of a trace's events
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+RANGES = ("cpu_op", "user_annotation")
+KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
+
+DENSE_ATTENTION = "attention of the dense layers"
+GATHERED_ATTENTION = "attention of the Lighthouse layers (the floor)"
+LIGHTHOUSE = "Lighthouse around it: score, select, gather, scatter"
+BLOCK_GEMMS = "GEMMs of the blocks"
+OUTPUT_GEMMS = "GEMMs of the output projection"
+LOSS = "rest of the loss"
+ELEMENTWISE = "norms, RoPE, SwiGLU, residuals"
+EMBEDDING = "embedding"
+SHARDING = "FSDP: casts, copies, collectives"
+OPTIMIZER = "optimizer and clipping"
+OTHER = "other kernels"
+IDLE = "idle"
+PARTS = (DENSE_ATTENTION, GATHERED_ATTENTION, LIGHTHOUSE, BLOCK_GEMMS, OUTPUT_GEMMS, LOSS)
+PARTS += (ELEMENTWISE, EMBEDDING, SHARDING, OPTIMIZER, OTHER, IDLE)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a trace: times in microseconds, and what launched it, innermost last."""
+
+    name: str
+    start: float
+    end: float
+    stack: tuple[str, ...]
+    shapes: list  # of the inputs of the innermost operator that recorded any
+
+    @property
+    def dims(self) -> set[int]:
+        # a list of tensors is recorded as a list of their shapes
+        return {d for shape in self.shapes for d in shape if isinstance(d, int)}
+
+    @property
+    def in_optimizer(self) -> bool:
+        return any("Optimizer.step" in op for op in self.stack)
+
+
+def read_kernels(trace: Path) -> list[Kernel]:
+    """The kernels, copies and fills of a Chrome trace, by start, with the operators around their launches."""
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if "dur" in event]
+    events.sort(key=lambda event: (event["ts"], event.get("cat") in LAUNCHES, -event["dur"]))
+    stacks: dict[int | None, list[dict]] = {}  # by launch: the ranges of its thread that are open, outermost first
+    open_ranges: defaultdict[int, list[dict]] = defaultdict(list)  # by thread
+    for event in events:
+        if event.get("cat") in (*LAUNCHES, *RANGES):
+            thread = event["tid"]
+            still_open = [r for r in open_ranges[thread] if r["ts"] + r["dur"] > event["ts"]]
+            if event["cat"] in LAUNCHES:
+                stacks[event["args"].get("correlation")] = still_open
+                open_ranges[thread] = still_open
+            else:
+                open_ranges[thread] = [*still_open, event]
+    kernels = []
+    for event in events:
+        if event.get("cat") in KERNELS:
+            stack = stacks.get(event["args"].get("correlation"), [])
+            shapes: list = next((s for op in reversed(stack) if any(s := op["args"].get("Input Dims", []))), [])
+            names = tuple(op["name"] for op in stack)
+            kernels.append(Kernel(event["name"], event["ts"], event["ts"] + event["dur"], names, shapes))
+    return kernels
+
+
+def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
+    """The part of the step that a kernel belongs to."""
+    stack = " ".join(kernel.stack)
+    if "FSDP::" in stack or "fsdp::" in stack or "nccl" in kernel.name:
+        return SHARDING
+    if kernel.in_optimizer or "_foreach" in stack or "clip_grad" in stack:
+        return OPTIMIZER
+    if "scaled_dot_product" in stack:
+        of_all_rows = any(query[2:3] == [seq_len] for query in kernel.shapes[:1])
+        return DENSE_ATTENTION if of_all_rows else GATHERED_ATTENTION
+    if "lighthouse::" in stack:
+        return LIGHTHOUSE
+    is_gemm = any(op in ("aten::mm", "aten::addmm", "aten::bmm") for op in kernel.stack)
+    of_loss = vocab_size in kernel.dims or "CrossEntropy" in stack or "cross_entropy" in kernel.name
+    if is_gemm:
+        return OUTPUT_GEMMS if of_loss else BLOCK_GEMMS
+    if "embedding" in stack or "embedding" in kernel.name:
+        return EMBEDDING
+    if of_loss:
+        return LOSS
+    compiled = kernel.name.startswith("triton_") or "Compiled" in stack
+    return ELEMENTWISE if compiled or "norm" in stack else OTHER
+
+
+def breakdown(kernels: list[Kernel], seq_len: int, vocab_size: int) -> tuple[dict[str, float], list[dict]]:
+    """Milliseconds of each of PARTS in a trace's last step, and a row per kernel name, the longest first.
+
+    The step lies between the ends of two optimizer steps. Where several kernels run at once the time belongs to the one
+    that started first, so that the parts add up to the step. Raises ValueError if there are fewer than two.
+    """
+    adam = [k.end for k in kernels if k.in_optimizer]
+    gaps = [i for i in range(1, len(adam)) if adam[i] - adam[i - 1] > (adam[-1] - adam[0]) / 5]
+    if not gaps:
+        raise ValueError("the trace holds fewer than two optimizer steps: profile two or more")
+    begin = covered = adam[gaps[-1] - 1]
+    parts = dict.fromkeys(PARTS, 0.0)
+    rows: dict[tuple[str, str], dict] = {}
+    for kernel in kernels:
+        if begin <= kernel.start < adam[-1]:
+            part = part_of(kernel, seq_len, vocab_size)
+            parts[IDLE] += max(0.0, kernel.start - covered) / 1e3
+            parts[part] += max(0.0, kernel.end - max(kernel.start, covered)) / 1e3
+            covered = max(covered, kernel.end)
+            row = rows.setdefault((part, kernel.name), {"part": part, "kernel": kernel.name, "calls": 0, "ms": 0.0})
+            row["calls"] += 1
+            row["ms"] += (kernel.end - kernel.start) / 1e3
+    return parts, sorted(rows.values(), key=lambda row: -row["ms"])
+
+
+def measure_rates() -> dict[str, float]:
+    """This GPU's best: `tflops`, a bf16 product of 8,192-square matrices; `gb_s`, a copy of 2 GiB, read and written.
+
+    A GPU at rest is cooler, and faster for some milliseconds than it stays.
+    """
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    torch.cuda.synchronize()
+    time.sleep(2)
+    return {"tflops": 2 * 8192**3 / min(times_ms(lambda: a @ b, 20)) / 1e9, "gb_s": copy_gb_s()}
+
+
+def attention_ms(rows: int, n_heads: int, n_kv_heads: int, head_dim: int) -> float:
+    """Milliseconds of stock causal SDPA alone, bf16, batch 1, forward and backward."""
+    q, k, v = (
+        torch.randn(1, h, rows, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for h in (n_heads, n_kv_heads, n_kv_heads)
+    )
+    grad = torch.randn_like(q)
+    attend = ScaledDotProductAttentionWrapper()  # as the model calls it
+
+    def step():
+        out = attend(q, k, v, enable_gqa=n_heads > n_kv_heads)
+        torch.autograd.grad(out, (q, k, v), grad)
+
+    return median(times_ms(step, 7))
+
+
+def limits(seq_len: int, batch: int, args: LighthouseModelArgs, rates: dict[str, float]) -> dict[str, float]:
+    """Milliseconds that each part of a step on one device takes at least, with no activation recomputed.
+
+    Every kernel reads its inputs and writes its outputs once, in bf16. What stands between two GEMMs or attention
+    calls counts as one kernel; a sum of gradients counts as done by the GEMM that makes one of them.
+    """
+    tokens, n, dim = seq_len * batch, args.n_layers, args.dim
+    n_lighthouse = len(args.lighthouse_layers)
+    heads, kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
+    head_dim = dim // heads
+    model = meta_model(args)
+    width = model.layers["0"].feed_forward.w1.out_features
+    n_params = sum(p.numel() for p in model.parameters())
+    kv = kv_heads / heads
+    row = tokens * dim * BF16  # bytes of a [B, N, dim] tensor
+
+    flops_per_ms, bytes_per_ms = rates["tflops"] * 1e9, rates["gb_s"] * 1e6
+    found = dict.fromkeys(PARTS, 0.0)
+    if n_lighthouse < n:
+        found[DENSE_ATTENTION] = (n - n_lighthouse) * batch * attention_ms(seq_len, heads, kv_heads, head_dim)
+    if n_lighthouse:
+        gathered = args.lighthouse.gathered_len(seq_len)
+        found[GATHERED_ATTENTION] = n_lighthouse * batch * attention_ms(gathered, heads, kv_heads, head_dim)
+        # score reads q and k; gather and its backward move q, k and v, scatter and its backward the output
+        qkv = 1 + 2 * kv
+        rows = (1 + kv) + 2 * qkv + 2 + (2 * qkv + 2) * gathered / seq_len
+        found[LIGHTHOUSE] = n_lighthouse * rows * row / bytes_per_ms
+    found[BLOCK_GEMMS] = n * 6 * tokens * dim * ((2 + 2 * kv) * dim + 3 * width) / flops_per_ms
+    found[OUTPUT_GEMMS] = 6 * tokens * dim * args.vocab_size / flops_per_ms
+    # the logits are read for the sum of their exponentials and again for the gradient, which is written
+    found[LOSS] = 3 * tokens * args.vocab_size * BF16 / bytes_per_ms
+    # a layer forward: twice residual and norm 4, SwiGLU 3 of `width`; backward: SwiGLU 5, twice residual and norm 4
+    rows = 16 * n + 8 * n * width / dim
+    rows += 4 * (1 + kv) * (n - n_lighthouse)  # RoPE reads and writes q and k, twice
+    rows += 5  # the first norm, and the last one's backward
+    found[ELEMENTWISE] = rows * row / bytes_per_ms
+    found[EMBEDDING] = 4 * row / bytes_per_ms
+    found[SHARDING] = n_params * 2 * (4 + BF16) / bytes_per_ms  # parameters to bf16, gradients from it
+    found[OPTIMIZER] = n_params * 4 * 8 / bytes_per_ms  # the gradient twice, three tensors read and written
+    return found
+
+
+def table(parts: dict[str, float], least: dict[str, float] | None = None) -> str:
+    """The parts of a step, beside their limits if there are any, as Markdown."""
+    step = sum(parts.values())
+    head, rows = ["part of the step", "ms", "share"], []
+    for part, ms in [*parts.items(), ("step", step)]:
+        rows.append([part, f"{ms:.1f}", f"{100 * ms / step:.1f} %"])
+        if least:
+            limit = sum(least.values()) if part == "step" else least[part]
+            rows[-1] += [f"{limit:.1f}", f"{ms / limit:.2f}x" if limit else "-"]
+    return markdown_table([*head, *(("limit ms", "of the limit") if least else ())], rows)

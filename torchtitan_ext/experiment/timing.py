@@ -1,0 +1,63 @@
+"""Time functions on a GPU by its own clock, on a CPU by the host's."""
+
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def this_machine() -> dict[str, str | int | None]:
+    """What a timing depends on."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    return {"device": device, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version() if on_gpu else None}
+
+
+def _record() -> Any:
+    """A moment: on a GPU an event, which is reached when the kernels before it are done; else milliseconds."""
+    if not torch.cuda.is_available():
+        return 1e3 * time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def interleaved_times_ms(
+    functions: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds of each call of each function, the repeats of all interleaved after some calls to warm up."""
+    calls: dict[str, list] = {name: [] for name in functions}
+    for _ in range(warm_up + repeats):
+        for name, function in functions.items():
+            begin = _record()
+            function()
+            calls[name].append((begin, _record()))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return {name: [begin.elapsed_time(end) for begin, end in times[warm_up:]] for name, times in calls.items()}
+    return {name: [end - begin for begin, end in times[warm_up:]] for name, times in calls.items()}
+
+
+def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3) -> list[float]:
+    return interleaved_times_ms({"": function}, repeats, warm_up)[""]
+
+
+def kernels_ms(function: Callable[[], object], repeats: int) -> float:
+    """Mean milliseconds that the function's kernels take on the GPU, the gaps between their launches left out."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / repeats / 1e3
+
+
+def copy_gb_s() -> float:
+    """The best of 20 large copies, bytes read and written."""
+    device, n = ("cuda", 2**29) if torch.cuda.is_available() else ("cpu", 2**25)
+    source = torch.randn(n, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(times_ms(lambda: target.copy_(source), 20)) / 1e6

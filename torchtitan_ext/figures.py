@@ -1,0 +1,25 @@
+"""Tables and plots of results."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: distinguishable with every common colour-vision deficiency
+BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "") -> str:
+    """A table without a final newline. `align` has an l or an r per column; by default only the first is left."""
+    align = align or "l" + "r" * (len(head) - 1)
+    rule = ["---:" if side == "r" else "---" for side in align]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure that only is saved: outside of pyplot, so no display is needed and nothing has to be closed."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,56 @@
+"""Compare what is installed with what this package supports."""
+
+import importlib.metadata
+import os
+import platform
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchtitan_ext.patching import PatchingError, check_patched
+
+DISTRIBUTION = "torchtitan-lighthouse"
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def supported() -> tuple[str, list[str]]:
+    """The versions of Python and the requirements: a clone's pyproject.toml, which an older installation may lag."""
+    if PROJECT.is_file():
+        project = tomllib.loads(PROJECT.read_text())["project"]
+        return project["requires-python"], project["dependencies"]
+    try:
+        own = importlib.metadata.metadata(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:  # the package's folder, copied
+        return "", []
+    return own["Requires-Python"], own.get_all("Requires-Dist", [])
+
+
+def environment_problems() -> Iterator[str]:
+    """What is not supported here, each with a remedy: versions, missing patches, restarts by torchrun."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    python, requirements = supported()
+    if platform.python_version() not in SpecifierSet(python):
+        yield f"Python {platform.python_version()}: {DISTRIBUTION} needs {python}"
+    for line in requirements:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        needed = f'{requirement.name}{requirement.specifier}: pip install "{requirement.name}{requirement.specifier}"'
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            yield f"{requirement.name} is {version or 'not installed'}, {DISTRIBUTION} needs {needed}"
+    try:
+        check_patched()
+    except (PatchingError, OSError) as error:
+        yield str(error)
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        yield (
+            f"torchrun --max_restarts={restarts}: a restart may hang, on addresses of the ranks before it; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as scripts/train.sh does"
+        )

@@ -1,0 +1,49 @@
+"""Keep a second launch out of the folders that a run writes to."""
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from torchtitan.config import JobConfig
+from torchtitan.tools.logging import logger
+
+from .resume import checkpoint_folder
+
+LOCK = "run.lock"
+_held: list[IO[str]] = []
+
+
+def lock_folders(job_config: JobConfig) -> None:
+    """Lock what this launch writes to until this process ends, however it does. Raises ValueError, as below."""
+    dump, folder = job_config.job.dump_folder, job_config.checkpoint.folder
+    _held.append(lock(f"job.dump_folder = {dump!r}", Path(dump, LOCK)))
+    if job_config.checkpoint.enable:
+        # Another dump folder may lead there too. Beside it: a folder that exists counts as one to load from.
+        path = checkpoint_folder(job_config).resolve()
+        _held.append(lock(f"checkpoint.folder = {folder!r}", path.with_name(f"{path.name}.lock")))
+
+
+def lock(field: str, path: Path) -> IO[str]:
+    """The locked file `path`, until it is closed or this process ends; no child inherits the lock.
+
+    Raises ValueError where another process holds it, naming that and `field`, which led there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise ValueError(
+            f"{field}: a launch that is still running writes there ({file.read() or 'it has just started'}); wait for "
+            f"its end, or end it, or choose another folder. If its host is down, and still counts as running: rm {path}"
+        ) from error
+    except OSError as error:
+        logger.warning(f"{path} can't be locked ({error}): launch nothing else into its folder")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on host {socket.gethostname()}, since {time.ctime()}")
+    file.flush()
+    return file

@@ -1,0 +1,99 @@
+"""Read a job file: torchtitan's TOML, which may extend another, and torchtitan's arguments."""
+
+import importlib
+import tomllib
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from torchtitan.config import ConfigManager, JobConfig
+
+from torchtitan_ext.arguments import one_line
+from torchtitan_ext.model.settings import JobConfig as OwnSections
+
+# What our entry point knows, so that no job file needs to say it.
+DEFAULTS = {"job": {"custom_config_module": OwnSections.__module__}}
+RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
+
+
+def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a TOML file, over those of the file beside it that it `extends`. Raises ValueError, naming it."""
+    file = Path(file)
+    if file.resolve() in extending:
+        raise ValueError(f"{file}: extends itself, by way of {', '.join(map(str, extending))}; break that circle")
+    try:
+        values = tomllib.loads(file.read_text())
+    except OSError as error:
+        moved = [f"{old} is {new} now" for old, new in RENAMED.items() if file.parent.as_posix().endswith(old)]
+        raise ValueError(f"{file}: {error.strerror}; {(moved or ['give the path of a job file'])[0]}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: no TOML ({error}); correct that") from error
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ValueError(f"{file}: extends = {parent!r}: must be the path of one job file")
+    return merged(read_toml(file.parent / parent, (*extending, file.resolve())), values)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, section by section; a list is replaced whole."""
+    both = base | changes
+    for name in base.keys() & changes.keys():
+        if isinstance(base[name], dict) and isinstance(changes[name], dict):
+            both[name] = merged(base[name], changes[name])
+    return both
+
+
+def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job of a TOML file and torchtitan arguments, not checked, and what it imports imported. Raises ValueError."""
+    sections = merged(DEFAULTS, read_toml(config_file))
+    where = " ".join([str(config_file), *overrides])
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()) as by_parser:
+            # a value of another type than the field's, which the checks name
+            warnings.filterwarnings("ignore", category=UserWarning, message="The field")
+            manager = ConfigManager()
+            manager._maybe_load_toml = lambda args: sections  # type: ignore[method-assign]
+            job = manager.parse_args(["--job.config_file", str(config_file), *overrides])
+    except ImportError as error:
+        raise ValueError(f"{where}: {error}; drop job.custom_config_module") from error
+    except (AssertionError, TypeError, ValueError) as error:
+        # torchtitan's next lines are about its own launcher
+        said = str(error).splitlines()[0].partition(" We'll try")[0]
+        raise ValueError(f"{where}: {said.rstrip('.')}; correct that in the file or argument") from error
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        raise ValueError(
+            f"{where}: {one_line(by_parser.getvalue())}; correct that argument (all settings: "
+            f"python -m torchtitan_ext.train --job.config_file {config_file} --help)"
+        ) from error
+    if job.experimental.custom_import:
+        import_extension(job.experimental.custom_import, where)
+    return job
+
+
+def import_extension(module: str, where: str | Path) -> None:
+    """Import what a job imports, which registers its data sets and flavors. Raises ValueError, naming `where`."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a user's module does
+        raise ValueError(
+            f"experimental.custom_import = {module!r} in {where}: {error}; call from the folder that holds the module, "
+            "or drop the setting"
+        ) from error
+
+
+def as_toml(job: JobConfig) -> str:
+    """The whole job as a TOML file that gives it again; a setting that is None is left out."""
+
+    def without_none(values: dict) -> dict:
+        given = {name: value for name, value in values.items() if value is not None}
+        return {name: without_none(value) if isinstance(value, dict) else value for name, value in given.items()}
+
+    return tomli_w.dumps(without_none(job.to_dict()))

@@ -1,0 +1,121 @@
+"""Estimate a training step's peak of GPU memory from what is kept, for how long: no constant in it is fitted.
+
+Widths are elements per token, `d` the model's, `f` the SwiGLU's, `kv` of the key and value heads; `r` is the gathered
+rows over the tokens in a Lighthouse layer, 1 in a dense one. What a compiled block keeps for its backward pass:
+
+    none       input, both norms' outputs, the sum of the first residual; 4 d
+               q and the attention's output, k, v; r (2 d + 2 kv)
+               the scattered output in a Lighthouse layer; d
+               both SwiGLU projections and their product; 3 f
+    selective  input, wq's and wv's output, attention's output, w1's output; (2 + r) d + kv + f
+    full       input; d
+
+With context parallelism none also keeps the dense layers' attention output twice, as it was and as it was exchanged; d.
+
+The peak is reached in the loss, or in the backward pass of a block, which makes what the block didn't keep, and where
+it is widest the gradients of the block's output, of the product and of both projections: d + 3 f.
+
+Left out, as less than 1 %: slots, log-sum-exp, norms' deviations, tokens, cuBLAS's workspace.
+docs/running.md sets the estimates beside the measured peaks.
+"""
+
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+
+from torchtitan_ext.model import LighthouseModelArgs
+from torchtitan_ext.model.loss import liger_chunk
+from torchtitan_ext.model.model import meta_model
+
+from .rules import sequences_at_once
+
+FP32 = 4  # bytes
+GIB = 2**30
+
+
+def no_estimate_reason(job_config: JobConfig, dims: ParallelDims) -> str | None:
+    """The setting for which `peak_memory` doesn't know what is kept; None if it knows."""
+    checkpointing, compiled = job_config.activation_checkpoint, job_config.compile
+    mode, option = checkpointing.mode, checkpointing.selective_ac_option
+    reasons = {
+        "compile.enable = false": not compiled.enable,
+        f"compile.components = {compiled.components}": not {"model", "loss"} <= set(compiled.components),
+        f"activation_checkpoint.mode = {mode!r}": mode not in ("none", "selective", "full"),
+        f"activation_checkpoint.selective_ac_option = {option!r}": option != "op" and not option.isdecimal(),
+        f"parallelism.tensor_parallel_degree = {dims.tp}": dims.tp > 1,
+        f"parallelism.pipeline_parallel_degree = {dims.pp}": dims.pp > 1,
+        "parallelism.data_parallel_shard_degree = 1, without FSDP": not dims.fsdp_enabled,
+        "training.enable_cpu_offload = true": job_config.training.enable_cpu_offload,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: ParallelDims) -> dict[str, float]:
+    """GiB that the allocator of one GPU reserves at a step's peak, by what takes them; the sum is the estimate.
+
+    Of a job without a `no_estimate_reason`, with FSDP's mixed precision, AdamW, Liger-Kernel's loss and expandable
+    segments. args: the model's, with the job's settings.
+    """
+    training = job_config.training
+    width = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    master = TORCH_DTYPE_MAP[training.dtype].itemsize
+    model = meta_model(args)
+    n_params, n_block, n_output = (
+        sum(p.numel() for p in module.parameters()) for module in (model, model.layers["0"], model.output)
+    )
+    shards = dims.dp_shard * dims.cp
+    tokens = training.local_batch_size * training.seq_len // dims.cp
+
+    # FSDP's streams have pools of their own: neither gradients, which the reduction writes, nor gathered
+    # parameters ever take the room of freed activations, so at the peak all are counted.
+    weights = 4 * n_params * master / shards  # with gradients and two moments
+    on_hand = n_params
+    if job_config.parallelism.fsdp_reshard_after_forward != "never":
+        on_hand = n_output + 2 * n_block  # one at work, one ahead
+    if job_config.parallelism.fsdp_no_sync and training.global_batch_size > sequences_at_once(job_config, dims):
+        weights += FP32 * n_params  # gradients that are reduced once per step
+    # With the buffers, in and out, of the largest gather.
+    gathered = width * (on_hand + max(n_block, n_output) * (1 + 1 / shards))
+
+    d, f = args.dim, model.layers["0"].feed_forward.w1.out_features
+    row = width * tokens
+    table = FP32 * training.seq_len * d // args.n_heads  # cosines and sines
+    reduced = FP32 * n_output  # the output projection's gradient, on its way to the shards
+    kept, in_block = 0.0, []
+    for layer in range(args.n_layers):
+        of_layer, without_checkpointing = _kept_by_layer(job_config, args, layer, f)
+        kept += row * of_layer
+        in_block.append(kept + row * (without_checkpointing - of_layer + d + 3 * f))
+    # Before and after the last norm, and the gradient.
+    in_loss = kept + row * 3 * d + _logits(job_config, args, tokens, width)
+    n_bytes = {
+        "weights, gradients, moments": weights,
+        "gathered weights": gathered,
+        "kept by the blocks": kept,
+        "at work": max(in_loss, max(in_block) + reduced) - kept + table,
+    }
+    return {name: n / GIB for name, n in n_bytes.items()}
+
+
+def _kept_by_layer(job_config: JobConfig, args: LighthouseModelArgs, layer: int, f: int) -> tuple[float, float]:
+    """Elements per token that a block keeps, and that it would keep without checkpointing."""
+    d, kv = args.dim, args.dim // args.n_heads * (args.n_kv_heads or args.n_heads)
+    mode, option = job_config.activation_checkpoint.mode, job_config.activation_checkpoint.selective_ac_option
+    seq_len, r, scattered = job_config.training.seq_len, 1.0, 0
+    if layer in args.lighthouse_layers:
+        r, scattered = args.lighthouse.gathered_len(seq_len) / seq_len, d
+    elif job_config.parallelism.context_parallel_degree > 1:
+        scattered = d  # attention's output again, as it was exchanged
+    everything = 4 * d + r * (2 * d + 2 * kv) + scattered + 3 * f
+    if mode == "selective" and option == "op":
+        return (2 + r) * d + kv + f, everything
+    # of so many blocks, one is recomputed
+    recomputed = mode == "full" or (mode == "selective" and (not int(option) or (layer + 1) % int(option) == 0))
+    return d if recomputed else everything, everything
+
+
+def _logits(job_config: JobConfig, args: LighthouseModelArgs, tokens: int, width: int) -> int:
+    """Bytes of logits, and of what the loss makes of them, that exist at once."""
+    if not job_config.loss.fuse_output:
+        return 2 * width * tokens * args.vocab_size  # with their gradient
+    chunk, _ = liger_chunk(tokens, args.vocab_size, args.dim)
+    return width * chunk * args.vocab_size + FP32 * args.vocab_size * args.dim

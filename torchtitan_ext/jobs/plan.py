@@ -1,0 +1,226 @@
+"""Estimate what a planned run will read, hold and take, and name what it can't: the job's part of the preflight."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import get_peak_flops
+
+from torchtitan_ext.console import size
+from torchtitan_ext.data import build_dataloader, check_dataset
+from torchtitan_ext.data.tokenizer import load_tokenizer
+from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
+from torchtitan_ext.model.model import meta_model
+
+from .job_file import parse_job
+from .memory import GIB, no_estimate_reason, peak_memory
+from .resume import checkpoint_folder, checkpoint_to_load, complete_steps, data_parallel_degree, data_position, step_of
+from .rules import DEGREES, data_sections, job_problems, kernel_problems, parallel_dims, sequences_at_once
+
+MODEL = "llama3_lighthouse"
+MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
+H200 = ("NVIDIA H200", 139.0)  # GiB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job whose settings fit each other, on a number of GPUs."""
+
+    job: JobConfig
+    dims: ParallelDims
+    args: LighthouseModelArgs
+    n_params: int
+    flops: int  # per token
+
+    @classmethod
+    def of(cls, job: JobConfig, n_gpus: int) -> "Plan":
+        args = replace(flavors[job.model.flavor])
+        args.update_from_config(job)
+        counts = args.get_nparams_and_flops(meta_model(args), job.training.seq_len)
+        return cls(job, parallel_dims(job, n_gpus), args, *counts)
+
+    @property
+    def at_once(self) -> int:
+        """Sequences that all GPUs hold at once."""
+        return sequences_at_once(self.job, self.dims)
+
+    @property
+    def batch(self) -> int:
+        """Sequences per step."""
+        wanted = self.job.training.global_batch_size
+        return wanted if wanted > 0 else self.at_once
+
+    @property
+    def first_step(self) -> int:
+        return step_of(checkpoint_to_load(self.job) or "scratch")
+
+
+def plan_report(
+    config_file: str, overrides: list[str], n_gpus: int, gpu_memory: float | None = None, tok_s: float | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """What is known of a run on `n_gpus` processes, by name, and every problem that it would have.
+
+    gpu_memory: GiB of one GPU; None for this machine's, or an H200's.
+    tok_s: tokens per second per GPU; None to derive it from an MFU.
+    """
+    try:
+        job = parse_job(config_file, overrides)
+    except ValueError as error:
+        return {}, [str(error)]
+    problems = job_problems(job, n_gpus)
+    if torch.cuda.is_available() and not problems:
+        problems += kernel_problems(job)
+    if job.model.name != MODEL:
+        problems.insert(0, f"model.name = {job.model.name!r}: the checks are those of {MODEL!r}; set it to that")
+    gpu, memory = H200
+    if torch.cuda.is_available():
+        local = torch.cuda.get_device_properties(0)
+        gpu, memory = local.name, local.total_memory / GIB
+    try:
+        plan = Plan.of(job, n_gpus)
+        facts = _facts(plan, gpu, tok_s)
+        problems += _reading_problems(plan)
+        facts["disk"], disk_problems = _disk(plan)
+        problems += disk_problems
+        facts["memory"], memory_problems = _memory(plan, gpu_memory or memory, problems)
+        return facts, problems + memory_problems
+    except Exception:  # of any kind: settings that were found wrong are no plan
+        if not problems:
+            raise
+        return {}, problems
+
+
+def _reading_problems(plan: Plan) -> Iterator[str]:
+    """Read a batch of the first rank and of the last, which gets the fewest documents, where each will go on."""
+    job, degree = plan.job, data_parallel_degree(plan.dims)
+    position = data_position(job, plan.dims)
+    for name, section in data_sections(job):
+        try:
+            check_dataset(section.dataset, section.dataset_path)
+            tokenizer = load_tokenizer(job.model.hf_assets_path)
+        except ValueError:  # named by job_problems
+            continue
+        infinite = name == "training" or job.validation.steps != -1
+        source = f"{name}.dataset = {section.dataset!r}, {name}.dataset_path = {section.dataset_path!r}:"
+        try:
+            for rank in {0, degree - 1}:
+                loader = build_dataloader(degree, rank, tokenizer, job, infinite, name)
+                if name == "training" and position.get("world_size") == degree:
+                    loader.load_state_dict(position)
+                next(iter(loader))
+        except StopIteration:
+            yield f"{source} not one sequence of {name}.seq_len = {section.seq_len} tokens; give more, or shorter ones"
+        except Exception as error:  # whatever reads a data set
+            # A worker's error comes with its traceback, as text.
+            reason = (str(error).splitlines() or [""])[-1].removeprefix(f"{type(error).__name__}: ")
+            yield reason if f"{name}.data" in reason else f"{source} its first documents can't be read ({reason})"
+
+
+def _checkpoints_to_come(plan: Plan) -> int:
+    """How many more checkpoints than now the run's folder will hold at most."""
+    checkpoint, steps = plan.job.checkpoint, plan.job.training.steps
+    if not checkpoint.enable or checkpoint.load_only or plan.first_step >= steps:
+        return 0
+    saves = -(-steps // checkpoint.interval) - plan.first_step // checkpoint.interval  # the last step too
+    if not checkpoint.keep_latest_k:
+        return saves
+    # The oldest goes after the next is written.
+    return min(saves, max(1, checkpoint.keep_latest_k + 1 - len(complete_steps(checkpoint_folder(plan.job)))))
+
+
+def _disk(plan: Plan) -> tuple[str, list[str]]:
+    """What checkpoints need of the disk, and why they don't fit there."""
+    folder = Path(plan.job.job.dump_folder).resolve()
+    disk = next(path for path in (folder, *folder.parents) if path.exists())
+    field, count = f"job.dump_folder = {plan.job.job.dump_folder!r}", _checkpoints_to_come(plan)
+    n_bytes = 3 * TORCH_DTYPE_MAP[plan.job.training.dtype].itemsize * plan.n_params  # weights and two moments
+    needed, free = count * n_bytes, shutil.disk_usage(disk).free
+    fact = f"{count} checkpoints more at most, of {size(n_bytes)}: {size(needed)} of {size(free)} free in {disk}"
+    if not disk.is_dir() or not os.access(disk, os.W_OK):
+        return fact, [f"{field}: nothing can be written in {disk}; choose another folder"]
+    remedy = f"choose another folder or make room (checkpoint.keep_latest_k = {plan.job.checkpoint.keep_latest_k})"
+    return fact, [f"{field}: {fact}; {remedy}"] if needed > free else []
+
+
+def _memory(plan: Plan, gpu_memory: float, others: list[str]) -> tuple[str, list[str]]:
+    """What the run takes of a GPU's memory, and why it doesn't fit."""
+    if reason := no_estimate_reason(plan.job, plan.dims):
+        return f"no estimate: {reason}", []
+    parts = peak_memory(plan.job, plan.args, plan.dims)
+    total, each = sum(parts.values()), ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items())
+    fact = f"about {total:.1f} of {gpu_memory:.1f} GiB per GPU, to 15 %: {each}"
+    if total <= gpu_memory:
+        return fact, []
+    mode = plan.job.activation_checkpoint.mode
+    return fact, [f"activation_checkpoint.mode = {mode!r}: {fact}; {_what_fits(plan, gpu_memory, others)}"]
+
+
+def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
+    """The smallest change that fits, and that adds nothing to the `others`' problems."""
+    # More GPUs share out weights, gradients and moments only; those of one sequence its activations too.
+    for more, sharing in [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (8, 8)]:
+        n_gpus, degree = plan.dims.world_size * more, plan.dims.cp * sharing
+        for mode in ("none", "selective", "full"):
+            recompute = replace(plan.job.activation_checkpoint, mode=mode, selective_ac_option="op")
+            shared = replace(plan.job.parallelism, context_parallel_degree=degree)
+            job = replace(plan.job, activation_checkpoint=recompute, parallelism=shared)
+            if set(job_problems(job, n_gpus)) - set(others):
+                continue
+            needed = sum(peak_memory(job, plan.args, parallel_dims(job, n_gpus)).values())
+            if needed <= gpu_memory:
+                changes = " (selective_ac_option = 'op')" if mode == "selective" else ""
+                changes += f" on {n_gpus} GPUs" if more > 1 else ""
+                changes += f" with parallelism.context_parallel_degree = {degree}" if sharing > 1 else ""
+                return f"{mode!r} would take {needed:.1f}{changes}"
+    return "nothing fits, nor on 8 times the GPUs: lower training.seq_len or training.local_batch_size"
+
+
+def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
+    job, args, dims = plan.job, plan.args, plan.dims
+    seq_len, start = job.training.seq_len, checkpoint_to_load(job)
+    tokens = max(0, job.training.steps - plan.first_step) * plan.batch * seq_len
+    n_lighthouse = len(args.lighthouse_layers)
+    attention = f"dense in {args.n_layers - n_lighthouse} layers"
+    if n_lighthouse:
+        gathered = f"{args.lighthouse.gathered_len(seq_len):,} gathered rows of {seq_len:,}"
+        attention = f"Lighthouse in {n_lighthouse} layers, {gathered}; {attention}"
+    degrees = {name: getattr(dims, name) for name in DEGREES}
+    shared = " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1 or name == "dp_shard")
+    return {
+        "model": f"{job.model.flavor}, {plan.n_params:,} parameters, {plan.flops / 1e9:.3g} GFLOPs per token",
+        "attention": attention,
+        "kernel": _kernel(job),
+        "GPUs": f"{dims.world_size}: {shared}",
+        "batch": f"{plan.batch} x {seq_len:,} tokens per step, in {plan.batch // plan.at_once} accumulation steps",
+        "steps": f"{plan.first_step:,} to {job.training.steps:,}, {tokens:,} tokens, from {start or 'scratch'}",
+        "time": _time(plan, tokens, gpu, tok_s),
+    }
+
+
+def _kernel(job: JobConfig) -> str:
+    if not torch.cuda.is_available():
+        return f"{job.attention.kernel}, which is looked for where the run starts: there is no CUDA device here"
+    try:
+        kernel, reasons = choose_kernel(job)
+    except ValueError:  # a problem
+        return f"{job.attention.kernel}"
+    return "; not ".join([kernel, *reasons])
+
+
+def _time(plan: Plan, tokens: int, gpu: str, tok_s: float | None) -> str:
+    source = "as given"
+    if not tok_s:
+        if plan.n_params <= 100_000_000 or not plan.job.compile.enable:
+            return "no estimate: small models, or without compile.enable, were not measured; --tok-s gives the speed"
+        mfu = MFU.get(plan.job.activation_checkpoint.mode, MFU["full"])
+        tok_s = mfu / 100 * get_peak_flops(gpu) / plan.flops
+        source = f"at an assumed MFU of {mfu} % on {gpu}; --tok-s gives another speed"
+    gpu_hours = tokens / tok_s / 3600
+    hours = gpu_hours / plan.dims.world_size
+    duration = f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    return f"{duration}, {gpu_hours:,.1f} GPU-hours, at {tok_s:,.0f} tokens per second per GPU ({source})"

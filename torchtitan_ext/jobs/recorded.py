@@ -1,0 +1,44 @@
+"""What a run records of itself, and what reads it: the names, and the job in its folder."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from torchtitan.config import JobConfig
+
+CONFIG_FILE = "config.json"  # the job of a run's last start
+# logged with every point, beside torchtitan's own
+N_DEVICES = "n_devices"
+LOG_FREQ = "log_freq"
+
+
+def write_config(job_config: JobConfig) -> None:
+    """Record the job in its dump folder; a kill leaves the record before it whole."""
+    file = Path(job_config.job.dump_folder, CONFIG_FILE)
+    new = file.with_suffix(".tmp")
+    new.write_text(json.dumps(job_config.to_dict(), indent=2) + "\n")
+    new.replace(file)
+
+
+def read_config(file: Path, fields: Iterable[tuple[str, str]]) -> dict:
+    """The job that a run left in `file`. Raises ValueError without one of the `fields`, each a section and a name."""
+    try:
+        config = json.loads(file.read_text())
+        _ = [config[section][field] for section, field in fields]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the job config of a run ({error!r}): restore the one that a training with "
+            "model.name = 'llama3_lighthouse' left there"
+        ) from error
+    return config
+
+
+def recorded_start(job_config: JobConfig) -> str | None:
+    """The `checkpoint.initial_load_path` with which the run in the job's folder began. Raises ValueError for damage."""
+    file = Path(job_config.job.dump_folder, CONFIG_FILE)
+    try:
+        recorded = read_config(file, [("checkpoint", "enable"), ("checkpoint", "initial_load_path")])["checkpoint"]
+    except FileNotFoundError:
+        return None
+    # a launch without checkpoints recorded none: any start may be the run's
+    return (recorded if recorded["enable"] else vars(job_config.checkpoint))["initial_load_path"]

@@ -1,0 +1,362 @@
+"""Find the checkpoint that a launch continues from, and what is wrong with it."""
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+
+from torchtitan_ext.data.unpickling import load_object, load_plain
+from torchtitan_ext.model import flavors
+from torchtitan_ext.model.hf_config import config_problems
+from torchtitan_ext.model.model import meta_model
+
+from .recorded import recorded_start
+from .schedule import resume_problems
+
+INTERRUPTED = ".interrupted"  # a file in the folder of a checkpoint that an interrupted process saved
+METADATA, HF_INDEX = ".metadata", "model.safetensors.index.json"  # each is written last
+Weights = Mapping[str, torch.Tensor]
+Shapes = Mapping[str, Sequence[int]]
+
+
+def is_saved(path: Path) -> bool:
+    """Whether the folder holds a checkpoint, or weights in Hugging Face's format (checkpoint.last_save_in_hf)."""
+    return any((path / name).is_file() for name in (METADATA, HF_INDEX))
+
+
+def checkpoint_folder(job_config: JobConfig) -> Path:
+    return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
+
+
+def checkpoint_to_load(job_config: JobConfig) -> Path | None:
+    """What a launch without problems starts from; None from scratch."""
+    checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
+    if not checkpoint.enable:
+        return None
+    if folder.exists():
+        step = max(complete_steps(folder), default=-1) if checkpoint.load_step == -1 else checkpoint.load_step
+        return None if step == -1 else folder / f"step-{step}"
+    return Path(checkpoint.initial_load_path) if checkpoint.initial_load_path else None
+
+
+def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[str]:
+    """What of `checkpoint.exclude_from_loading` a launch leaves out of the checkpoint that it loads.
+
+    The run's own checkpoints are loaded whole, or the same command, launched again after a crash, would start its data
+    over each time. Only a data position of another data-parallel degree is left out of those too.
+    """
+    excluded, path = job_config.checkpoint.exclude_from_loading, checkpoint_to_load(job_config)
+    if path is None or path.parent != checkpoint_folder(job_config):
+        return excluded
+    if dims and DATALOADER in excluded:
+        with suppress(ValueError):  # an incomplete one, named by checkpoint_problems
+            if data_parallel_degree(dims) != _saved_degree(complete_metadata(path)):
+                return [DATALOADER]
+    return []
+
+
+def data_position(job_config: JobConfig, dims: ParallelDims) -> dict[str, Any]:
+    """Where the data-parallel ranks continue in the data, as their loaders take it; empty at the data's start."""
+    path = checkpoint_to_load(job_config)
+    if path and DATALOADER not in excluded_states(job_config, dims):
+        with suppress(ValueError):  # named by checkpoint_problems
+            objects = _checked_objects(path, complete_metadata(path), {OPTIMIZER, LR_SCHEDULER, TRAIN_STATE})
+            return {key.removeprefix(f"{DATALOADER}."): position for key, position in objects.items()}
+    return {}
+
+
+def data_parallel_degree(dims: ParallelDims) -> int:
+    """How many ranks, or groups that share sequences, read data of their own."""
+    return dims.dp_replicate * dims.dp_shard
+
+
+def _saved_degree(metadata: Metadata) -> int:
+    return sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in metadata.state_dict_metadata)
+
+
+def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
+    """What keeps a launch from its checkpoint: field, value and remedy. Without dims, not what depends on ranks."""
+    checkpoint, dump = job_config.checkpoint, job_config.job.dump_folder
+    folder, initial = checkpoint_folder(job_config), checkpoint.initial_load_path
+    if not checkpoint.enable:
+        if initial:
+            yield f"checkpoint.initial_load_path = {initial!r}: checkpoint.enable = false loads nothing; set it to true"
+        return
+    if folder.resolve() in (own := Path(dump).resolve(), *own.parents):
+        yield f"checkpoint.folder = {checkpoint.folder!r}: must name a folder in {dump}, for example 'checkpoint'"
+        return
+    if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
+        yield (
+            "checkpoint.last_save_in_hf = true: the last checkpoint couldn't be saved, as that format holds only "
+            "weights; set it to false, and export the checkpoint with python -m torchtitan_ext export"
+        )
+    if job_config.lighthouse.enable and checkpoint.last_save_model_only:
+        yield "checkpoint.last_save_model_only = true: a dense stage can't go on from weights alone; set it to false"
+    if initial and checkpoint.initial_load_model_only and not checkpoint.initial_load_in_hf:
+        yield f"checkpoint.initial_load_model_only = true: drops all but the weights of {initial}; set it to false"
+    yield from (_resume_problems if folder.exists() else _start_problems)(job_config, dims)
+
+
+def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
+    """Of a run without a folder of checkpoints."""
+    checkpoint, steps = job_config.checkpoint, job_config.training.steps
+    initial = checkpoint.initial_load_path
+    if checkpoint.load_step != -1:
+        folder, step = checkpoint_folder(job_config), checkpoint.load_step
+        yield f"checkpoint.load_step = {step}: there is no {folder}; set it to -1 to start from {initial or 'scratch'}"
+    if checkpoint.initial_load_in_hf:
+        yield from _hf_problems(job_config)
+    elif initial:
+        yield from _state_problems(job_config, dims, "checkpoint.initial_load_path", Path(initial))
+        counted = TRAIN_STATE not in checkpoint.exclude_from_loading  # else from 0 again
+        if counted and step_of(initial) >= steps:
+            yield f"training.steps = {steps}: {initial} has done as many; count from the start of the first stage"
+
+
+def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
+    """Of a run with a folder of checkpoints, from which torchtitan loads, ignoring initial_load_path."""
+    initial, folder = job_config.checkpoint.initial_load_path, checkpoint_folder(job_config)
+    total, load_step = job_config.training.steps, job_config.checkpoint.load_step
+    ignored, steps = f"checkpoint.initial_load_path = {initial!r} would be ignored, because", complete_steps(folder)
+    if not steps and initial:
+        yield f"{ignored} the run's own folder {folder} exists, without a complete checkpoint: delete {folder}"
+        return
+    try:
+        start = recorded_start(job_config)
+    except ValueError as error:
+        yield str(error)
+        return
+    path = checkpoint_to_load(job_config)
+    step = step_of(path) if path else -1
+    if steps and not _same_checkpoint(start, initial):
+        gone = "" if not start or os.path.exists(start) else " (which is gone, but is not read again)"
+        yield (
+            f"{ignored} {folder} holds a run that started from {start or 'scratch'}: to continue that one, "
+            f"{f'set it to {start}{gone}' if start else 'drop the path'}; to start anew, choose another "
+            f"job.dump_folder or delete {folder}"
+        )
+    elif step in (-1, *steps) and (rewritten := _rewrite_problem(job_config, step)):
+        yield rewritten
+    elif step in steps and step > total:
+        yield f"training.steps = {total}: {folder} is past it, at step {step}; raise it, or change job.dump_folder"
+    elif path:
+        field = "job.dump_folder" if load_step == -1 else f"checkpoint.load_step = {load_step}"
+        yield from _state_problems(job_config, dims, field, path)
+
+
+def _same_checkpoint(recorded: str | None, now: str | None) -> bool:
+    """Whether a run that started from `recorded` started from `now`: there, or in a folder that was moved."""
+    if not recorded or not now:
+        return not recorded and not now
+    n_parts = 3 if not os.path.exists(recorded) else None  # the run, checkpoint/, step-N
+    return Path(now).resolve().parts[::-1][:n_parts] == Path(recorded).resolve().parts[::-1][:n_parts]
+
+
+def _hf_problems(job_config: JobConfig) -> Iterator[str]:
+    """What the Hugging Face folder that a new run starts from lacks."""
+    path, field = job_config.checkpoint.initial_load_path, "checkpoint.initial_load_path"
+    if not path:
+        path, field = job_config.model.hf_assets_path, "model.hf_assets_path"
+    shapes: dict[str, list[int]] = {}
+    for file in Path(path).glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            yield f"{field} = {path!r}: {file} can't be read ({error}); fetch it again"
+            return
+    if not shapes:
+        yield f"{field} = {path!r}: no *.safetensors there; give the folder that holds them"
+    elif args := flavors.get(job_config.model.flavor):
+        weights = Llama3StateDictAdapter(args, None).to_hf(meta_model(args).state_dict())
+        yield from _shape_problems(job_config, field, path, weights, shapes)
+        yield from config_problems(args, job_config.model.flavor, field, Path(path))
+
+
+def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
+    """That a launch from the run's own `step` would write over later checkpoints."""
+    checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
+    cause = f"checkpoint.load_step = {checkpoint.load_step}"
+    if checkpoint.create_seed_checkpoint:
+        cause, step = "checkpoint.create_seed_checkpoint = true", -1
+    later = [path for number, path in _step_folders(folder).items() if number > step and not _is_half_saved(path)]
+    if checkpoint.load_only or not later:
+        return None
+    return (
+        f"{cause}: {folder} holds {', '.join(path.name for path in later)}, which this launch would write over; to "
+        f"give them up, put them aside ({_put_aside(folder, later)}) and launch again, without checkpoint.load_step"
+    )
+
+
+def _put_aside(folder: Path, checkpoints: list[Path]) -> str:
+    """A shell command that moves checkpoints into a new folder beside theirs."""
+    places = (f"{folder}-aside-{number}" for number in count(1))
+    place = next(place for place in places if not os.path.exists(place))
+    return f"{shlex.join(['mkdir', place])} && {shlex.join(['mv', *map(str, checkpoints), place])}"
+
+
+def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str, path: Path) -> Iterator[str]:
+    """What the checkpoint at `path`, which `field` leads to, lacks to be resumed by this launch."""
+    excluded = excluded_states(job_config, dims)
+    try:
+        metadata = complete_metadata(path)
+        objects = _checked_objects(path, metadata, excluded)
+    except ValueError as error:
+        yield f"{field}: {error}{_recovery_hint(job_config, field, path)}"
+        return
+    if args := flavors.get(job_config.model.flavor):
+        weights = meta_model(args).state_dict()
+        yield from _shape_problems(job_config, field, path, weights, saved_shapes(metadata))
+    if path == checkpoint_folder(job_config) / "step-0":
+        return  # torchtitan's seed checkpoint: weights only
+    yield from resume_problems(job_config, field, path, objects)
+    wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
+    if missing := sorted(wanted - {key.split(".")[0] for key in metadata.state_dict_metadata}):
+        yield f"{field}: {path} holds no {', '.join(missing)}; use one with checkpoint.last_save_model_only = false"
+    if dims and DATALOADER in wanted.difference(missing):
+        degree, saved_degree = data_parallel_degree(dims), _saved_degree(metadata)
+        if degree != saved_degree:
+            yield (
+                f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}, and its data "
+                "position holds for no other; launch as many data-parallel ranks (or start the data over on purpose: "
+                "checkpoint.exclude_from_loading = ['dataloader'])"
+            )
+
+
+def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
+    """How to go on where the checkpoint at `path`, which `field` leads to, can't be loaded."""
+    folder = path.parent
+    own = folder == checkpoint_folder(job_config)
+    # an initial_load_path may name a run, or its folder of checkpoints
+    places = [folder] if own else [folder, path, path / job_config.checkpoint.folder]
+    others = (place / f"step-{step}" for place in places for step in complete_steps(place)[::-1])
+    newest = next((other for other in others if other != path), None)
+    if not own:
+        return f"; the newest near it is {newest}: to start from that, set {field} to it" if newest else ""
+    if newest is None:
+        return f"; {folder} holds no other: to start anew, choose another job.dump_folder"
+    aside = f"put it aside ({_put_aside(folder, [path])}) and " if path.exists() else ""
+    return f"; to go on from {newest.name}, {aside}launch again, without checkpoint.load_step"
+
+
+def saved_shapes(metadata: Metadata) -> Shapes:
+    return {name: stored.size for name, stored in metadata.state_dict_metadata.items() if hasattr(stored, "size")}
+
+
+def shape_mismatches(weights: Weights, shapes: Shapes) -> list[str]:
+    """The model's weights that a checkpoint with tensors of these shapes lacks, or has in another shape."""
+    return [
+        f"{name} is {list(shapes[name])} there and {list(weight.shape)} here"
+        if name in shapes
+        else f"{name} is not there"
+        for name, weight in weights.items()
+        if list(shapes.get(name, ())) != list(weight.shape)
+    ]
+
+
+def _shape_problems(job: JobConfig, field: str, path: str | Path, weights: Weights, shapes: Shapes) -> Iterator[str]:
+    if mismatches := shape_mismatches(weights, shapes):
+        yield (
+            f"model.flavor = {job.model.flavor!r}: {path}, which {field} leads to, is of another model "
+            f"({len(mismatches)} of {len(weights)} weights: {mismatches[0]}); use the flavor that it was trained with"
+        )
+
+
+def _checked_objects(path: Path, metadata: Metadata, excluded: Collection[str]) -> dict[str, Any]:
+    """Loads what is no tensor, as torch will, because here an error can name it. Raises ValueError."""
+    loaded = {}
+    for index, stored in metadata.storage_data.items():
+        key, file = index.fqn, path / stored.relative_path
+        is_object = isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata)
+        if not is_object or key.split(".")[0] in excluded:
+            continue
+        try:
+            with open(file, "rb") as data:
+                data.seek(stored.offset)
+                loaded[key] = load_object(data.read(stored.length))
+            if key.startswith(f"{DATALOADER}.dp_rank_"):
+                load_plain(loaded[key])
+        except Exception as error:  # whatever the bytes happen to spell
+            raise ValueError(f"{key} in {file} is damaged or was made to run code ({error})") from error
+    return loaded
+
+
+def step_of(path: str | Path) -> int:
+    """The steps that the checkpoint in a folder has done; 0 where the name doesn't tell."""
+    match = re.fullmatch(r"step-(\d+)", Path(path).name)
+    return int(match[1]) if match else 0
+
+
+def complete_metadata(path: Path) -> Metadata:
+    """The metadata of the checkpoint in the step-N folder `path`; ValueError where it isn't complete."""
+    incomplete = f"{path} is not a complete checkpoint:"
+    if not path.exists():
+        raise ValueError(f"{incomplete} it does not exist; train it first, or give the step-N folder of another")
+    sizes: dict[str, int] = {}
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+        for stored in metadata.storage_data.values():
+            end = stored.offset + stored.length
+            sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
+    except Exception as error:  # whatever the bytes happen to spell
+        raise ValueError(f"{incomplete} no .metadata that can be read ({error}); give another step-N folder") from error
+    held = {name: (path / name).stat().st_size if (path / name).is_file() else 0 for name in sizes}
+    broken = [f"{name} holds {held[name]:,} of {sizes[name]:,} bytes" for name in sizes if held[name] < sizes[name]]
+    if broken:
+        raise ValueError(f"{incomplete} {', '.join(broken)}; restore it, or use another")
+    return metadata
+
+
+def _step_folders(folder: Path) -> dict[int, Path]:
+    """What is named step-N, from the first character to the last, in a folder of checkpoints."""
+    paths = {path.name[5:]: path for path in folder.glob("step-*") if path.is_dir()}
+    numbers = sorted(int(name) for name in paths if re.fullmatch("0|[1-9][0-9]*", name))
+    return {number: paths[str(number)] for number in numbers}
+
+
+def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
+    """Steps of the checkpoints that a run can go on from; with HF_INDEX, of those in Hugging Face's format."""
+    return [step for step, path in _step_folders(folder).items() if (path / written_last).is_file()]
+
+
+def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
+    """The complete checkpoints to delete after a save.
+
+    What SIGTERM saved bridges to the next interval: it pushes out none to be kept, and goes when a later is complete.
+    """
+    steps = complete_steps(folder)
+    bridges = [step for step in steps if (folder / f"step-{step}" / INTERRUPTED).exists()]
+    regular = [step for step in steps if step not in bridges]
+    stale = [*regular[:-keep_latest_k], *(step for step in bridges if step < steps[-1])]
+    return [folder / f"step-{step}" for step in stale]
+
+
+def _is_half_saved(path: Path) -> bool:
+    """Whether a step's folder holds what a save that was killed leaves, and nothing else."""
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:  # rank 0 is deleting it
+        return True
+    left = {".metadata.tmp", "sharded", INTERRUPTED}
+    return not path.is_symlink() and all(n.endswith(".distcp") or n in left for n in names)
+
+
+def remove_half_saved(folder: Path) -> None:
+    """Deletes what killed saves left, whose shards would lie among those of the next save of that step."""
+    for path in _step_folders(folder).values():
+        if _is_half_saved(path):
+            shutil.rmtree(path)

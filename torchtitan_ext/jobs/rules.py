@@ -1,0 +1,276 @@
+"""Validate a job before anything is built: what would lose state or time in silence, or fail without saying why."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from netrc import netrc
+from operator import attrgetter
+from typing import Any, get_type_hints
+
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Training, Validation
+from torchtitan.distributed import ParallelDims
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from torchtitan_ext.console import MOUNT, is_address
+from torchtitan_ext.data import check_dataset
+from torchtitan_ext.data.tokenizer import load_tokenizer
+from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
+from torchtitan_ext.lighthouse.ulysses import check_heads
+from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
+
+from .resume import checkpoint_problems, data_parallel_degree
+from .schedule import optimizer_problems
+
+DEGREES = {
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+}
+
+
+def check_job(job_config: JobConfig) -> None:
+    """Raise one ValueError that lists every problem of this launch: field, value and remedy.
+
+    Every rank reads the same files and comes to the same answer.
+    """
+    if problems := job_problems(job_config, launched_ranks()) or [*kernel_problems(job_config)]:
+        raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
+
+
+def kernel_problems(job_config: JobConfig) -> Iterator[str]:
+    """That the kernel which the job names can't run on this machine."""
+    try:
+        choose_kernel(job_config)
+    except ValueError as error:
+        yield str(error)
+
+
+def launched_ranks() -> int | None:
+    """The number of processes that this one was launched with; None where no launcher says."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
+def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
+    """Every problem of a launch on `n_ranks` processes; None leaves out what depends on their number."""
+    if problems := list(_value_problems(job_config)):
+        return problems
+    if not hasattr(job_config, "lighthouse"):
+        return [
+            f"job.custom_config_module = {job_config.job.custom_config_module!r}: "
+            "set it to 'torchtitan_ext.model.settings', which adds the [lighthouse] section"
+        ]
+    problems = [
+        *_number_problems(job_config),
+        *_model_problems(job_config),
+        *_attention_problems(job_config),
+        *optimizer_problems(job_config),
+        *_data_problems(job_config),
+        *_wandb_problems(job_config),
+    ]
+    dims = None
+    if n_ranks is not None:
+        try:
+            dims = parallel_dims(job_config, n_ranks)
+            problems += _batch_problems(job_config, dims)
+        except ValueError as error:
+            problems.append(str(error))
+    return [*problems, *checkpoint_problems(job_config, dims)]
+
+
+def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
+    """The fields of a dataclass, and of those in it, with a value of another type, or a path that is an address."""
+    hints = get_type_hints(type(settings))
+    for field in fields(settings):
+        name, value, hint = f"{section}{field.name}", getattr(settings, field.name), hints[field.name]
+        if is_dataclass(value):
+            yield from _value_problems(value, f"{name}.")
+            continue
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            kind = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
+            yield f"{name} = {value!r}: must be of type {kind}"
+        if isinstance(value, str) and name.endswith(("folder", "path")) and is_address(value):
+            yield f"{name} = {value!r} is no path on this machine: {MOUNT}"
+
+
+def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
+    """How `n_ranks` processes share the work, as torchtitan will have it. Raises ValueError if they can't."""
+    parallelism = job_config.parallelism
+    degrees = {name: getattr(parallelism, field) for name, field in DEGREES.items()}
+    experts = {"ep": parallelism.expert_parallel_degree, "etp": parallelism.expert_tensor_parallel_degree}
+    try:
+        return ParallelDims(**degrees, **experts, world_size=n_ranks)
+    except AssertionError as error:
+        product = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
+        raise ValueError(
+            f"[parallelism] {product}: the degrees' product must be the number of ranks, {n_ranks}; "
+            "parallelism.data_parallel_shard_degree = -1 takes what the other degrees leave"
+        ) from error
+
+
+def sequences_at_once(job_config: JobConfig, dims: ParallelDims) -> int:
+    """How many sequences a microbatch of all ranks holds; a step may accumulate several."""
+    return job_config.training.local_batch_size * data_parallel_degree(dims)
+
+
+def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
+    training, at_once = job_config.training, sequences_at_once(job_config, dims)
+    wanted = training.global_batch_size
+    if at_once > 0 and (wanted == 0 or (wanted > 0 and wanted % at_once)):
+        below = wanted // at_once * at_once
+        yield (
+            f"training.global_batch_size = {wanted}: must be a multiple of training.local_batch_size x "
+            f"data-parallel degree = {training.local_batch_size} x {data_parallel_degree(dims)} = {at_once}; nearest: "
+            + (f"{below} or {below + at_once}" if below else f"{at_once}")
+        )
+
+
+def data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
+    """The sections that say what sequences this job reads, by name."""
+    yield "training", job_config.training
+    if job_config.validation.enable:
+        yield "validation", job_config.validation
+
+
+def _number_problems(job_config: JobConfig) -> Iterator[str]:
+    """Numbers that training divides by or allocates, and would trip over."""
+    positive = ["metrics.log_freq", "training.seq_len", "training.local_batch_size"]
+    if job_config.validation.enable:
+        positive += ["validation.seq_len", "validation.local_batch_size", "validation.freq"]
+        table, longest = job_config.training.seq_len, job_config.validation.seq_len
+        if longest > table:
+            yield f"validation.seq_len = {longest}: positions end at training.seq_len = {table}; use that at most"
+    if job_config.checkpoint.enable:
+        positive.append("checkpoint.interval")
+    for field in positive:
+        if (number := attrgetter(field)(job_config)) < 1:
+            yield f"{field} = {number}: must be 1 or more"
+
+
+def _model_problems(job_config: JobConfig) -> Iterator[str]:
+    flavor, dense_layers = job_config.model.flavor, job_config.lighthouse.dense_layers
+    parallelism = job_config.parallelism
+    if flavor not in flavors:
+        yield f"model.flavor = {flavor!r} is unknown: choose one of {', '.join(flavors)}"
+    elif bad := [layer for layer in dense_layers or () if not 0 <= layer < flavors[flavor].n_layers]:
+        n_layers = flavors[flavor].n_layers
+        yield f"lighthouse.dense_layers = {dense_layers}: {bad} out of range, {flavor} has layers 0 to {n_layers - 1}"
+    if job_config.loss.fuse_output:
+        legal: dict[str, tuple] = {"tensor_parallel_degree": (1,), "pipeline_parallel_degree": (1,)}
+        for field, values in (legal | {"fsdp_reshard_after_forward": ("default", "never")}).items():
+            if (value := getattr(parallelism, field)) not in values:
+                yield (
+                    f"parallelism.{field} = {value!r}: loss.fuse_output needs the whole output projection beside the "
+                    f"loss; use {' or '.join(map(repr, values))}, or set loss.fuse_output to false"
+                )
+    degree, tensor_parallel = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    if flavor in flavors and degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
+        n_heads, n_kv_heads = flavors[flavor].n_heads, flavors[flavor].n_kv_heads or flavors[flavor].n_heads
+        try:
+            if 0 < tensor_parallel <= n_kv_heads:  # else torch says so
+                check_heads(n_heads // tensor_parallel, n_kv_heads // tensor_parallel, degree)
+        except ValueError as error:
+            yield (
+                f"parallelism.context_parallel_degree = {degree}: {error}; or set "
+                "parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
+            )
+
+
+def _attention_problems(job_config: JobConfig) -> Iterator[str]:
+    compiled, parallelism, lighthouse = job_config.compile, job_config.parallelism, job_config.lighthouse
+    degree, balancer = parallelism.context_parallel_degree, parallelism.context_parallel_load_balancer
+    ring = degree > 1 and parallelism.context_parallel_rotate_method == "alltoall"
+    if ring and balancer is None and compiled.enable and "model" in compiled.components:
+        yield (
+            "parallelism.context_parallel_rotate_method = 'alltoall': without a load balancer each rank compiles "
+            "another graph, and from torch 2.14 on they wait for each other forever; set "
+            "parallelism.context_parallel_load_balancer to 'headtail', or compile.enable to false"
+        )
+    for name, section in data_sections(job_config) if lighthouse.enable else ():
+        try:
+            if degree > 1:
+                check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
+            else:
+                lighthouse.check_seq_len(section.seq_len)
+        except ValueError as error:
+            yield f"[lighthouse] on [{name}]: {error}"
+
+
+def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
+    """Why W&B couldn't start, without which torchtitan trains on. Rank 0 speaks for all."""
+    if not job_config.metrics.enable_wandb or int(os.environ.get("RANK", 0)):
+        return
+    import wandb
+
+    reason = "it has no whole API key on this machine"
+    try:
+        settings = wandb.setup().settings  # wandb.login() would ask the server
+        has_key = settings.identity_token_file or len(settings.api_key or "") >= 40
+        if has_key or settings.mode in ("offline", "dryrun", "disabled"):
+            return
+        with suppress(FileNotFoundError):
+            logins = netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).hosts.values()
+            if any(name == "user" for name, *_ in logins):  # as W&B's are called
+                return
+    except Exception as error:  # whatever its settings spell
+        reason = str(error)
+    finally:
+        wandb.teardown()
+    yield f"metrics.enable_wandb = true: W&B can't start ({reason}); call `wandb login`, or set WANDB_MODE=offline"
+
+
+def _data_problems(job_config: JobConfig) -> Iterator[str]:
+    path, args = job_config.model.hf_assets_path, flavors.get(job_config.model.flavor)
+    try:
+        if problem := _tokenizer_problem(load_tokenizer(path), args):
+            yield f"model.hf_assets_path = {path!r}: {problem}"
+    except ValueError as error:
+        yield str(error)
+    for name, section in data_sections(job_config):
+        if (workers := section.dataloader.num_workers) not in (0, 1):
+            yield f"{name}.dataloader.num_workers = {workers}: several would read the same files; use 0 or 1"
+        try:
+            check_dataset(section.dataset, section.dataset_path)
+        except ValueError as error:
+            yield str(error).replace("training.dataset", f"{name}.dataset")
+
+
+def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArgs | None) -> str | None:
+    library = tokenizer.tokenizer
+    for change in ("truncation", "padding"):
+        if setting := getattr(library, change):
+            return f"its tokenizer.json sets {change}, {setting}, which would change every document; set it to null"
+    # Ids may leave gaps, and beyond the embeddings a GPU fails amid a step.
+    last_id = max(tokenizer.get_vocab().values(), default=-1)
+    if args and last_id >= args.vocab_size:
+        return (
+            f"its token ids go to {last_id}, beyond the {args.vocab_size} embeddings of model.flavor; choose a larger "
+            "flavor or a smaller tokenizer"
+        )
+    if tokenizer.bos_id is None and tokenizer.eos_id is None:
+        return (
+            "documents would run into each other, because the tokenizer has no token that begins or ends one; name it "
+            "as bos_token or eos_token in tokenizer_config.json there"
+        )
+    library.encode_special_tokens = True  # as documents are encoded
+    unk_token = (tokenizer.config or {}).get("unk_token")  # which any text may be
+    spelled = [
+        token.content
+        for index, token in library.get_added_tokens_decoder().items()
+        if token.special
+        if token.content != unk_token or index in (tokenizer.bos_id, tokenizer.eos_id)
+        if index in library.encode(token.content, add_special_tokens=False).ids
+    ]
+    if spelled:
+        return (
+            f"a document that spells {' or '.join(spelled)} would get that control token, because the "
+            f"{type(library.model).__name__} model in tokenizer.json can choose it for text; lower its score there "
+            "below all others', or use a BPE tokenizer"
+        )
+    return None

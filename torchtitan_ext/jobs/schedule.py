@@ -1,0 +1,66 @@
+"""Refuse an optimizer or a schedule that differs from what a checkpoint was trained with."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.config import JobConfig
+
+
+def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
+    """What would bend the schedule, now or where another run continues."""
+    schedule, steps = job_config.lr_scheduler, job_config.training.steps
+    total = steps if schedule.total_steps is None else schedule.total_steps
+    if total < steps:
+        yield f"lr_scheduler.total_steps = {total}: ends before training.steps = {steps}; set it to {steps} or more"
+    if not job_config.checkpoint.enable:
+        return  # nothing continues from here, under another schedule
+    if 0 < total < schedule.warmup_steps:
+        yield (
+            f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: would shrink to {total}, and a longer run's rate "
+            f"jump; set it to {total} at most, or lr_scheduler.total_steps to the steps of the whole training"
+        )
+    if job_config.lighthouse.enable and schedule.decay_ratio != 0.0 and schedule.total_steps is None:
+        yield (
+            f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the rate would decay to the end of this stage and "
+            "jump back in the dense one; set it to 0.0, or lr_scheduler.total_steps to the steps of both stages"
+        )
+
+
+def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[str, Any]) -> Iterator[str]:
+    """Where this launch differs from the one that saved these objects in the checkpoint `path`, which `field` names."""
+    if job_config.optimizer.override_checkpoint:
+        return
+    on_purpose = "; or, to change that from here on, set optimizer.override_checkpoint to true"
+    group = {key.rpartition(".")[2]: value for key, value in saved.items() if key.startswith("optimizer.param_groups.")}
+    base = (saved.get("lr_scheduler.base_lrs") or [group.get("initial_lr")])[0]
+    trained_with = {"lr": base} | {name: group.get(name) for name in ("eps", "weight_decay")}
+    trained_with |= dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+    if "decoupled_weight_decay" in group:
+        trained_with["name"] = "AdamW" if group["decoupled_weight_decay"] else "Adam"
+    for name, value in trained_with.items():
+        if value is not None and (now := getattr(job_config.optimizer, name)) != value:
+            yield (
+                f"optimizer.{name} = {now!r}: {path}, which {field} leads to, was trained with {value!r}; set it to "
+                f"that{on_purpose}"
+            )
+    if base and (rates := saved.get("lr_scheduler._last_lr")):
+        step, rate = saved.get("lr_scheduler.last_epoch", 0), rates[0]
+        with suppress(Exception):  # torchtitan will refuse these settings
+            optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
+            schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, max(0, job_config.training.steps))
+            rate = base * schedulers.schedulers[0].lr_lambdas[0](step)
+        if not isclose(rate, rates[0], rel_tol=1e-6):
+            schedule = job_config.lr_scheduler
+            names = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor", "total_steps")
+            settings = ", ".join(f"{name} = {getattr(schedule, name)!r}" for name in names)
+            yield (
+                f"[lr_scheduler] {settings} with training.steps = {job_config.training.steps}: the rate would jump "
+                f"from {rates[0]:.3g} to {rate:.3g} at step {step}, where {path} goes on; set them as they were when "
+                f"it was trained{on_purpose}"
+            )

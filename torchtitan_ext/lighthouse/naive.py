@@ -1,0 +1,107 @@
+"""The method as loops and plain indexing: slow, obviously right, the reference of the tests."""
+
+import math
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from .config import LighthouseConfig
+
+
+def naive_select(q_score: Tensor, k_score: Tensor, config: LighthouseConfig) -> list[tuple[int, int]]:
+    """Gathered entries (level, index), in order, of one head's base scores, each [N]."""
+    p, m, n_tiles = config.pooling_factor, config.tile_winners, config.n_tiles
+    seq_len = len(q_score)
+
+    def score_of(scores: Tensor, level: int, index: int) -> tuple[bool, float]:
+        span = scores[index * p**level : (index + 1) * p**level].tolist()
+        return max((True, 0.0) if math.isnan(score) else (False, score) for score in span)
+
+    def best(scores: Tensor, level: int, among: list[int]) -> list[int]:
+        return sorted(among, key=lambda index: score_of(scores, level, index), reverse=True)[: m // 2]
+
+    entries = []
+    coarsest = seq_len // p ** (config.levels - 1)
+    for tile in range(n_tiles):
+        per_tile = coarsest // n_tiles
+        candidates = list(range(tile * per_tile, (tile + 1) * per_tile))
+        for level in range(config.levels - 1, -1, -1):
+            entries += [(level, index) for index in candidates]
+            if level == 0:
+                break
+            by_query = best(q_score, level, candidates)
+            rest = [index for index in candidates if index not in by_query]
+            winners = by_query + best(k_score, level, rest)
+            if tile == 0 and 0 not in winners:
+                winners.remove(by_query[-1])
+                winners.append(0)
+            candidates = [p * index + child for index in sorted(winners) for child in range(p)]
+    return sorted(entries, key=lambda entry: ((entry[1] + 1) * p ** entry[0] - 1, entry[0]))
+
+
+def naive_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> tuple[Tensor, Tensor]:
+    """Query and key score, each [N], of one KV head: q [N, group, D], k and v [N, D]."""
+    if config.scorer == "norm":
+        return q.norm(dim=-1).amax(-1), k.norm(dim=-1)
+
+    def output(t: int, queries: Tensor, keys: Tensor) -> Tensor:
+        step = config.dilation if config.scorer == "dilated" else 1
+        past = torch.arange(t % step, t + 1, step)
+        weights = keys[past] @ queries[t] / math.sqrt(q.shape[-1])
+        if config.scorer == "dilated":
+            weights = torch.softmax(weights, 0)
+        else:
+            log_gate = math.log(1 / (1 + math.exp(0))) / 16
+            weights = weights * torch.exp(log_gate * (t - past).to(q.dtype))
+        return weights @ v[past]
+
+    heads = q.unbind(1)
+    q_score = [max(output(t, head, k).norm() for head in heads) for t in range(len(k))]
+    k_score = [max(output(t, k, head).norm() for head in heads) for t in range(len(k))]
+    return torch.stack(q_score), torch.stack(k_score)
+
+
+def naive_rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Rows [..., D], their adjacent pairs rotated by the complex [..., D/2] `angle`."""
+    pairs = [
+        (a * c.real - b * c.imag, a * c.imag + b * c.real)
+        for a, b, c in zip(x[..., ::2].unbind(-1), x[..., 1::2].unbind(-1), angle.unbind(-1), strict=True)
+    ]
+    return torch.stack([value for pair in pairs for value in pair], -1)
+
+
+def naive_attention(
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None = None
+) -> Tensor:
+    """What `lighthouse_attention` must equal: float64 [B, N, H, D] in and out."""
+    batch, seq_len, n_heads, head_dim = q.shape
+    group, p = n_heads // k.shape[2], config.pooling_factor
+    if freqs_cis is not None and config.rope == "base":
+        q, k = (naive_rotate(x, freqs_cis[:seq_len, None]) for x in (q, k))
+
+    def entry_row(x: Tensor, b: int, head: int, level: int, index: int, rotate: bool):
+        start, end = index * p**level, (index + 1) * p**level - 1
+        row = torch.stack([x[b, t, head] for t in range(start, end + 1)]).mean(0)
+        if rotate and freqs_cis is not None and config.rope == "selected":
+            return naive_rotate(row, freqs_cis[end])
+        return row
+
+    heads_out = []
+    for b, head in product(range(batch), range(n_heads)):
+        kv_head = head // group
+        of_group = q[b, :, kv_head * group : (kv_head + 1) * group].detach()
+        scores = naive_scores(of_group, k[b, :, kv_head].detach(), v[b, :, kv_head].detach(), config)
+        entries = naive_select(*scores, config)
+        queries = [entry_row(q, b, head, *entry, True) for entry in entries]
+        keys = torch.stack([entry_row(k, b, kv_head, *entry, True) for entry in entries])
+        values = torch.stack([entry_row(v, b, kv_head, *entry, False) for entry in entries])
+        positions = [torch.zeros(head_dim, dtype=q.dtype) for _ in range(seq_len)]
+        for row, (level, index) in enumerate(entries):
+            logits = keys[: row + 1] @ queries[row] / math.sqrt(head_dim)
+            out = torch.softmax(logits, 0) @ values[: row + 1]
+            end = (index + 1) * p**level - 1
+            for t in range(end, min(end + p**level, seq_len)):
+                positions[t] = positions[t] + out
+        heads_out.append(torch.stack(positions))
+    return torch.stack(heads_out).view(batch, n_heads, seq_len, head_dim).transpose(1, 2)

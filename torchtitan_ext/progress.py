@@ -1,0 +1,43 @@
+"""How far a command is, on stderr: a live bar on a terminal, elsewhere a plain line now and then."""
+
+import math
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Display(Progress):
+    """One task after another; the bar lives while it is entered."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        # a narrow terminal cuts the bar first
+        columns = (TextColumn("{task.description}  {task.fields[status]}", markup=False), BarColumn(20))
+        live = console.is_interactive
+        super().__init__(*columns, console=console, disable=not live, speed_estimate_period=math.inf)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, title: str, total: float, done: float = 0) -> None:
+        """Begin a task, which the following calls are about."""
+        self.add_task(title, total=total, completed=done, status="")  # type: ignore[arg-type]
+        self.last_line = self.get_time()
+
+    def count(self, amount: float, what: str = "") -> None:
+        """Count `amount` more as done."""
+        self.show(self.tasks[-1].completed + amount, what)
+
+    def show(self, done: float, what: str = "") -> None:
+        """Show that `done` of the total is done, and the time left at the mean speed so far."""
+        task, now = self.tasks[-1], self.get_time()
+        self.update(task.id, completed=done)
+        left = "" if task.time_remaining is None else f", left {timedelta(seconds=task.time_remaining)}"
+        status = f"{what}{task.percentage:.0f}%{left}"
+        self.update(task.id, status=status)
+        if self.disable and (now - self.last_line >= SECONDS_BETWEEN_LINES or task.finished):
+            self.last_line = now
+            self.say(f"{task.description}  {status}")

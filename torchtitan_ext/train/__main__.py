@@ -1,0 +1,41 @@
+"""Train a job: torchrun --nproc_per_node=8 -m torchtitan_ext.train --job.config_file configs/530m/stage1.toml
+
+Overrides are torchtitan's: --lighthouse.top_k 2048. --print-config prints the whole job as TOML instead.
+"""
+
+import argparse
+import os
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import record
+from torchtitan import train
+
+from torchtitan_ext.jobs.job_file import as_toml, parse_job
+from torchtitan_ext.patching import check_patched
+
+from .spec import register
+from .trainer import LighthouseTrainer
+
+
+@record
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("--job.config_file", "--job.config-file", dest="file", required=True)
+    parser.add_argument("--print-config", action="store_true")
+    options, overrides = parser.parse_known_args(arguments)
+    register()
+    try:
+        check_patched(changed_is_fine=True)  # main of torchtitan as released takes no job
+        job = parse_job(options.file, overrides)
+    except ValueError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"torchtitan_ext.train: {error}", file=sys.stderr)
+        sys.exit(2)
+    if options.print_config:
+        print(as_toml(job))
+    else:
+        train.main(LighthouseTrainer, job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Save and load checkpoints: torchtitan's manager, with failures explained and interruptions bridged."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
+
+from torchtitan_ext.jobs.resume import INTERRUPTED, complete_steps, stale_checkpoints
+
+
+class LighthouseCheckpointManager(CheckpointManager):
+    """torchtitan's checkpoint manager for runs that may be interrupted; see `stale_checkpoints`."""
+
+    interrupting = False
+    bridging = False
+    saving = ""  # the checkpoint that was begun last
+
+    def describe_latest(self) -> str:
+        """Which checkpoint the next start would load, as part of a sentence."""
+        if not self.enable or (step := self._find_load_step()) == -1:
+            return "there is no checkpoint to continue from"
+        return f"the newest checkpoint is {self._create_checkpoint_id(step)}"
+
+    def due(self, step: int) -> bool:
+        """Whether `save` would save a step that is not the last."""
+        return self._should_save(step)
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save a checkpoint if this step is to have one. Raises RuntimeError where it, or the one before, can't be."""
+        try:
+            super().save(curr_step, last_step)
+        except (Exception, CheckpointException) as error:
+            failures = getattr(error, "failures", {dist.get_rank(): (error,)})
+            causes = "; ".join(
+                f"{traceback.format_exception_only(cause)[-1].strip()} (rank {rank})"
+                for rank, (cause, *_) in failures.items()
+            )
+            raise RuntimeError(
+                f"{self.saving} could not be saved: {causes}. Training stops after step {curr_step}; "
+                f"{self.describe_latest()}. Make space, or remove what else is the cause, and launch again."
+            ) from error
+
+    def save_interrupted(self, step: int) -> None:
+        """Save a full checkpoint in the foreground, whatever the interval and `async_mode` say."""
+        self.bridging = not self.due(step)
+        self.interrupting = True
+        self.save(step)
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        self.saving = checkpoint_id
+        result = super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
+        if self.bridging and dist.get_rank() == 0:
+            Path(checkpoint_id, INTERRUPTED).touch()
+        return result
+
+    def _async_wait(self) -> None:
+        super()._async_wait()
+        if self.interrupting:
+            self.save_future, self.async_mode = None, AsyncMode.DISABLED
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        return super()._should_save(curr_step, last_step or self.interrupting)
+
+    def _find_load_step(self, folder: str = "") -> int:
+        # torchtitan's own would count step-12-hf as step 12
+        return max(complete_steps(Path(folder or self.folder)), default=-1)
+
+    def _purge_stale_checkpoints(self) -> None:
+        if self.keep_latest_k > 0 and dist.get_rank() == 0:
+            for path in stale_checkpoints(Path(self.folder), self.keep_latest_k):
+                self.purge_queue.put(str(path))

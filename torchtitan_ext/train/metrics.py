@@ -1,0 +1,67 @@
+"""Log a run's metrics: torchtitan's processor, with what the table of an experiment needs."""
+
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger, _get_metrics_rank
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import BaseModelArgs
+from torchtitan.tools.logging import logger
+
+from torchtitan_ext.jobs.recorded import LOG_FREQ, N_DEVICES
+
+
+def _continue_wandb_run(job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    """Has each start of a run record the same W&B run, whose id its folder keeps."""
+    rank, all_ranks = torch.distributed.get_rank(), job_config.metrics.save_for_all_ranks
+    records = all_ranks or rank == _get_metrics_rank(parallel_dims, job_config)
+    if not records or os.environ.keys() & {"WANDB_RESUME_FROM", "WANDB_FORK_FROM"}:
+        return
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    name = f"wandb_run_id_{rank}.txt" if all_ranks else "wandb_run_id.txt"
+    file = Path(job_config.job.dump_folder, name)
+    if not (file.exists() and file.read_text().strip()):
+        file.write_text(uuid4().hex + "\n")
+    os.environ.setdefault("WANDB_RUN_ID", file.read_text().strip())
+
+
+class LighthouseMetricsProcessor(MetricsProcessor):
+    """Logs the number of devices and `metrics.log_freq` too, and loses no logged step in a kill."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, args: BaseModelArgs, tag: str | None = None):
+        if job_config.metrics.enable_wandb:
+            _continue_wandb_run(job_config, parallel_dims)
+        super().__init__(job_config, parallel_dims, tag)
+        self.first_step = True
+        self.constants = {N_DEVICES: parallel_dims.world_size, LOG_FREQ: job_config.metrics.log_freq}
+        if job_config.lighthouse.enable:
+            seq_len = job_config.training.seq_len
+            gathered_len = job_config.lighthouse.gathered_len(seq_len)
+            self.constants["gathered_len"] = gathered_len
+            logger.info(f"Lighthouse attends to {gathered_len:,} gathered rows of {seq_len:,} tokens")
+
+    def should_log(self, step: int) -> bool:
+        # The first step of a process shows what resuming, or switching to dense, did to the loss.
+        first, self.first_step = self.first_step, False
+        return first or super().should_log(step)
+
+    def log(self, step: int, avg_loss: float, max_loss: float, grad_norm: float, extra_metrics: Any = None) -> None:
+        # A rank's loss covers 1/cp of the sequence; torchtitan divides by all tokens.
+        n_parts = self.parallel_dims.cp
+        extra_metrics = {**(extra_metrics or {}), **self.constants}
+        if "n_tokens_seen" in extra_metrics:
+            extra_metrics["n_tokens_seen"] /= n_parts
+        try:
+            super().log(step, avg_loss, max_loss * n_parts, grad_norm, extra_metrics)
+            for logger in getattr(self.logger, "_loggers", ()):
+                if isinstance(logger, TensorBoardLogger):
+                    logger.writer.flush()
+        except OSError as error:
+            raise RuntimeError(
+                f"step {step} could not be logged in {self.job_config.job.dump_folder}: {error}. Make space, or remove "
+                "what else is the cause, and launch again: that continues from the newest checkpoint"
+            ) from error

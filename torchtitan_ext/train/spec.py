@@ -1,0 +1,115 @@
+"""Register `llama3_lighthouse` with torchtitan, and make the other changes to the process that a run needs."""
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.experimental._context_parallel._attention import set_rotate_method
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
+from torchtitan.models.llama3 import parallelize_llama
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+from torchtitan.models.llama3.model.model import Attention
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.utils import device_type
+
+from torchtitan_ext.data import build_dataloader
+from torchtitan_ext.data.datasets import OWN_DATASETS
+from torchtitan_ext.data.unpickling import restrict_unpickling
+from torchtitan_ext.lighthouse.attention import triton_ops
+from torchtitan_ext.lighthouse.kernels import CausalAttention
+from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
+from torchtitan_ext.model import LighthouseTransformer, flavors
+from torchtitan_ext.model.loss import build_loss
+from torchtitan_ext.model.model import LighthouseSelfAttention
+
+from .metrics import LighthouseMetricsProcessor
+from .optimizer import LaunchSchedulers
+from .validator import LighthouseValidator
+
+NAME = "llama3_lighthouse"
+
+
+def register() -> None:
+    """Change this process as a run needs it; a second call changes nothing more."""
+    restrict_unpickling()
+    # Texts encoded as a batch may be shared out to threads, of which the library warns at every later fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    DATASETS.update(OWN_DATASETS)
+    _op_sac_save_list.add(torch.ops.lighthouse.flash_attention_4.default)  # torch's own kernels are in it
+    # What attention's output was computed from: with it kept, selective activation checkpointing makes no
+    # selection twice, nor the attention that scored it.
+    _op_sac_save_list.add(torch.ops.lighthouse.attention_scores.default)
+    if triton_ops:
+        _op_sac_save_list.add(torch.ops.lighthouse.select.default)
+    with suppress(ValueError):  # registered before
+        register_train_spec(NAME, get_train_spec())
+
+
+def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    if parallel_dims.cp_enabled:
+        mesh = parallel_dims.get_mesh("cp")
+        load_balance = job_config.parallelism.context_parallel_load_balancer is not None
+        for module in model.modules():
+            if isinstance(module, LighthouseSelfAttention):
+                module.share_sequence(mesh, load_balance)
+    model = parallelize_llama(model, parallel_dims, job_config)
+    if parallel_dims.cp_enabled:
+        method = job_config.parallelism.context_parallel_rotate_method
+        if method != "allgather":
+            set_rotate_method(method)  # torchtitan would leave it to a validation
+        else:  # no ring then, which torchtitan has put in
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    kernel = CausalAttention(module.inner_attention.kernel)
+                    module.inner_attention = UlyssesAttention(kernel, mesh, load_balance)
+    if device_type == "cpu":
+        seed_shards(parallel_dims)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo has no pre-multiplied sum
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def seed_shards(parallel_dims: ParallelDims) -> None:
+    """Seed the ranks that share a parameter differently: on a CPU, DTensor does not give each shard its own numbers."""
+    offset, stride = 0, parallel_dims.pp
+    for name in ("fsdp", "tp"):
+        if mesh := parallel_dims.get_optional_mesh(name):
+            offset += mesh.get_local_rank() * stride
+            stride *= mesh.size()
+    if offset:
+        torch.manual_seed(torch.initial_seed() + offset)
+    torch.rand(2)  # a seed's first weights stay those of version 0.1, whose checks drew as many
+
+
+def build_dataloaders(
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+) -> ParallelAwareDataloader:
+    """The training's loader. What is wrong with the validation's is told now too, before the model is built."""
+    if job_config.validation.enable:
+        build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, section="validation")
+    return build_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
+
+
+def get_train_spec() -> TrainSpec:
+    """llama3's train spec with the model, the data and the records of this package."""
+    return replace(
+        get_llama3_train_spec(),
+        model_cls=LighthouseTransformer,
+        model_args=flavors,
+        parallelize_fn=parallelize,
+        build_dataloader_fn=build_dataloaders,
+        build_lr_schedulers_fn=LaunchSchedulers,
+        build_loss_fn=build_loss,
+        build_validator_fn=LighthouseValidator,
+        build_metrics_processor_fn=LighthouseMetricsProcessor,
+    )

@@ -1,0 +1,187 @@
+"""Train a job: torchtitan's trainer, with bad jobs refused, bad steps caught and SIGTERM heeded."""
+
+import atexit
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+from torchtitan.config import JobConfig
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+from torchtitan.train import Trainer
+
+from torchtitan_ext.jobs.environment import environment_problems
+from torchtitan_ext.jobs.folder_lock import lock_folders
+from torchtitan_ext.jobs.recorded import write_config
+from torchtitan_ext.jobs.resume import checkpoint_folder, excluded_states, remove_half_saved
+from torchtitan_ext.jobs.rules import check_job, launched_ranks, parallel_dims
+from torchtitan_ext.model import choose_kernel
+
+from .checkpointer import LighthouseCheckpointManager
+
+
+class Interrupted(SystemExit):
+    """SIGTERM ended a run before its last step: exit as a shell reports SIGTERM, not as a finished run."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+class LighthouseTrainer(Trainer):
+    """A step whose loss or gradients are not finite stops the run before anything is saved, or is passed over.
+
+    On SIGTERM it finishes the step, saves and exits with 143.
+    """
+
+    checkpointer_cls = LighthouseCheckpointManager
+    checkpointer: LighthouseCheckpointManager
+
+    @record
+    def __init__(self, job_config: JobConfig) -> None:
+        self.nonfinite_steps = 0  # in a row
+        # of each step not checked yet: the step, the flags of all ranks, and when the host has them
+        self.outcomes: deque[tuple[int, torch.Tensor, torch.Event]] = deque()
+        self.sigterm_received = False  # by this rank
+        self.interrupted = False  # by SIGTERM to any rank
+        self._begin_run(job_config)
+        super().__init__(job_config)
+        if self.device.type == "cpu" and self.parallel_dims.world_size > 1:
+            # gloo's threads still drop the last collective's tensors, and abort an interpreter that is finalizing.
+            atexit.register(time.sleep, 1)
+
+    def _begin_run(self, job_config: JobConfig) -> None:
+        """Check the job before anything is built, and record it."""
+        is_first = int(os.environ.get("RANK", 0)) == 0
+        for problem in environment_problems() if is_first else ():
+            logger.warning(problem)
+        check_job(job_config)
+        job_config.attention.kernel, reasons = choose_kernel(job_config)  # recorded with the job
+        logger.info(f"Attention by {'; not by '.join([job_config.attention.kernel, *reasons])}")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # Ranks whose torchrun is killed get SIGTERM, else they train on where the next launch continues.
+            _prctl_pr_set_pdeathsig(signal.SIGTERM)
+        checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
+        if is_first:
+            lock_folders(job_config)
+            if checkpoint.enable and not checkpoint.load_only:
+                remove_half_saved(checkpoint_folder(job_config))
+            # torchtitan's job.save_config_file comes before the check: a refused job would replace the run's.
+            write_config(job_config)
+        excluded = excluded_states(job_config, parallel_dims(job_config, n_ranks) if n_ranks else None)
+        if loaded := sorted({*checkpoint.exclude_from_loading} - {*excluded}):
+            logger.info(
+                f"checkpoint.exclude_from_loading: the run goes on from its own checkpoint, with {', '.join(loaded)}; "
+                "to leave that out, start from it in another job.dump_folder (checkpoint.initial_load_path)"
+            )
+        checkpoint.exclude_from_loading = excluded
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        # From pinned memory, so that the host does not wait for the previous step.
+        if self.device.type != "cuda":
+            return super().to_device(tensor)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def sum_over_batch(self, n_tokens: torch.Tensor) -> torch.Tensor:
+        # It stays on the device: reading it would wait for the previous step.
+        total = n_tokens.clone()
+        if self.parallel_dims.dp_enabled:
+            group = self.parallel_dims.get_mesh("batch").get_group()
+            torch.distributed.all_reduce(total, group=group)
+        return total.float()
+
+    def forward_backward_step(self, **batch: Any) -> torch.Tensor:
+        self.microbatch += 1
+        parallelism, is_last = self.job_config.parallelism, self.microbatch == self.gradient_accumulation_steps
+        for module in self.model_parts if parallelism.fsdp_no_sync else ():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(is_last)
+                if parallelism.fsdp_reshard_after_forward == "never":
+                    module.set_reshard_after_backward(is_last)  # frees the weights that forward left gathered
+        return super().forward_backward_step(**batch)
+
+    def update_parameters(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        self._share_outcome(loss.detach(), grad_norm)
+        # To pass over an update, the host has to wait for the device before it.
+        if self.job_config.training.skip_nonfinite_steps and not self._check_outcomes():
+            self.lr_schedulers.step()
+        else:
+            super().update_parameters(loss, grad_norm)
+
+    def _share_outcome(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Tell all ranks of a loss or norm that is not finite and of SIGTERM, without waiting."""
+        if isinstance(loss, DTensor):
+            loss = loss.full_tensor()
+        norm = grad_norm.to(loss.device, loss.dtype)
+        finite = torch.stack((loss, norm)).isfinite()
+        sigterm = torch.full((1,), self.sigterm_received, device=loss.device)
+        # Each flag names a rank, from 1: the highest that raised it.
+        flags = torch.cat((~finite, sigterm)) * float(torch.distributed.get_rank() + 1)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        on_host = torch.cat((flags, norm[None])).to("cpu", non_blocking=True)
+        arrival = utils.device_module.Event()
+        arrival.record()
+        self.outcomes.append((self.step, on_host, arrival))
+
+    def _check_outcomes(self, but_last: int = 0) -> bool:
+        """Whether the steps not checked yet, all but the last `but_last`, were finite; all ranks get the same answer.
+
+        Raises RuntimeError for more in a row that were not than training.skip_nonfinite_steps.
+        """
+        all_finite = True
+        while len(self.outcomes) > but_last:
+            step, on_host, arrival = self.outcomes.popleft()
+            arrival.synchronize()
+            bad_loss, bad_norm, sigterm, norm = on_host.tolist()
+            self.interrupted |= bool(sigterm)
+            if not bad_loss and not bad_norm:
+                self.nonfinite_steps = 0
+                continue
+            all_finite = False
+            where = f"loss on rank {bad_loss - 1:.0f}, " if bad_loss else ""
+            message = f"Step {step} is not finite: {where}gradient norm {norm}."
+            self.nonfinite_steps += 1
+            if self.nonfinite_steps > self.job_config.training.skip_nonfinite_steps:
+                raise RuntimeError(
+                    f"{message} Training stops, and saves nothing; {self.checkpointer.describe_latest()}. If the cause "
+                    f"is in the step's data, --training.skip_nonfinite_steps={self.nonfinite_steps} passes over it."
+                )
+            logger.warning(f"{message} Parameters and optimizer state stay as they are.")
+        return all_finite
+
+    def train_step(self, data_iterator: Iterator[Any]) -> None:
+        self.microbatch = 0
+        super().train_step(data_iterator)
+        last_step = not self.should_continue_training()
+        # Not this step's yet, which the device still computes.
+        self._check_outcomes(but_last=1)
+        if last_step or self.interrupted or self.checkpointer.due(self.step):
+            self._check_outcomes()
+        if self.interrupted and not last_step:
+            self.checkpointer.save_interrupted(self.step)
+            logger.warning(
+                f"SIGTERM: training ends after step {self.step} of {self.job_config.training.steps}; "
+                f"{self.checkpointer.describe_latest()}."
+            )
+            raise Interrupted
+
+    @record
+    def train(self) -> None:
+        # Schedulers send SIGTERM before they take a machine back: save, then end.
+        def note_sigterm(*_: Any) -> None:
+            self.sigterm_received = True
+
+        signal.signal(signal.SIGTERM, note_sigterm)
+        try:
+            super().train()
+        except Interrupted:
+            self.close()
+            torch.distributed.destroy_process_group()
+            raise

@@ -1,0 +1,65 @@
+"""Validate a model on held-out documents: the same ones each time, each label counted once."""
+
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.validate import Validator
+from torchtitan.config import JobConfig
+from torchtitan.distributed.utils import dist_sum
+from torchtitan.tools.utils import device_type
+
+from torchtitan_ext.data import build_dataloader
+
+
+class LighthouseValidator(Validator):
+    """torchtitan's validator, but each validation reads the same sequences, and all ranks as many batches.
+
+    torchtitan's draws on from where the last validation stopped, and to the end of the data (validation.steps = -1)
+    waits forever for ranks whose share of the documents ends sooner.
+    """
+
+    def __init__(self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: Any, **kwargs: Any):
+        source, validation = (dp_world_size, dp_rank, tokenizer), job_config.validation
+        super().__init__(job_config, *source, **kwargs)
+        whole = validation.steps == -1
+        loader = build_dataloader(*source, job_config, infinite=not whole, section="validation")
+        batches = list(islice(loader, None if whole else validation.steps))
+        n_batches = torch.tensor(len(batches), device=device_type)
+        torch.distributed.all_reduce(n_batches, torch.distributed.ReduceOp.MIN)
+        if not n_batches:
+            raise ValueError(
+                f"validation.dataset = {validation.dataset!r}, validation.dataset_path = {validation.dataset_path!r}: "
+                f"a data-parallel rank gets not one sequence of {validation.seq_len} tokens; give more documents, or a "
+                "smaller validation.seq_len"
+            )
+        self.validation_dataloader = batches[: int(n_batches)]
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Logs the sum of losses over the number of labels; torchtitan's mean of means depends on the batches."""
+        for part in model_parts:
+            part.eval()
+        losses, counts = [], []
+        for input_dict, labels in self.validation_dataloader:
+            self.metrics_processor.ntokens_since_last_log += labels.numel()
+            input_dict = {name: tensor.to(device_type) for name, tensor in input_dict.items()}
+            inputs, labels, extra, settings = self.post_dataloading_process(
+                input_dict, labels.to(device_type), model_parts
+            )
+            counts.append((labels != IGNORE_INDEX).sum())
+            with self.validation_context(), self.maybe_enable_amp:
+                if self.pp_schedule:
+                    parts: list[torch.Tensor] = []  # of the last stage
+                    args, settings = ((inputs,), extra | settings) if self.pp_has_first_stage else ((), settings)
+                    self.pp_schedule.eval(*args, **settings, target=labels, losses=parts)
+                    losses.append(sum(parts, torch.zeros(())).to(device_type))
+                else:
+                    losses.append(self.loss_fn(model_parts[0](inputs, **extra, **settings), labels))
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        loss, count = (dist_sum(torch.stack(parts).sum(), mesh) for parts in (losses, counts))
+        self.metrics_processor.log_validation(loss=loss / count, step=step)
+        for part in model_parts:
+            part.train()
