@@ -141,9 +141,8 @@ class BenchAttention:
             torch.cuda.reset_peak_memory_stats()
             forward_backward(lighthouse, inputs, grad)
             peak = torch.cuda.max_memory_allocated() / 2**30
-        # The floor in the layout the layer hands over: rows of a head next to each other.
-        rows = [self.tensor(n, gathered_len) for n in heads]
-        cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (attend, rows, torch.randn_like(rows[0]))}
+        rows = [self.tensor(gathered_len, n) for n in heads]  # in memory as the layer's
+        cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (dense, rows, torch.randn_like(rows[0]))}
         times = medians_ms(cases, self.repeats)
         if seq_len <= DENSE_UP_TO:
             times |= medians_ms({"dense": (dense, inputs, grad)}, max(self.repeats // 10, 2))
