@@ -92,8 +92,7 @@ class Table:
 
     folder: Positional[Path]  # the experiment: dense/, stage1/, stage2-*/
     output: Path | None = None  # where table and plot go; None for the experiment's folder
-    other_seeds: tuple[Path, ...] = ()  # the same experiment from other seeds
-    ablations: tuple[Path, ...] = ()  # experiments with other settings of Lighthouse, as `ablate` leaves them
+    others: tuple[Path, ...] = ()  # experiments from other seeds or with other settings, as `ablate` leaves them
 
     def run(self) -> None:
         import tomllib
@@ -101,7 +100,7 @@ class Table:
         from .experiment import report
 
         published = tomllib.loads(PUBLISHED.read_text())
-        text, paths = report.write(self.folder, self.output or self.folder, published, self.other_seeds, self.ablations)
+        text, paths = report.write(self.folder, self.output or self.folder, published, self.others)
         print(text, *paths, f"made from the records in {self.folder}/*/tb (TensorBoard)", sep="\n")
 
 

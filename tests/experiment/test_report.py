@@ -224,12 +224,12 @@ def test_seeds_are_compared_run_by_run(made, tmp_path):
     step = logged_steps(0, TOTAL, log_freq)
     write_start(tmp_path / "dense", step, curve(step) + 0.125, total=TOTAL, log_freq=log_freq, seed=2)
     text, _ = report.write(folder, tmp_path / "out", PUBLISHED, [tmp_path])
-    lines = text[text.index("**From seed to seed**: final validation loss") :].splitlines()
+    rows = text[text.index("**Other seeds") :].splitlines()[4:]
+    first, other = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
     loss = curve(TOTAL) + 0.25
-    assert lines[2] == "| run | seed 1 | seed 2 | spread |"
-    assert lines[4] == f"| dense | {loss:.4f} | {loss + 0.125:.4f} | 0.1250 |"
-    assert [line.split(" | ")[2:] for line in lines[5:7]] == [["-", "- |"]] * 2
-    with pytest.raises(ValueError, match=r"two experiments are of debug\.seed = 1"):
+    assert first[:2] + first[-2:] == ["the first", "dense", f"{loss:.4f}", "+0.0000"]
+    assert other[:2] + other[-2:] == ["seed = 2", "dense", f"{loss + 0.125:.4f}", "+0.1250"]
+    with pytest.raises(ValueError, match="has the first one's seed and settings"):
         report.write(folder, tmp_path / "out", PUBLISHED, [folder])
 
 
@@ -239,11 +239,11 @@ def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_p
     for name, start, end in (("stage1", 0, 50), ("stage2-50", 50, TOTAL)):
         step = logged_steps(start, end, log_freq)
         write_start(tmp_path / "base" / name, step, curve(step) - 0.25, total=end, **settings)
-    text, _ = report.write(folder, tmp_path / "out", PUBLISHED, ablations=[tmp_path / "base"])
-    rows = text[text.index("**Other settings") :].splitlines()[4:]
+    text, _ = report.write(folder, tmp_path / "out", PUBLISHED, [tmp_path / "base"])
+    rows = text[text.index("**Other seeds") :].splitlines()[4:]
     # stage2-60 of the default has nothing to stand beside
     default, base = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
-    assert [default[0], base[0]] == ["the default", "rope = base"]
+    assert [default[0], base[0]] == ["the first", "rope = base"]
     assert default[1] == base[1] == "50 + 30"
     assert float(default[-1]) == 0
     assert float(base[-1]) == pytest.approx(float(base[-2]) - float(default[-2]), abs=2e-4) == 0.25

@@ -70,13 +70,9 @@ Row = dict[str, Any]
 
 def cell(row: Row, column: str) -> str:
     value = row.get(column)
-    if column == "recovery" and value is None and "jump" in row:
-        return f"not within {row['steps_after_switch']:,}"
-    return value if isinstance(value, str) else _cell(value, COLUMNS[column][1])
-
-
-def _cell(value: float | None, form: Callable[[Any], str]) -> str:
-    return "-" if value is None else form(value)
+    if value is None:
+        return f"not within {row['steps_after_switch']:,}" if column == "recovery" and "jump" in row else "-"
+    return value if isinstance(value, str) else COLUMNS[column][1](value)
 
 
 def compare(row: Row, dense: Row) -> None:
@@ -168,14 +164,14 @@ def table(experiment: Experiment) -> list[Row]:
             rows[0] |= {"device_hours": float(dense.device_hours[-1]), **_final_losses(dense)}
 
     for split, tail in experiment.tails.items():
-        row: Row = {"run": f"split at {split:,}", "status": _status(tail, split)}
+        row: Row = {"run": _label(split, tail), "status": _status(tail, split)}
         rows.append(row)
         reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freqs[-1] else None
         if reached:
             row |= _speed(reached, split)
         if tail is None:
             continue
-        row |= {"run": _label(split, tail), "steps_after_switch": int(tail.step[-1]) - split}
+        row["steps_after_switch"] = int(tail.step[-1]) - split
         if reached:
             w = window(tail.total_steps, tail.log_freq)
             before = mean_loss(reached.step, reached.loss, split, w)
@@ -219,25 +215,21 @@ def _status(run: Run | None, start: int = 0) -> str:
     return "finished"
 
 
-def _label(split: int, tail: Run) -> str:
-    return f"{split:,} + {tail.total_steps - split:,}"
+def _label(split: int, tail: Run | None) -> str:
+    return f"{split:,} + {tail.total_steps - split:,}" if tail else f"split at {split:,}"
 
 
-def write(
-    folder: Path, output: Path, published: dict, other_seeds: Sequence[Path] = (), ablations: Sequence[Path] = ()
-) -> tuple[str, list[Path]]:
+def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = ()) -> tuple[str, list[Path]]:
     """Make FILES of the experiment in `folder` in `output`; returns the Markdown and the paths written.
 
-    published: what configs/published.toml holds. other_seeds: folders of the same experiment from other seeds, or
-    parts of it. ablations: folders of experiments with other settings of Lighthouse. table.md compares them.
+    published: what configs/published.toml holds. others: folders of the same experiment, or parts of it, from other
+    seeds or with other settings of Lighthouse.
     """
     experiment = read_experiment(folder)
     paths = [make_folder(output) / name for name in FILES]
     text = markdown(experiment, published)
-    if other_seeds:
-        text += seeds_table([experiment, *map(read_experiment, other_seeds)])
-    if ablations:
-        text += ablations_table(experiment, [*map(read_experiment, ablations)])
+    if others:
+        text += comparison([experiment, *map(read_experiment, others)])
     paths[0].write_text(text)
     with paths[1].open("w", newline="") as file:
         rows = csv.DictWriter(file, [*COLUMNS, "steps_after_switch", "status"])
@@ -282,46 +274,27 @@ seen against that.
 """
 
 
-def seeds_table(experiments: Sequence[Experiment]) -> str:
-    """The final loss of the same runs from several seeds, and how far the seeds lie apart.
+def comparison(experiments: Sequence[Experiment]) -> str:
+    """The runs that another experiment has too, each with how far its loss is from the first one's.
 
-    Raises ValueError for two experiments of one seed.
+    Raises ValueError for an experiment of the same seed and settings as the first.
     """
-    losses: dict[tuple[str, int], float] = {}
-    for experiment in experiments:
-        seed = experiment.runs[0].config["debug"]["seed"]
-        for row in table(experiment):
-            if (loss := deciding_loss(row)) is not None:
-                if (row["run"], seed) in losses:
-                    raise ValueError(f"two experiments are of debug.seed = {seed}: give folders of different seeds")
-                losses[row["run"], seed] = loss
-    seeds, body = sorted({seed for _, seed in losses}), []
-    for run in dict.fromkeys(run for run, _ in losses):
-        by_seed = [losses.get((run, seed)) for seed in seeds]
-        there = [loss for loss in by_seed if loss is not None]
-        spread = max(there) - min(there) if len(there) > 1 else None
-        body.append([run, *(_cell(loss, _loss) for loss in (*by_seed, spread))])
-    head = ["run", *(f"seed {seed}" for seed in seeds), "spread"]
-    title = f"final {'validation loss' if experiments[0].validated else 'loss'}"
-    return f"\n**From seed to seed**: {title}\n\n{markdown_table(head, body)}\n"
-
-
-def ablations_table(default: Experiment, others: Sequence[Experiment]) -> str:
-    """Experiments with other settings of Lighthouse beside the default one, at the splits that they have."""
-    splits = {split for other in others for split in other.tails}
-    losses = {split: deciding_loss(row) for split, row in zip(default.tails, table(default)[1:], strict=True)}
     names = ("run", "ktok_s", "device_hours", "jump", "recovery", "final_loss", "validation_loss")
-    usual, body = default.runs[-1].config["lighthouse"], []
-    for experiment in (default, *others):
-        settings = experiment.runs[-1].config["lighthouse"]
-        changed = [f"{name} = {value}" for name, value in settings.items() if value != usual[name]]
-        for split, row in zip(experiment.tails, table(experiment)[1:], strict=True):
-            if split in splits:
-                ours, usually = deciding_loss(row), losses.get(split)
+    settings = [run.config["lighthouse"] | run.config["debug"] for run in (e.runs[-1] for e in experiments)]
+    tables = [dict(zip(("dense", *e.tails), table(e), strict=True)) for e in experiments]
+    body = []
+    for number, (rows, own) in enumerate(zip(tables, settings, strict=True)):
+        changed = ", ".join(f"{name} = {value}" for name, value in own.items() if value != settings[0][name])
+        if number and not changed:
+            raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first one's seed and settings")
+        for key, row in rows.items():
+            ours, usually = deciding_loss(row), deciding_loss(tables[0].get(key, {}))
+            others = tables[1:] if number == 0 else [rows]
+            if any(len(other.get(key, {})) > 2 for other in others):  # more than a name and "not started"
                 difference = "-" if ours is None or usually is None else _signed(ours - usually)
-                body.append([", ".join(changed) or "the default", *(cell(row, name) for name in names), difference])
+                body.append([changed or "the first", *(cell(row, name) for name in names), difference])
     head = ["settings", *(COLUMNS[name][0] for name in names), "difference"]
-    return f"\n**Other settings of Lighthouse**\n\n{markdown_table(head, body, 'll' + 'r' * 7)}\n"
+    return f"\n**Other seeds and settings**\n\n{markdown_table(head, body, 'll' + 'r' * 7)}\n"
 
 
 def draw(experiment: Experiment) -> "Figure":
@@ -335,9 +308,7 @@ def draw(experiment: Experiment) -> "Figure":
     figure = figures.new_figure(12, 5)
     panels = figure.subplots(1, 2, sharey=True)
 
-    def curve(run: Run | None, label: str, color: str, split: int = 0) -> None:
-        if run is None:
-            return
+    def curve(run: Run, label: str, color: str, split: int = 0) -> None:
         hours = hours_at(stage1, split) if stage1 else 0.0
         smooth = [mean_loss(run.step, run.loss, end, w) for end in run.step]
         for panel, x, x0 in zip(panels, (run.step, hours + run.device_hours), (split, hours), strict=True):
@@ -349,10 +320,13 @@ def draw(experiment: Experiment) -> "Figure":
                 panel.plot([x0, x[0]], [before, run.loss[0]], ":", color=color, linewidth=1.2)
                 panel.plot(x0, before, "o", color=figures.BLUE, markerfacecolor="white", zorder=5)
 
-    curve(experiment.dense, "dense from scratch", figures.BLACK)
-    curve(stage1, "stage 1: Lighthouse", figures.BLUE)
+    if experiment.dense:
+        curve(experiment.dense, "dense from scratch", figures.BLACK)
+    if stage1:
+        curve(stage1, "stage 1: Lighthouse", figures.BLUE)
     for (split, tail), color in zip(experiment.tails.items(), cycle(TAIL_COLORS)):
-        curve(tail, f"{_label(split, tail)}: dense" if tail else "", color, split)
+        if tail:
+            curve(tail, f"{_label(split, tail)}: dense", color, split)
     if stage1 and any(experiment.tails.values()):
         panels[1].plot([], [], "o", color=figures.BLUE, markerfacecolor="white", label="switch")
     if experiment.validated:
