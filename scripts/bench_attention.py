@@ -72,12 +72,12 @@ class BenchAttention:
         layers = [self.case(seq_len, **settings) for seq_len, settings in cases]
         make_folder(self.output.parent)
 
-        bytes_per_ms, dtype = 1e6 * copy_gb_s(), "bf16" if ON_GPU else "fp32"
+        dtype = "bf16" if ON_GPU else "fp32"
         machine = {
             **this_machine(),
             "threads": torch.get_num_threads(),
             "command": " ".join(["python", *sys.argv]),
-            "copy_gb_s": bytes_per_ms / 1e6,
+            "copy_gb_s": copy_gb_s(),
             "settings": f"{dtype}, B=1, H={self.n_heads}, H_kv={self.n_kv_heads}, D={self.head_dim}",
         }
         rows: list[dict] = []
@@ -87,22 +87,10 @@ class BenchAttention:
             display.begin(f"{len(layers)} layers", len(kernels) * work)
             for (seq_len, config), kernel in product(layers, kernels):
                 display.say(f"{seq_len:,} tokens, {config.scorer}, {kernel} ...")
-                row, stages = self.time(seq_len, config, CausalAttention(kernel))
-                row["stages"] = [
-                    {"stage": stage, "ms": ms, "mb": n / 1e6, "gb_s": n / ms / 1e6, "limit_ms": n / bytes_per_ms}
-                    for stage, (ms, n) in stages.items()
-                ]
-                rows.append(row)
+                rows.append(self.time(seq_len, config, CausalAttention(kernel)))
                 self.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
                 display.count(min(seq_len, DENSE_UP_TO) ** 2)
 
-        head = ("stage", "ms", "MB moved", "GB/s", "at the copy's bandwidth, ms")
-        forms = {"stage": "", "ms": ".3f", "mb": ".0f", "gb_s": ".0f", "limit_ms": ".3f"}
-        for row in rows:
-            cells = [[f"{stage[key]:{form}}" for key, form in forms.items()] for stage in row["stages"]]
-            print(
-                f"\n{row['seq_len']:,} tokens, {row['scorer']}, {row['kernel']}\n{figures.markdown_table(head, cells)}"
-            )
         print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {self.output}")
         if len({row["seq_len"] for row in rows}) > 1:
             path = self.output.with_suffix(".png")
@@ -120,10 +108,7 @@ class BenchAttention:
     def unusable_reason(self, kernel: str) -> str | None:
         return unusable_reason(kernel, DTYPE, self.head_dim)
 
-    def time(
-        self, seq_len: int, config: LighthouseConfig, attention: CausalAttention
-    ) -> tuple[dict, dict[str, tuple[float, float]]]:
-        """The record, and each stage alone: milliseconds and bytes that it must move."""
+    def time(self, seq_len: int, config: LighthouseConfig, attention: CausalAttention) -> dict:
         torch.manual_seed(0)
         heads, gathered_len = (self.n_heads, self.n_kv_heads, self.n_kv_heads), config.gathered_len(seq_len)
         freqs_cis = rotary_table(seq_len, self.head_dim)
@@ -149,14 +134,13 @@ class BenchAttention:
         stages = self.time_stages(config, attention, *inputs, freqs_cis)
         settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
         record = {"seq_len": seq_len, **settings, "kernel": attention.kernel, "gathered_len": gathered_len, **times}
-        return record | {"peak_gib": peak, "score_ms": stages["score"][0]}, stages
+        return record | {"peak_gib": peak, "score_ms": stages[0]["ms"], "stages": stages}
 
     def tensor(self, *shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, self.head_dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
 
-    def time_stages(
-        self, config: LighthouseConfig, attention: CausalAttention, q, k, v, freqs_cis
-    ) -> dict[str, tuple[float, float]]:
+    def time_stages(self, config: LighthouseConfig, attention: CausalAttention, q, k, v, freqs_cis) -> list[dict]:
+        """Each stage alone: its milliseconds, and the megabytes that it must move."""
         ops, n_heads, n_kv_heads = layer.ops_for(q), self.n_heads, self.n_kv_heads
         row = self.head_dim * q.element_size()
         base, rows = q.shape[1] * row, config.gathered_len(q.shape[1]) * row
@@ -178,10 +162,11 @@ class BenchAttention:
             "scatter backward": (lambda: backward(positions, out, grad), (base + rows) * n_heads),
             "gather backward": (lambda: backward(gathered, (q, k, v), grads), (base + rows) * all_heads),
         }
-        return {
-            name: (kernels_ms(call, self.repeats) if ON_GPU else median(times_ms(call, self.repeats)), n_bytes)
-            for name, (call, n_bytes) in stages.items()
-        }
+        rows = []
+        for name, (call, n_bytes) in stages.items():
+            ms = kernels_ms(call, self.repeats) if ON_GPU else median(times_ms(call, self.repeats))
+            rows.append({"stage": name, "ms": ms, "mb": n_bytes / 1e6})
+        return rows
 
 
 def forward_backward(function, inputs, grad):
@@ -205,18 +190,8 @@ def rotary_table(seq_len: int, head_dim: int) -> torch.Tensor:
 
 def table(rows: list[dict]) -> str:
     """Milliseconds and the two ratios, forward and forward + backward."""
-    head = [
-        "seq_len",
-        "L, p, k",
-        "S",
-        "scorer",
-        "its own ms",
-        "kernel",
-        "pass",
-        "dense ms",
-        "floor ms",
-        "Lighthouse ms",
-    ]
+    head = ["seq_len", "L, p, k", "S", "scorer", "its own ms", "kernel", "pass", "dense ms", "floor ms"]
+    head += ["Lighthouse ms", "against dense", "of the floor", "peak GiB"]
     cells = []
     for r in rows:
         for direction, label in DIRECTIONS.items():

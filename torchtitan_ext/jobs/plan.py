@@ -20,7 +20,7 @@ from torchtitan_ext.model.model import meta_model
 from .job_file import parse_job
 from .memory import GIB, no_estimate_reason, peak_memory
 from .resume import checkpoint_folder, checkpoint_to_load, complete_steps, data_parallel_degree, data_position, step_of
-from .rules import DEGREES, data_sections, job_problems, kernel_problems, parallel_dims, sequences_at_once
+from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequences_at_once
 
 MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
@@ -73,8 +73,6 @@ def plan_report(
     except ValueError as error:
         return {}, [str(error)]
     problems = job_problems(job, n_gpus)
-    if torch.cuda.is_available() and not problems:
-        problems += kernel_problems(job)
     if job.model.name != MODEL:
         problems.insert(0, f"model.name = {job.model.name!r}: the checks are those of {MODEL!r}; set it to that")
     gpu, memory = H200
@@ -84,6 +82,8 @@ def plan_report(
     try:
         plan = Plan.of(job, n_gpus)
         facts = _facts(plan, gpu, tok_s)
+        facts["kernel"], kernel_problems = _kernel(job)
+        problems += kernel_problems
         problems += _reading_problems(plan)
         facts["disk"], disk_problems = _disk(plan)
         problems += disk_problems
@@ -194,7 +194,6 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     return {
         "model": f"{job.model.flavor}, {plan.n_params:,} parameters, {plan.flops / 1e9:.3g} GFLOPs per token",
         "attention": attention,
-        "kernel": _kernel(job),
         "GPUs": f"{dims.world_size}: {shared}",
         "batch": f"{plan.batch} x {seq_len:,} tokens per step, in {plan.batch // plan.at_once} accumulation steps",
         "steps": f"{plan.first_step:,} to {job.training.steps:,}, {tokens:,} tokens, from {start or 'scratch'}",
@@ -202,14 +201,16 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     }
 
 
-def _kernel(job: JobConfig) -> str:
+def _kernel(job: JobConfig) -> tuple[str, list[str]]:
+    """What attends on this machine, and why it can't."""
+    wanted = job.attention.kernel
     if not torch.cuda.is_available():
-        return f"{job.attention.kernel}, which is looked for where the run starts: there is no CUDA device here"
+        return f"{wanted}, which is looked for where the run starts: there is no CUDA device here", []
     try:
         kernel, reasons = choose_kernel(job)
-    except ValueError:  # a problem
-        return f"{job.attention.kernel}"
-    return "; not ".join([kernel, *reasons])
+    except ValueError as error:
+        return wanted, [str(error)]
+    return "; not ".join([kernel, *reasons]), []
 
 
 def _time(plan: Plan, tokens: int, gpu: str, tok_s: float | None) -> str:

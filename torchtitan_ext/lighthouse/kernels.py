@@ -24,29 +24,23 @@ def unusable_reason(kernel: str, dtype: torch.dtype, head_dim: int, deterministi
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if kernel == "fa4":
-        return _fa4_unusable_reason(dtype, head_dim)
+        try:
+            import_module(_FA4)
+        except ImportError as error:
+            return f"flash-attn-4 can't be imported ({error}); pip install 'torchtitan-lighthouse[fa4]'"
+        major, minor = torch.cuda.get_device_capability()
+        most = {9: 256, 10: 128}.get(major, 0)  # channels of a head
+        if dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= most:
+            return None
+        here = f"here are heads of {head_dim} in {dtype} on capability {major}.{minor}"
+        return f"it is for compute capability 9 and 10, 16 bits, heads of 8, 16, ... 256 channels (on 10: 128); {here}"
     if kernel == "cudnn" and deterministic:
         return "its backward pass does not repeat bitwise"
     x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device="cuda", requires_grad=True)
     params = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, True, False)
-    is_usable = getattr(torch.backends.cuda, f"can_use_{'flash' if kernel == 'flash' else 'cudnn'}_attention")
+    is_usable = getattr(torch.backends.cuda, f"can_use_{kernel}_attention")
     with sdpa_kernel(BACKENDS[kernel]):
         return None if is_usable(params) else f"torch can't run it here for heads of {head_dim} channels in {dtype}"
-
-
-def _fa4_unusable_reason(dtype: torch.dtype, head_dim: int) -> str | None:
-    try:
-        import_module(_FA4)
-    except ImportError as error:
-        return f"flash-attn-4 can't be imported ({error}); pip install 'torchtitan-lighthouse[fa4]'"
-    major, minor = torch.cuda.get_device_capability()
-    if major not in (9, 10):
-        return f"it is for compute capability 9 and 10, this GPU has {major}.{minor}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it is for float16 and bfloat16, not {dtype}"
-    if head_dim % 8 or head_dim > (256 if major == 9 else 128):
-        return f"a head of {head_dim} channels is none of its sizes, multiples of 8 up to {256 if major == 9 else 128}"
-    return None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "sdpa", enable_gqa: bool = False) -> Tensor:
