@@ -70,9 +70,8 @@ class Checkpoint:
 
     @property
     def _reader(self) -> FileSystemReader:
-        return (
-            self.adapter.get_hf_storage_reader(str(self.path)) if self.in_hugging_face else FileSystemReader(self.path)
-        )
+        path = self.path
+        return self.adapter.get_hf_storage_reader(str(path)) if self.in_hugging_face else FileSystemReader(path)
 
     def as_saved(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors in the checkpoint's names and shapes."""
@@ -129,7 +128,12 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if module := job.get("experimental", {}).get("custom_import"):
         import_extension(module, config_file)
     if is_run:
-        path = _newest(path / job["checkpoint"]["folder"])
+        folder = path / job["checkpoint"]["folder"]
+        steps = [*resume.complete_steps(folder), *resume.complete_steps(folder, resume.HF_INDEX)]
+        if not steps:
+            remedy = "train with checkpoint.enable = true until the first is saved (checkpoint.interval)"
+            raise ValueError(f"{folder} holds no complete checkpoint: {remedy}")
+        path = folder / f"step-{max(steps)}"
     model_args, tokenizer = _trained(job, config_file)
     checkpoint = Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
     expected = checkpoint.as_saved(meta_model(model_args).state_dict())
@@ -139,16 +143,6 @@ def find_checkpoint(path: Path) -> Checkpoint:
             f"weights: {mismatches[0]}); correct model.flavor in {config_file}"
         )
     return checkpoint
-
-
-def _newest(folder: Path) -> Path:
-    steps = [*resume.complete_steps(folder), *resume.complete_steps(folder, resume.HF_INDEX)]
-    if not steps:
-        raise ValueError(
-            f"{folder} holds no complete checkpoint: train with checkpoint.enable = true until the first is saved "
-            "(checkpoint.interval)"
-        )
-    return folder / f"step-{max(steps)}"
 
 
 def _trained(job: dict, config_file: Path) -> tuple[LighthouseModelArgs, HuggingFaceTokenizer]:
@@ -173,7 +167,7 @@ def export(
     Raises ValueError where `folder` isn't empty. `advance` gets the bytes read and written, `n_bytes` of the
     checkpoint each.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
     with TemporaryDirectory() as small_files:
         _save_small_files(checkpoint, dtype, Path(small_files))
@@ -187,8 +181,7 @@ def export(
 
 
 def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> None:
-    tokenizer = checkpoint.tokenizer
-    source = Path(tokenizer.tokenizer_path)
+    tokenizer, source = checkpoint.tokenizer, Path(checkpoint.tokenizer.tokenizer_path)
     _save_tokenizer(tokenizer, source, folder)
     # A tokenizer with one token for both has it between documents.
     end = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id

@@ -5,10 +5,9 @@ Protocol (the retrieval experiment of the paper). A prompt is
     <bos> filler[:a] needle filler[a:] question
 
 with the needle " The pass key is 7.", the question " The pass key is " and 62 equally likely letters and digits,
-without spaces, as filler. Filler holds digits too, so a model has to find the one after the marker. Lengths are in
-tokens of the model's own tokenizer: the whole prompt is exactly `context` of them, and a = depth percent of the filler,
-so that at depth 0 the needle follows bos (if the tokenizer has one), and at depth 100 the question follows the needle.
-The question's tokens are those that " The pass key is 0" to "... 9" share, before the answer's one token each.
+without spaces, as filler. The whole prompt is exactly `context` tokens of the model's own tokenizer, a is `depth`
+percent of the filler's. The question's tokens are those that " The pass key is 0" to "... 9" share, before the
+answer's one token each.
 
 The model answers with the likeliest of these ten tokens, under dense attention whatever it was trained with. Trial t
 asks for the digit t mod 10, and trials come in tens: a constant answer scores exactly 0.1. A prompt depends only on
@@ -93,9 +92,8 @@ def _hugging_face(path: Path) -> Candidate:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def load(device: torch.device, dtype: torch.dtype) -> Logits:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
+        settings = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(path, **settings)
         torch.nn.Module.to(model, device)
         _only_last(model.get_output_embeddings())
         return lambda tokens: model(tokens.to(device), use_cache=False).logits[:, -1]
@@ -196,10 +194,8 @@ def evaluate(
                     "--batch-size, or leave it out of --contexts"
                 ) from error
             if not of_digits.isfinite().all():
-                raise ValueError(
-                    f"the model's logits at context {context} are not finite: its training diverged, or the "
-                    "checkpoint is damaged"
-                )
+                reason = "its training diverged, or the checkpoint is damaged"
+                raise ValueError(f"the model's logits at context {context} are not finite: {reason}")
             answers += "".join(map(str, of_digits.argmax(-1).tolist()))
             advance(tokens.numel())
         cells[context, depth] = Cell(context, depth, answers)

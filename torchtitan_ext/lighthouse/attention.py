@@ -68,8 +68,7 @@ def select_slots(
     """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw.
 
     The scorer `dilated` attends by the kernel that `attention.kernel` names, else by the first of torch's that can.
-
-    For chunks of a sequence, which only the scorer `norm` can score, `starts` is as in `torch_ops`."""
+    Only `norm` can score chunks of a sequence, where `starts` is as in `torch_ops`."""
     ops = ops_for(q)
     if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":
         table = freqs_cis[: q.shape[1]].unsqueeze(1)  # norms don't change under rotation
@@ -84,9 +83,7 @@ def call_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
     Raises ValueError if `attention` returns another shape."""
     shape, dtype = q.shape, q.dtype
     # A branch, because under dynamic shapes the comparison alone is no bool.
-    enable_gqa = False
-    if q.shape[1] > k.shape[1]:
-        enable_gqa = True
+    enable_gqa = True if q.shape[1] > k.shape[1] else False  # noqa: SIM210
     out = attention(q, k, v, enable_gqa=enable_gqa)
     returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if returned != tuple(shape):
@@ -99,8 +96,7 @@ def select_entries(
 ) -> Selection:
     """The entries that `lighthouse_attention` gathers for these arguments, in gathered order."""
     check_inputs(q, k, v, config, freqs_cis)
-    seq_len = q.shape[1]
-    slots = select_slots(q, k, v, config, freqs_cis)
+    slots, seq_len = select_slots(q, k, v, config, freqs_cis), q.shape[1]
     return entries(gathered_rows(slots, config.gathered_len(seq_len)), config, seq_len)
 
 
@@ -120,20 +116,16 @@ def lighthouse_attention(
 
     Args:
         q: [B, N, H, D] query projections, not rotated; any float dtype.
-        k: [B, N, H_kv, D] key projections, not rotated; H is a multiple of H_kv.
-        v: [B, N, H_kv, D] value projections.
+        k, v: [B, N, H_kv, D] key projections, not rotated, and value projections; H is a multiple of H_kv.
         config: the layer's settings; they must be legal for N.
-        freqs_cis: complex [at least N, D/2] rotary table of adjacent pairs, without a gradient; None for
-            no rotation.
-        attention: what attends on the gathered rows, causally: `attention(q, k, v, enable_gqa=...)`
-            on [B, H, S, D] and twice [B, H_kv, S, D]; it returns [B, H, S, D].
+        freqs_cis: complex [at least N, D/2] rotary table of adjacent pairs, without a gradient; None for no rotation.
+        attention: what attends on the gathered rows, causally: `attention(q, k, v, enable_gqa=...)` on [B, H, S, D]
+            and twice [B, H_kv, S, D]; it returns [B, H, S, D].
 
-    Returns:
-        [B, N, H, D] in q's dtype.
+    Returns: [B, N, H, D] in q's dtype.
 
-    Raises:
-        ValueError: shapes that don't fit each other or the settings; the message says what would be right.
-        NotImplementedError: inputs with tangents of forward-mode differentiation, on a GPU.
+    Raises ValueError for shapes that don't fit each other or the settings, saying what would be right, and
+    NotImplementedError for inputs with tangents of forward-mode differentiation, on a GPU.
     """
     check_inputs(q, k, v, config, freqs_cis)
     ops = ops_for(q)

@@ -12,9 +12,7 @@ ROPE_PLACEMENTS = ("selected", "base")
 class LighthouseConfig:
     """Settings of one Lighthouse Attention layer (paper, section 3).
 
-    Raises:
-        ValueError: on construction, for a setting that no sequence length could make legal; each message
-            names the field, its value and what would be right.
+    Raises ValueError, naming what would be right, for a setting that no sequence length could make legal.
     """
 
     levels: int = 3

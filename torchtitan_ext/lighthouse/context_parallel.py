@@ -71,14 +71,11 @@ def context_parallel_attention(
     """`lighthouse_attention` of a sequence of N x ranks tokens that the ranks of `mesh` share.
 
     Each calls it with q [B, N, H, D], k and v [B, N, H_kv, D] of its chunks (see `chunks_of_ranks`), one after
-    another, and gets their output. Arguments, result and errors are those of `lighthouse_attention`, but for:
+    another, and gets their output. Arguments, result and errors are those of `lighthouse_attention`, but `config` and
+    `freqs_cis` are of the whole sequence, and `attention` gets the gathered rows of this rank's chunks and attends,
+    causally, to those of all ranks.
 
-    Args:
-        config, freqs_cis: of the whole sequence.
-        mesh: the ranks, in one dimension.
-        load_balance: whether a rank holds two chunks, from head and tail, or one.
-        attention: what attends, causally, to the gathered sequence of all ranks; it gets the gathered rows of this
-            rank's chunks.
+    mesh: the ranks, in one dimension. load_balance: whether a rank holds two chunks, from head and tail, or one.
     """
     degree, rank = mesh.size(), mesh.get_local_rank()
     check_inputs(q, k, v, config, freqs_cis, degree)

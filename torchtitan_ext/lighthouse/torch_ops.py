@@ -20,16 +20,10 @@ from .scorers import accumulator, base_scores
 
 
 class Selection(NamedTuple):
-    """The gathered entries of each (batch, KV head), in gathered order; all int64.
+    """The gathered entries of each (batch, KV head), in gathered order; both int64 [B, H_kv, S]."""
 
-    Attributes:
-        level: [B, H_kv, S], the entry's level, 0 for the base.
-        index: [B, H_kv, S], the entry's index in its level; it covers the base positions
-            `index * p**level ... (index + 1) * p**level - 1`.
-    """
-
-    level: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    level: Tensor  # 0 for the base
+    index: Tensor  # type: ignore[assignment]  # in the level, from index * p**level on; hides tuple.index
 
 
 def score_pyramid(base: Tensor, config: LighthouseConfig) -> Tensor:

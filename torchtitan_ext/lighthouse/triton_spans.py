@@ -1,12 +1,11 @@
 """Sums over the spans of a pyramid's entries (reduce) and their adjoint (spread), in Triton (paper, section 3).
 
-Reduce sums each entry's span of a [B, N, H, D] array into its gathered row; spread adds the gathered rows back to the
-positions of their spans. They are each other's adjoint, so that these two serve the gather (reduce the span that an
-entry covers), the scatter (spread to the span that starts at its end) and both backwards. With shift = 1 an entry's
-span starts at its end: the same pyramid, standing on the sequence shifted by one.
+Reduce sums each entry's span of a [B, N, H, D] array into its gathered row; spread adds the rows back to the positions
+of their spans. They serve the gather (reduce the span that an entry covers, shift 0), the scatter (spread to the span
+that starts at its end, shift 1) and both backwards.
 
 A program has a few entries of the coarsest level of one head and all entries below them. No program writes what
-another one does: there are no atomics, no output is filled beforehand, and runs repeat bitwise.
+another one does, so there are no atomics, and runs repeat bitwise.
 """
 
 from collections import namedtuple

@@ -49,13 +49,10 @@ def _in_order(rows: Tensor, order: list[int]) -> Tensor:
 
 
 class UlyssesAttention(nn.Module):
-    """Causal attention of a sequence that the ranks of `mesh` share, each of which calls it with its rows.
+    """Causal attention of a sequence that the ranks of `mesh`, of one dimension, share; each calls it with its rows.
 
-    Args:
-        attention: what attends, causally, to whole sequences; called as in `lighthouse_attention`.
-        mesh: the ranks, in one dimension; the heads must divide among them, see `check_heads`.
-        load_balance: whether a rank holds two chunks, from head and tail, or one; see `chunks_of_ranks`. The work
-            is balanced either way, and with one chunk nothing has to be put in order.
+    `attention` attends to whole sequences, as in `lighthouse_attention`. The heads must divide among the ranks, see
+    `check_heads`. With `load_balance` (see `chunks_of_ranks`) rows are put in order; the work is balanced anyway.
     """
 
     def __init__(self, attention: Attention, mesh: DeviceMesh, load_balance: bool) -> None:

@@ -37,10 +37,9 @@ class LighthouseModelArgs(TransformerModelArgs):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters and FLOPs a token that training computes, forward and backward.
 
-        torchtitan's count, but of the attention that is there: causal attention computes half of the
-        pairs, and a Lighthouse layer attends S x S pairs for N tokens. So a token pays for N/2 keys in a
-        dense layer and for S^2/2N in a Lighthouse layer, where torchtitan counts N. Its scorer attends
-        twice, forward only: dilated to half of a residue class, gla to a state as large as head_dim keys.
+        torchtitan's count, but of the attention that is there: a token pays for N/2 keys in a dense layer and for
+        S^2/2N in a Lighthouse layer, where torchtitan counts N. Its scorer attends twice, forward only: dilated to
+        half of a residue class, gla to a state as large as head_dim keys.
         """
         nparams, flops = super().get_nparams_and_flops(model, seq_len)
         n_lighthouse = len(self.lighthouse_layers)

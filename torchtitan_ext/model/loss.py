@@ -68,18 +68,13 @@ def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
 
 
 def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-    """Summed cross entropy: torchtitan's `cross_entropy_loss` of the logits, without the logits.
+    """Summed cross entropy, fp32: torchtitan's `cross_entropy_loss` of the logits, without the logits.
 
-    On a CUDA device Liger-Kernel's, elsewhere a chunk of tokens at a time in torch. torch's own
-    `linear_cross_entropy` (from 2.13) returns the sum in the dtype of its input: in bf16 it is off by some
-    tenths of a percent, more than the differences that a training curve has to show.
+    On a CUDA device Liger-Kernel's, elsewhere a chunk of tokens at a time in torch. torch's own `linear_cross_entropy`
+    (from 2.13) returns the sum in the dtype of its input: in bf16 it is off by some tenths of a percent, more than the
+    differences that a training curve has to show.
 
-    Args:
-        pred: what `ProjectionForLoss` returns: [B, N, dim] hidden states and the [vocab_size, dim] weight.
-        labels: [B, N], int64; `IGNORE_INDEX` counts for nothing.
-
-    Returns:
-        fp32 scalar.
+    pred: what `ProjectionForLoss` returns. labels: [B, N], int64; `IGNORE_INDEX` counts for nothing.
     """
     hidden, weight = pred
     hidden, labels = hidden.flatten(0, 1), labels.flatten()

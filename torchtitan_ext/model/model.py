@@ -16,12 +16,9 @@ from .loss import ProjectionForLoss
 
 
 class LighthouseSelfAttention(Attention):
-    """llama3's attention module with Lighthouse between its projections.
+    """llama3's attention module, and its parameters, with Lighthouse between the projections.
 
-    It has the parameters of its parent. RoPE is left to the layer, which rotates the entries that it gathers.
-
-    Raises:
-        ValueError: an attention or mask type that the layer doesn't know.
+    RoPE is left to the layer, which rotates the entries that it gathers.
     """
 
     def __init__(self, model_args: LighthouseModelArgs):
@@ -55,8 +52,7 @@ class LighthouseSelfAttention(Attention):
 class LighthouseTransformer(Transformer):
     """torchtitan's llama3 with Lighthouse in `model_args.lighthouse_layers`.
 
-    Parameters, their names and their initial values for a seed don't depend on which layers those
-    are, so a checkpoint trained one way loads the other way.
+    Parameters, their names and initial values don't depend on these: a checkpoint of either kind loads in the other.
     """
 
     def __init__(self, model_args: LighthouseModelArgs):
