@@ -38,11 +38,8 @@ FIGURE: list[tuple[int, dict]] = [
 ]
 DENSE_UP_TO = 524_288  # tokens; beyond, dense SDPA is not timed
 DIRECTIONS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
-CURVES = {  # label and color
-    "dense": ("dense", figures.VERMILION),
-    "lighthouse": ("Lighthouse", figures.BLUE),
-    "floor": ("gathered rows only", figures.GREEN),
-}
+CURVES = {"dense": "dense", "lighthouse": "Lighthouse", "floor": "gathered rows only"}
+COLORS = (figures.VERMILION, figures.BLUE, figures.GREEN)
 STYLES = ("o-", ".--", "x:", "+-.")  # of the kernels
 
 
@@ -211,8 +208,9 @@ def draw(rows: list[dict], machine: dict):
     figure = figures.new_figure(11, 4.5)
     panels = figure.subplots(1, 2, sharex=True)
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
-        for (name, (what, color)), (kernel, style) in product(CURVES.items(), zip(kernels, STYLES, strict=False)):
-            label = f"{what}, {kernel}"
+        styled = product(zip(CURVES, COLORS, strict=True), zip(kernels, STYLES, strict=False))
+        for (name, color), (kernel, style) in styled:
+            label = f"{CURVES[name]}, {kernel}"
             # no line joins points of different settings
             of_kernel = [row for row in rows if row["kernel"] == kernel]
             for _, part in groupby(of_kernel, lambda row, name=name: name != "dense" and row["levels"]):

@@ -47,7 +47,6 @@ class BenchTrain:
     profile: bool = False  # take the last step apart, every part beside its limit on this GPU
     output: Path | None = None
     """the records, each run's log beside them; None for bench_train.json in results on a GPU, else in outputs"""
-    append: bool = False  # add to the records in --output, so that the runs of several calls stand side by side
 
     def run(self) -> None:
         on_gpu = torch.cuda.is_available()
@@ -70,10 +69,11 @@ class BenchTrain:
             if name in jobs or not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"{where}: give each run a name of its own, of letters, digits, _ and -")
             jobs[name] = load_job(Path(words[1]), self.job_arguments(words))
-        records = self.begin_records(output)
+        command = " ".join(["python", *sys.argv])
+        records: dict = {"machine": this_machine(), "command": command, "rows": [], "profiles": {}}
         make_folder(output.parent)
 
-        profiles, limited = {}, {}
+        profiles, limited = records["profiles"], {}
         todo = [(nproc, words) for nproc in self.nproc for words in runs]
         with Display() as display:
             for number, (nproc, words) in enumerate(todo, 1):
@@ -99,7 +99,6 @@ class BenchTrain:
                         if nproc == 1 and job.activation_checkpoint.mode == "none":
                             limited[key] = job
                 records["rows"].append(row)
-                records["profiles"] |= profiles
                 display.say(table([row]).splitlines()[-1])
                 output.write_text(json.dumps(records, indent=1) + "\n")
         if limited:  # after the runs, which need all of the GPU's memory
@@ -108,7 +107,7 @@ class BenchTrain:
         for key, profile in profiles.items():
             print(f"\n{key}\n\n{step_profile.table(profile['parts_ms'], profile.get('limits_ms'))}")
         print(f"\n{records['machine']}\n\n{table(records['rows'])}\n\nrecords: {output}")
-        if failed := [row["name"] for row in records["rows"][-len(todo) :] if "error" in row]:
+        if failed := [row["name"] for row in records["rows"] if "error" in row]:
             raise CommandFailed(f"failed: {', '.join(failed)}; why is said above and in the logs beside {output}")
 
     def job_arguments(self, words: tuple[str, ...]) -> list[str]:
@@ -126,20 +125,6 @@ class BenchTrain:
                 setting = f"{section}.{field if value == 'true' else f'no_{field}'}"
             arguments.append(f"--{setting}")
         return arguments
-
-    def begin_records(self, output: Path) -> dict:
-        """Those in `output` with --append, else none, and this call. Raises ValueError for those of another machine."""
-        records = {"machine": this_machine(), "commands": [], "rows": [], "profiles": {}}
-        if self.append and output.exists():
-            try:
-                found = json.loads(output.read_text())
-            except ValueError as error:
-                raise ValueError(f"--append: {output} is no record ({error}); name another --output") from error
-            if found["machine"] != records["machine"]:
-                raise ValueError(f"--append: {output} is of {found['machine']}, this is {records['machine']}")
-            records = found
-        records["commands"].append(" ".join(["python", *sys.argv]))
-        return records
 
     def train(self, nproc: int, words: tuple[str, ...], folder: Path, log: Path, display: Display) -> str | None:
         """Run one job into `folder`; returns the end of its output if it failed."""

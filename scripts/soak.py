@@ -49,7 +49,7 @@ class Soak:
             raise ValueError(f"--steps {self.steps}: give {3 * SAMPLE} or more")
         if self.kills >= self.steps - self.interval:
             raise ValueError(
-                f"--kills {self.kills}: give fewer than --steps less --interval, {self.steps - self.interval}"
+                f"--kills {self.kills}: give fewer than --steps - --interval = {self.steps - self.interval}"
             )
         if self.output.exists():
             raise ValueError(f"{self.output} holds the runs of an earlier soak: delete it, or name another --output")
@@ -101,11 +101,8 @@ class Soak:
         whole, killed = losses(self.output / "undisturbed"), losses(self.output / "killed")
         every = range(1, self.steps + 1)
         unequal = [step for step in every if {*whole[step]} != {*killed[step]} or len(whole[step]) != 1]
-        rows = [
-            {"step": n, "undisturbed": whole[n][0], "killed": killed[n][-1], "times_trained": len(killed[n])}
-            for n in every
-            if whole[n] and killed[n]
-        ]
+        both = [(n, whole[n], killed[n]) for n in every if whole[n] and killed[n]]
+        rows = [{"step": n, "undisturbed": a[0], "killed": b[-1], "times_trained": len(b)} for n, a, b in both]
         for name, records in (("losses", rows), ("processes", self.samples)):
             with (self.output / f"{name}.csv").open("w", newline="") as stream:
                 writer = csv.DictWriter(stream, records[0])

@@ -62,10 +62,8 @@ def is_patched(root: Path) -> bool:
             return patched
     files = " ".join(name for name, known in ids.items() if found[name] != known[0])
     remedy = f"git checkout v{VERSION} -- {files}" if (root / ".git").exists() else REINSTALL
-    raise PatchingError(
-        f"{root / 'torchtitan'} is neither torchtitan {VERSION} as released nor with all patches: {files}\n"
-        f"Restore it: {remedy}"
-    )
+    neither = f"neither torchtitan {VERSION} as released nor with all patches: {files}"
+    raise PatchingError(f"{root / 'torchtitan'} is {neither}\nRestore it: {remedy}")
 
 
 def check_patched(changed_is_fine: bool = False) -> None:

@@ -103,10 +103,8 @@ def report(files: list[str], checked: list[Contents], training: Training) -> tup
         if contents.n_problems:
             problems.append(f"  remedy: {remedy(file)}")
 
-    documents, characters, utf8_bytes, tokens = (
-        sum(getattr(contents, name) for contents in checked)
-        for name in ("documents", "characters", "utf8_bytes", "tokens")
-    )
+    sizes = [(c.documents, c.characters, c.utf8_bytes, c.tokens) for c in checked]
+    documents, characters, utf8_bytes, tokens = map(sum, zip(*sizes, strict=True))
     seq_len, batch = training.seq_len, training.global_batch_size
     # A sequence and its labels are seq_len + 1 tokens, and the next one starts after them.
     sequences, wanted = tokens // (seq_len + 1), training.steps * batch * (seq_len + 1)

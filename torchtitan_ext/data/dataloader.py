@@ -88,10 +88,9 @@ class TextDataset(HuggingFaceTextDataset):
             self._resumed_at = state_dict["data"]
 
     def _documents(self) -> str:
-        streamed = isinstance(self._data, IterableDataset)
-        return f"{self.dataset_name}, " + (
-            f"{self._data.num_shards} shards" if streamed else f"{len(self._data)} documents"
-        )
+        data = self._data
+        n = f"{data.num_shards} shards" if isinstance(data, IterableDataset) else f"{len(data)} documents"
+        return f"{self.dataset_name}, {n}"
 
 
 class TextDataloader(ParallelAwareDataloader):
@@ -151,9 +150,8 @@ def build_dataloader(
     tokenizer.tokenizer = _OnlyIds(tokenizer.tokenizer)
     skip = training.skip_damaged_data
     try:
-        dataset = TextDataset(
-            *(data.dataset, data.dataset_path, tokenizer, data.seq_len, rank, n_ranks, infinite), skip_damaged=skip
-        )
+        source = data.dataset, data.dataset_path, tokenizer, data.seq_len, rank, n_ranks, infinite
+        dataset = TextDataset(*source, skip_damaged=skip)
         # A rank without a document would look for one forever. A shallow copy would move the data on.
         probe = copy(dataset)
         probe._data = deepcopy(dataset._data)

@@ -96,11 +96,8 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     held_out: only the files held out for validation, only the others, or (None) all.
     """
     # A name need not be UTF-8. Only names and places are held, so a tree of any size loads at once.
-    pieces = [
-        (os.fsencode(file), start)
-        for _, file, start, is_held_out in _pieces_of_tree(_folder(dataset_path))
-        if held_out in (None, is_held_out)
-    ]
+    tree = _pieces_of_tree(_folder(dataset_path))
+    pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
         raise ValueError(
@@ -139,10 +136,8 @@ def check_dataset(dataset: str, dataset_path: str | None) -> None:
     if name in OWN_DATASETS:
         OWN_DATASETS[name].loader(path)
     elif name not in FROM_THE_HUB and not os.path.exists(path):
-        raise ValueError(
-            f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: "
-            "set training.dataset_path to where it lies"
-        )
+        remedy = "set training.dataset_path to where it lies"
+        raise ValueError(f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: {remedy}")
 
 
 def _folder(path: str) -> Path:
@@ -211,9 +206,8 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
     elif "\ufffd" in text and text.encode(encoding) != data:
         unfit = f"bytes that are no {encoding}, and are trained on as U+FFFD"
     if unfit:
-        warn_once(
-            logger, f"{os.fsdecode(sample['path'])!r} holds {unfit}: write it in UTF-8, or move it out of the tree"
-        )
+        name = os.fsdecode(sample["path"])
+        warn_once(logger, f"{name!r} holds {unfit}: write it in UTF-8, or move it out of the tree")
     return text if sample["start"] else text.removeprefix("\ufeff")
 
 

@@ -84,9 +84,8 @@ class Checkpoint:
         try:
             return self._reader.read_metadata()
         except Exception as error:  # of safetensors
-            raise ValueError(
-                f"{self.path} is not a complete checkpoint ({error}); restore it, or use another"
-            ) from error
+            incomplete = f"{self.path} is not a complete checkpoint"
+            raise ValueError(f"{incomplete} ({error}); restore it, or use another") from error
 
     def n_bytes(self, dtype: torch.dtype) -> int:
         """Of all weights in `dtype`."""
@@ -96,10 +95,8 @@ class Checkpoint:
         self, dtype: torch.dtype = torch.float32, advance: Advance = lambda n_bytes: None
     ) -> dict[str, torch.Tensor]:
         """The model's state dict on the CPU, without reading the rest. `advance` gets the bytes of each part."""
-        state = {
-            key: torch.empty_like(tensor, dtype=dtype, device="cpu")
-            for key, tensor in meta_model(self.model_args).state_dict().items()
-        }
+        weights = meta_model(self.model_args).state_dict()
+        state = {key: torch.empty_like(weight, dtype=dtype, device="cpu") for key, weight in weights.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what we want
             for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
@@ -185,11 +182,8 @@ def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) 
     _save_tokenizer(tokenizer, source, folder)
     # A tokenizer with one token for both has it between documents.
     end = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
-    config = llama_config(checkpoint.model_args) | {
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": end,
-    }
+    config = llama_config(checkpoint.model_args) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": end}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     try:
         from transformers import AutoTokenizer, logging

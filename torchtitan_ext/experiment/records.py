@@ -113,9 +113,7 @@ def _read_start(file: Path) -> dict[str, np.ndarray] | None:
     if n_logged == 0:
         if len(losses) > 1:
             missing = next(tag for tag in TAGS.values() if tag not in logged)
-            raise ValueError(
-                f"{file} has no scalar '{missing}': train with model.name = 'llama3_lighthouse', which logs it"
-            )
+            raise ValueError(f"{file} has no '{missing}': train with model.name = 'llama3_lighthouse', which logs it")
         return None
     points = {name: np.array([point.value for point in logged[tag][:n_logged]]) for name, tag in TAGS.items()}
     return points | {

@@ -119,10 +119,8 @@ def _split_problems(dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRu
         elif split > steps:
             yield f"split {split}: {stage1.config_file} ends at training.steps = {steps}; split earlier or raise it"
         elif split % checkpoint.interval:
-            yield (
-                f"split {split}: {stage1.config_file} saves every checkpoint.interval = {checkpoint.interval} steps; "
-                "choose a multiple of it"
-            )
+            interval = f"checkpoint.interval = {checkpoint.interval}"
+            yield f"split {split}: {stage1.config_file} saves every {interval} steps; choose a multiple of it"
     n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
     if 0 < checkpoint.keep_latest_k < n_checkpoints:
         yield (
@@ -155,10 +153,8 @@ def _changed(run: PlannedRun) -> Iterator[str]:
         for field, value in now[section].items():
             before = saved.get(section, {}).get(field, value)
             if value != before and (section, field) != ("training", "steps"):
-                yield (
-                    f"{run.folder} was run with {section}.{field} = {before!r}, which is {value!r} now: choose "
-                    "another output folder, or delete this one"
-                )
+                changed = f"{section}.{field} = {before!r}, which is {value!r} now"
+                yield f"{run.folder} was run with {changed}: choose another output folder, or delete this one"
 
 
 def train_command(run: PlannedRun, nproc: int) -> list[str]:
@@ -211,7 +207,5 @@ def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
     code = child.process.returncode
     if code or not run.done:
         ending = f"exit code {code}" if code else f"ended without its checkpoint of step {run.steps}"
-        raise CommandFailed(
-            f"{child.output}\n{run.name} failed ({ending}), as said above and in {log_file}: correct that, and the "
-            "same command continues"
-        )
+        reason = f"{run.name} failed ({ending}), as said above and in {log_file}"
+        raise CommandFailed(f"{child.output}\n{reason}: correct that, and the same command continues")

@@ -149,10 +149,8 @@ def measure_rates() -> dict[str, float]:
 
 def attention_ms(rows: int, n_heads: int, n_kv_heads: int, head_dim: int) -> float:
     """Milliseconds of stock causal SDPA alone, bf16, batch 1, forward and backward."""
-    q, k, v = (
-        torch.randn(1, h, rows, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for h in (n_heads, n_kv_heads, n_kv_heads)
-    )
+    shapes = [(1, heads, rows, head_dim) for heads in (n_heads, n_kv_heads, n_kv_heads)]
+    q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
     grad = torch.randn_like(q)
     attend = ScaledDotProductAttentionWrapper()  # as the model calls it
 

@@ -59,9 +59,8 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
     width = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     master = TORCH_DTYPE_MAP[training.dtype].itemsize
     model = meta_model(args)
-    n_params, n_block, n_output = (
-        sum(p.numel() for p in module.parameters()) for module in (model, model.layers["0"], model.output)
-    )
+    modules = model, model.layers["0"], model.output
+    n_params, n_block, n_output = (sum(p.numel() for p in module.parameters()) for module in modules)
     shards = dims.dp_shard * dims.cp
     tokens = training.local_batch_size * training.seq_len // dims.cp
 

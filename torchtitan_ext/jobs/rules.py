@@ -242,10 +242,8 @@ def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArg
     # Ids may leave gaps, and beyond the embeddings a GPU fails amid a step.
     last_id = max(tokenizer.get_vocab().values(), default=-1)
     if args and last_id >= args.vocab_size:
-        return (
-            f"its token ids go to {last_id}, beyond the {args.vocab_size} embeddings of model.flavor; choose a larger "
-            "flavor or a smaller tokenizer"
-        )
+        beyond = f"beyond the {args.vocab_size} embeddings of model.flavor"
+        return f"its token ids go to {last_id}, {beyond}; choose a larger flavor or a smaller tokenizer"
     if tokenizer.bos_id is None and tokenizer.eos_id is None:
         return (
             "documents would run into each other, because the tokenizer has no token that begins or ends one; name it "

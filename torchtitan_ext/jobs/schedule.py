@@ -45,10 +45,8 @@ def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[s
         trained_with["name"] = "AdamW" if group["decoupled_weight_decay"] else "Adam"
     for name, value in trained_with.items():
         if value is not None and (now := getattr(job_config.optimizer, name)) != value:
-            yield (
-                f"optimizer.{name} = {now!r}: {path}, which {field} leads to, was trained with {value!r}; set it to "
-                f"that{on_purpose}"
-            )
+            before = f"{path}, which {field} leads to, was trained with {value!r}"
+            yield f"optimizer.{name} = {now!r}: {before}; set it to that{on_purpose}"
     if base and (rates := saved.get("lr_scheduler._last_lr")):
         step, rate = saved.get("lr_scheduler.last_epoch", 0), rates[0]
         with suppress(Exception):  # torchtitan will refuse these settings

@@ -64,11 +64,8 @@ def naive_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> t
 
 def naive_rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rows [..., D], their adjacent pairs rotated by the complex [..., D/2] `angle`."""
-    pairs = [
-        (a * c.real - b * c.imag, a * c.imag + b * c.real)
-        for a, b, c in zip(x[..., ::2].unbind(-1), x[..., 1::2].unbind(-1), angle.unbind(-1), strict=True)
-    ]
-    return torch.stack([value for pair in pairs for value in pair], -1)
+    a, b, c = x[..., ::2], x[..., 1::2], angle
+    return torch.stack((a * c.real - b * c.imag, a * c.imag + b * c.real), -1).flatten(-2)
 
 
 def naive_attention(

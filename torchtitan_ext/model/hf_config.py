@@ -64,13 +64,12 @@ def config_problems(args: LighthouseModelArgs, flavor: str, field: str, folder: 
         yield f"{field}: {file} can't be read ({error}); fetch it again, or delete it"
         return
     here = _computed(llama_config(args))
-    other = [
-        f"{name} is {there[name]!r} there and {value!r} here" for name, value in here.items() if there[name] != value
-    ]
-    if other:
+    changed = [name for name, value in here.items() if there[name] != value]
+    if changed:
+        other = "; ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in changed)
         yield (
             f"model.flavor = {flavor!r}: {file}, which {field} leads to, is of a model that computes something else "
-            f"({'; '.join(other)}); give weights that were trained like this flavor, or add a flavor with their values "
+            f"({other}); give weights that were trained like this flavor, or add a flavor with their values "
             "to torchtitan_ext/model/args.py"
         )
 

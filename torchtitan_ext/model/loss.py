@@ -82,9 +82,8 @@ def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Te
         # By itself it would sum the weight's gradient over its chunks in the weight's dtype, and take chunks of
         # which the size depends on the number of tokens.
         chunks = {"accum_dtype": torch.float32, "chunk_mem_const": liger_chunk(len(hidden), *weight.shape)[1]}
-        return liger_fused_linear_cross_entropy(
-            hidden, weight, labels, ignore_index=IGNORE_INDEX, reduction="sum", **chunks
-        )
+        options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"} | chunks
+        return liger_fused_linear_cross_entropy(hidden, weight, labels, **options)
     return _ChunkedLoss.apply(hidden, weight, labels)
 
 

@@ -20,10 +20,8 @@ class LaunchSchedulers(LRSchedulersContainer):
         own = self.schedulers[0].base_lrs
         super().load_state_dict(state_dict | {"base_lrs": own})
         for scheduler in self.schedulers:
-            scheduler._last_lr = [
-                base * rate(scheduler.last_epoch)
-                for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [base * rate(scheduler.last_epoch) for base, rate in rates]
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                 group["lr"] = lr
 

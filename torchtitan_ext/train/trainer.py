@@ -166,10 +166,8 @@ class LighthouseTrainer(Trainer):
             self._check_outcomes()
         if self.interrupted and not last_step:
             self.checkpointer.save_interrupted(self.step)
-            logger.warning(
-                f"SIGTERM: training ends after step {self.step} of {self.job_config.training.steps}; "
-                f"{self.checkpointer.describe_latest()}."
-            )
+            steps, latest = self.job_config.training.steps, self.checkpointer.describe_latest()
+            logger.warning(f"SIGTERM: training ends after step {self.step} of {steps}; {latest}.")
             raise Interrupted
 
     @record

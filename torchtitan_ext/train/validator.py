@@ -46,9 +46,8 @@ class LighthouseValidator(Validator):
         for input_dict, labels in self.validation_dataloader:
             self.metrics_processor.ntokens_since_last_log += labels.numel()
             input_dict = {name: tensor.to(device_type) for name, tensor in input_dict.items()}
-            inputs, labels, extra, settings = self.post_dataloading_process(
-                input_dict, labels.to(device_type), model_parts
-            )
+            labels = labels.to(device_type)
+            inputs, labels, extra, settings = self.post_dataloading_process(input_dict, labels, model_parts)
             counts.append((labels != IGNORE_INDEX).sum())
             with self.validation_context(), self.maybe_enable_amp:
                 if self.pp_schedule:
