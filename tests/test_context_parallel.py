@@ -58,14 +58,9 @@ def compare(config, group, load_balance):
         return shards(x.detach(), load_balance)[dist.get_rank()]
 
     own = [mine(x).requires_grad_() for x in whole]
-    attend = partial(
-        context_parallel_attention,
-        config=config,
-        mesh=mesh(),
-        load_balance=load_balance,
-        attention=UlyssesAttention(causal_attention, mesh(), load_balance),
-        freqs_cis=table,
-    )
+    shared = {"mesh": mesh(), "load_balance": load_balance}
+    shared["attention"] = UlyssesAttention(causal_attention, mesh(), load_balance)
+    attend = partial(context_parallel_attention, config=config, freqs_cis=table, **shared)
     out = attend(*own)
     assert attend(*(x[:0] for x in own)).shape == (0, *out.shape[1:])
     got = torch.autograd.grad((out * mine(weights)).sum(), own)

@@ -29,9 +29,6 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "patches/READM
 PAGES += sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "results").glob("**/README.md"))
 
 
-# ---- settings
-
-
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -50,9 +47,6 @@ def test_a_field_without_a_docstring_is_named(script):
 
     with pytest.raises(ValueError, match=r"lighthouse\.threshold in .*no docstring"):
         script.documented("lighthouse", More)
-
-
-# ---- links
 
 
 @cache
@@ -87,9 +81,6 @@ def test_every_page_is_in_the_readmes_index():
     assert set((ROOT / "docs").glob("*.md")) <= linked
 
 
-# ---- what is quoted
-
-
 @cache
 def messages():
     """The texts in the sources of the package and of the patched torchtitan, with … for what they fill in."""
@@ -112,9 +103,6 @@ assert QUOTED
 @pytest.mark.parametrize("message", QUOTED)
 def test_every_message_that_is_explained_exists(message):
     assert message in messages()
-
-
-# ---- what is to be copied
 
 
 @cache

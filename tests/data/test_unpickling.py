@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers.jobs import save, start_from
+from helpers.jobs import ROOT, save, start_from
 from helpers.streams import loader, write_tree
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from torch.distributed.device_mesh import DeviceMesh
-from torchtitan.config import ConfigManager
 
 from torchtitan_ext.data import unpickling
+from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.resume import checkpoint_problems, complete_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -26,9 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 def problems(folder, *settings):
     """Of the checkpoint that a launch of configs/text with its dump folder here would start from."""
-    arguments = ["--job.config_file=configs/text/stage1.toml", f"--job.dump_folder={folder}", *settings]
-    arguments += ["--job.custom_config_module=torchtitan_ext.model.settings"]
-    return list(checkpoint_problems(ConfigManager().parse_args(arguments), None))
+    job = parse_job(ROOT / "configs/text/stage1.toml", [f"--job.dump_folder={folder}", *settings])
+    return list(checkpoint_problems(job, None))
 
 
 class Hostile:

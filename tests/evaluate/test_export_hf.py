@@ -14,7 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers.checkpoints import build, save_run
 from helpers.commands import run_command
-from helpers.launches import train
+from helpers.jobs import cut_short
+from helpers.launches import SHORT, train
 from helpers.streams import LAYOUTS, TOKENIZER, write_bpe
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -134,17 +135,10 @@ def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_clas
 @pytest.mark.slow
 def test_a_lighthouse_trained_model_finished_densely_leaves_as_a_llama(tmp_path, monkeypatch, capsys):
     """Two steps with Lighthouse, exported with a warning, two more under dense attention, exported without."""
-    small = [
-        "--training.seq_len=256",
-        "--lighthouse.top_k=16",
-        "--lighthouse.tile_winners=4",
-        "--checkpoint.interval=2",
-    ]
-    small += ["--lr_scheduler.warmup_steps=2"]
     first, start = tmp_path / "stage1/checkpoint/step-2", []
     for stage, steps in (("stage1", 2), ("stage2", 4)):
         arguments = [f"--job.config_file=configs/text/{stage}.toml", f"--job.dump_folder={tmp_path / stage}"]
-        good, output = train(1, [*arguments, *small, f"--training.steps={steps}", *start])
+        good, output = train(1, [*arguments, *SHORT, "--checkpoint.interval=2", f"--training.steps={steps}", *start])
         assert good, output
         assert run_command(monkeypatch, "export", tmp_path / stage, "--output", tmp_path / f"{stage}_hf") == 0
         warned = f"warning: {first} is of a first stage" in capsys.readouterr().err
@@ -203,13 +197,8 @@ def test_a_dump_folder_stands_for_its_newest_complete_step_in_either_format(tmp_
     assert find_candidate(tmp_path).name == f"{tmp_path.name}-step-12"
 
 
-def cut_short(path, kind="distcp"):
-    [file] = path.glob(f"*.{kind}")
-    file.write_bytes(file.read_bytes()[:-1])
-
-
 def cut_short_in_hf(path):
-    cut_short(save_last_in_hf(path.parents[1], build()), "safetensors")
+    cut_short(save_last_in_hf(path.parents[1], build()), "*.safetensors")
 
 
 def job_of(path):

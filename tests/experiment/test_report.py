@@ -1,3 +1,5 @@
+"""The report: its definitions on made curves, its table of made experiments, and of runs killed and resumed."""
+
 import csv
 import json
 import shutil
@@ -20,9 +22,6 @@ PUBLISHED = tomllib.loads((Path(__file__).parents[2] / "configs" / "published.to
 
 def logged_steps(start: int, end: int, log_freq: int) -> np.ndarray:
     return np.array([s for s in range(start + 1, end + 1) if s == 1 or s % log_freq == 0])
-
-
-# ---------------------------------------------------------------- the definitions, on made curves
 
 
 @st.composite
@@ -76,9 +75,6 @@ def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
     loss = 5 - step / 5000 + np.random.default_rng(0).normal(0, deviation, step.shape)
     run = SimpleNamespace(loss=loss)
     assert report.batch_noise(run) == pytest.approx(deviation, rel=0.05)
-
-
-# ------------------------------------------------------------------- made experiments, from events
 
 
 def write_start(
@@ -284,9 +280,6 @@ def test_records_that_lack_something_name_it(tmp_path):
             writer.add_scalar(records.LOSS, 1.0, s)
     with pytest.raises(ValueError, match="throughput"):
         records.read_run(tmp_path / "b")
-
-
-# ----------------------------------------------------------------- runs that were killed, resumed
 
 
 @pytest.mark.parametrize("log_freq", [1, 10])

@@ -60,8 +60,8 @@ def only_problem(config, *words):
     return problem
 
 
-def cut_short(path):
-    data = next(path.glob("*.distcp"))
+def cut_short(path, data="*.distcp"):
+    data = next(path.glob(data))
     data.write_bytes(data.read_bytes()[:-1])
 
 

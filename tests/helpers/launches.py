@@ -30,6 +30,8 @@ START = "spawn" if torch.cuda.is_available() else "forkserver"
 PRELOADED = ["torchtitan_ext.train.__main__", "torch._dynamo.backends.debugging", "pytest", "hypothesis", "tensorboard"]
 PRELOADED += ["packaging.requirements", "tyro._backends._tyro_backend", "torch.testing._internal.common_utils"]
 LOSS = "loss_metrics/global_avg_loss"
+SHORT = ["--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"]
+SHORT += ["--lr_scheduler.warmup_steps=2"]
 
 
 def start_ranks(function: Callable[..., None], n_ranks: int, *args: object) -> None:

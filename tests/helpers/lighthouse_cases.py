@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SCORES = ("random", "constant", "tied", "clustered", "zero", "infinite", "minus_infinite", "nan")
 
 
-def adversarial_scores(kind, shape, seed=0):
+def hard_scores(kind, shape, seed=0):
     """Score arrays that try a selection: ties, zeros, infinities of both signs, clusters, NaN."""
     g = torch.Generator().manual_seed(seed)
     random, sign = torch.rand(shape, generator=g), torch.randint(0, 2, shape, generator=g) * 2 - 1

@@ -19,11 +19,9 @@ def ring_forward(mesh, q, k, v, dropout_p=0.0, is_causal=False, **kwargs):
 
 
 def ring_backward(mesh, grad_out, q, k, v, out, logsumexp, dropout_p, is_causal, **kwargs):
+    tensors = grad_out, "grad_out", q, k, v, out, logsumexp
     return _attention._templated_ring_attention_backward(
-        *(mesh.get_group(), SEQ_DIM, backward, grad_out, "grad_out", q, k, v, out, logsumexp),
-        *(is_causal,),
-        dropout_p=dropout_p,
-        **kwargs,
+        *(mesh.get_group(), SEQ_DIM, backward, *tensors, is_causal), dropout_p=dropout_p, **kwargs
     )
 
 

@@ -24,11 +24,13 @@ LAYOUTS = {  # what users' tokenizer_config.json say
 }
 
 
-def write_bpe(folder: Path, config: dict) -> Tokenizer:
+MERGES = (("i", "t"), ("Ġ", "it"), ("2", "0"), ("<", "/"), ("|", ">"), ("e", "n"))
+
+
+def write_bpe(folder: Path, config: dict, merges=MERGES) -> Tokenizer:
     """A user's tokenizer in `folder`; returns the same without special tokens."""
-    merges = [("i", "t"), ("Ġ", "it"), ("2", "0"), ("<", "/"), ("|", ">"), ("e", "n")]
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
-    plain = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    plain = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [*merges]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()
     whole = deepcopy(plain)
@@ -59,19 +61,7 @@ def write_tree(root: Path, shards: list[list[str]]) -> Path:
 WRITE = {"c4_local": write_c4, "python_source": write_tree}
 
 
-def loader(
-    dataset,
-    path,
-    seq_len,
-    batch_size=1,
-    rank=0,
-    world=1,
-    workers=0,
-    infinite=True,
-    skip=False,
-    tokenizer=TOKENIZER,
-    **more,
-):
+def loader(dataset, path, seq_len, batch_size=1, rank=0, world=1, workers=0, infinite=True, skip=False, **more):
     config = deepcopy(JOB)
     config.training.dataset, config.training.dataset_path = dataset, str(path)
     config.training.seq_len, config.training.local_batch_size = seq_len, batch_size
@@ -79,7 +69,7 @@ def loader(
     config.training.dataloader.num_workers = workers
     config.training.dataloader.prefetch_factor = more.get("prefetch_factor")
     config.training.skip_damaged_data = skip
-    return build_dataloader(world, rank, tokenizer, config, infinite=infinite)
+    return build_dataloader(world, rank, more.get("tokenizer", TOKENIZER), config, infinite=infinite)
 
 
 def tokens(batch):
@@ -93,12 +83,17 @@ def stream(batches):
     return [token for batch in batches for row in tokens(batch) for token in row]
 
 
-def stopped(make, stop, n):
-    """`n` batches of the loaders that `make` gives: `stop` of one, and the rest of one that resumes its state."""
-    part, resumed = make(), make()
-    drawn = stream(islice(part, stop))
-    resumed.load_state_dict(part.state_dict())
-    return drawn + stream(islice(resumed, n - stop))
+def stopped(make, *stops):
+    """What loaders that `make` gives draw, as many batches of each, of which each resumes the state of the one before;
+    and the last of them."""
+    drawn, state = [], {}
+    for stop in stops:
+        part = make()
+        part.state_dict()  # the checkpointer asks for its keys before it loads
+        part.load_state_dict(state)
+        drawn += stream(islice(part, stop))
+        state = part.state_dict()
+    return drawn, part
 
 
 def documents(dataset, path, rank=0, world=1):

@@ -47,12 +47,8 @@ def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, mode, ligh
     model.to(on)
     if mode != "none":
         cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        apply_ac(
-            model,
-            ActivationCheckpoint(mode=mode, selective_ac_option="op"),
-            model_compile_enabled=True,
-            op_sac_save_list={*_op_sac_save_list, cpu_attention},
-        )
+        policy, saved = ActivationCheckpoint(mode=mode, selective_ac_option="op"), {*_op_sac_save_list, cpu_attention}
+        apply_ac(model, policy, model_compile_enabled=True, op_sac_save_list=saved)
     block = torch.compile(model.layers["0"], backend="aot_eager_decomp_partition", fullgraph=True)
     kept = {}
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed.checkpoint as dcp
@@ -27,8 +28,6 @@ TEXT = "configs/text/stage1.toml"
 LARGE = ("configs/530m/stage1.toml", "--training.dataset=python_source")
 VERSION = importlib.metadata.version
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
 JOBS = sorted(path for path in ROOT.glob("configs/*/*.toml") if path.stem in ("stage1", "stage2"))  # dense is as stage2
 LAUNCHES = re.findall(
     r"^(?:NGPU=(\d+) )?CONFIG=(\S+)/stage1.toml (?:sbatch --nodes=(\d+) )?scripts/train\S+ "
@@ -125,12 +124,6 @@ def test_every_problem_is_named_at_once(check, tmp_path):
     assert [sum(field in problem for problem in problems) for field in fields] == [1] * len(problems)
 
 
-def test_wrong_arguments_are_refused(check):
-    for argument in ("--gpu-memory=-1", "--tok-s=nan"):
-        with pytest.raises(ValueError, match=f"{argument[:5]}.*must be a positive number"):
-            check(argument)
-
-
 def version_of(**changed):
     """importlib.metadata.version with some changed, None for not installed."""
 
@@ -169,9 +162,8 @@ def test_versions_are_held_against_the_supported_ones(check, only_problem, monke
 def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(check, tmp_path):
     stale = tmp_path / "torchtitan_lighthouse.egg-info"
     stale.mkdir()
-    (stale / "PKG-INFO").write_text(
-        "Name: torchtitan-lighthouse\nVersion: 0.1.0\nRequires-Python: >=4\nRequires-Dist: torch<2\n"
-    )
+    requires = "Requires-Python: >=4\nRequires-Dist: torch<2\n"
+    (stale / "PKG-INFO").write_text(f"Name: torchtitan-lighthouse\nVersion: 0.1.0\n{requires}")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         assert check()[0] == 0
@@ -184,11 +176,7 @@ def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(c
 def test_patches_must_be_there(only_problem, monkeypatch):
     monkeypatch.setattr(patching, "is_patched", lambda root: False)
     only_problem(words=["is not patched", "torchtitan_ext patch apply"])
-
-    def changed(root):
-        raise patching.PatchingError("patched in part")
-
-    monkeypatch.setattr(patching, "is_patched", changed)
+    monkeypatch.setattr(patching, "is_patched", Mock(side_effect=patching.PatchingError("patched in part")))
     only_problem(words=["patched in part"])
 
 
@@ -199,7 +187,6 @@ def test_an_environment_that_cannot_import_is_named(check, monkeypatch):
 
 
 def test_what_training_refuses_is_a_problem(only_problem):
-    only_problem("--parallelism.data_parallel_shard_degree=3", "--nproc=2", words=["dp_shard 3"])
     only_problem("--experimental.custom_import=nothing", words=["custom_import = 'nothing'"])
 
 

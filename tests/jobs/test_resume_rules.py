@@ -210,18 +210,6 @@ def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path
 # ---- broken checkpoints
 
 
-@pytest.mark.parametrize("damage", ["no metadata", "no data", "gone", "parent"])
-def test_an_incomplete_checkpoint_is_an_error(job, tmp_path, damage):
-    path = save(tmp_path / "old")
-    if damage == "gone":
-        shutil.rmtree(path)
-    elif damage != "parent":
-        next(path.glob(".metadata" if damage == "no metadata" else "*.distcp")).unlink()
-    words = {"gone": "does not exist; train it first", "parent": f"the newest near it is {path}"}
-    named = path.parent if damage == "parent" else path
-    only_problem(job(*start_from(named)), "checkpoint.initial_load_path", named, words.get(damage, "not a complete"))
-
-
 def test_a_broken_checkpoint_is_named_and_another_is_loaded_when_it_is_put_aside(job, tmp_path):
     older, newer, newest = (save(tmp_path / "run", step=step) for step in (9, 10, 100))
     cut_short(newest)
@@ -237,13 +225,15 @@ def test_a_broken_checkpoint_is_named_and_another_is_loaded_when_it_is_put_aside
     only_problem(job(), older, "holds no other", "choose another job.dump_folder")
 
 
-def test_a_broken_checkpoint_or_a_run_to_start_from_is_answered_with_a_complete_one(job, tmp_path):
+def test_what_is_no_complete_checkpoint_to_start_from_is_answered_with_one(job, tmp_path):
     older, newer = (save(tmp_path / "old", step=step) for step in (10, 20))
+    next(newer.glob("*.distcp")).unlink()
+    only_problem(job(*start_from(newer)), newer, "not a complete checkpoint")
     (newer / ".metadata").unlink()
-    for path in (newer, tmp_path / "old", older.parent):
-        only_problem(
-            job(*start_from(path)), f"near it is {older}: to start from that, set checkpoint.initial_load_path"
-        )
+    remedy = f"near it is {older}: to start from that, set checkpoint.initial_load_path"
+    for path, words in ((newer, "not a complete checkpoint"), (tmp_path / "old", ""), (older.parent, "")):
+        only_problem(job(*start_from(path)), "checkpoint.initial_load_path", path, words, remedy)
+    only_problem(job(*start_from(tmp_path / "gone")), tmp_path / "gone", "does not exist; train it first")
     check_job(job(*start_from(older)))
 
 
@@ -354,12 +344,15 @@ def from_hugging_face(folder):
 
 def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_path):
     field = "checkpoint.initial_load_path = "
-    only_problem(
-        job("--checkpoint.initial_load_path=gone", "--checkpoint.initial_load_in_hf"), field, "no *.safetensors"
-    )
-    only_problem(job("--checkpoint.initial_load_in_hf"), "model.hf_assets_path", "no *.safetensors")
+    in_hf = "--checkpoint.initial_load_in_hf"
+    only_problem(job("--checkpoint.initial_load_path=gone", in_hf), field, "no *.safetensors")
+    only_problem(job(in_hf), "model.hf_assets_path", "no *.safetensors")
     start = from_hugging_face(tmp_path)
     file = tmp_path / "model.safetensors"
+    for text in ("", "[]", '{"rope_scaling": "llama3"}', "{}", '{"model_type": "qwen2"}'):
+        (tmp_path / "config.json").write_text(text)
+        only_problem(job(*start), tmp_path / "config.json")
+    (tmp_path / "config.json").unlink()
     check_job(job(*start))
     only_problem(job(*start, "--model.flavor=27M"), tmp_path, "model.flavor = '27M'", "[384, 64] there")
     file.write_bytes(file.read_bytes()[:-1])
@@ -398,10 +391,3 @@ def test_weights_of_hugging_face_must_be_of_a_model_that_computes_the_same(job, 
         check_job(job(*start))
     else:
         only_problem(job(*start), tmp_path / "config.json", "model.flavor = 'debug'", *words)
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"rope_scaling": "llama3"}', "{}", '{"model_type": "qwen2"}'])
-def test_a_config_that_is_no_llamas_is_named(job, tmp_path, text):
-    start = from_hugging_face(tmp_path)
-    (tmp_path / "config.json").write_text(text)
-    only_problem(job(*start), tmp_path / "config.json")

@@ -207,14 +207,9 @@ def test_a_schedule_that_a_shorter_run_bends_is_refused(job):
     check_job(shorter("--checkpoint.no_enable"))  # nothing continues from it
 
 
-# ---- tokenizers
-
-
 def test_a_tokenizer_must_fit_the_embeddings(job, tmp_path):
-    for vocab in (
-        {f"w{i}": i for i in range(1000)},
-        {"w0": 0, "b": 384},
-    ):  # fewer tokens than embeddings, but one beyond
+    few_but_one_beyond = {"w0": 0, "b": 384}
+    for vocab in ({f"w{i}": i for i in range(1000)}, few_but_one_beyond):
         Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
         config = job(f"--model.hf_assets_path={tmp_path}")
         only_problem(config, "model.hf_assets_path", f"to {max(vocab.values())}", "384")

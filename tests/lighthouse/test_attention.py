@@ -8,17 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers.commands import ROOT, call
-from helpers.lighthouse_cases import (
-    SCORES,
-    TOLERANCE,
-    adversarial_scores,
-    cases,
-    error,
-    pairs,
-    qkv,
-    rotary_table,
-    selected,
-)
+from helpers.lighthouse_cases import SCORES, TOLERANCE, cases, error, hard_scores, pairs, qkv, rotary_table, selected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,9 +21,7 @@ SMALL = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, tile_winners=8)
 
 
 @settings(max_examples=25)
-@given(
-    cases(max_seq_len=128), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.booleans(), st.integers(0, 99)
-)
+@given(cases(128), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.booleans(), st.integers(0, 99))
 def test_equals_the_reference_forward_and_backward(case, batch, n_kv_heads, group, rotary, seed):
     config, seq_len = case
     freqs_cis = rotary_table(seq_len, 4) if rotary else None
@@ -50,9 +38,7 @@ def test_equals_the_reference_forward_and_backward(case, batch, n_kv_heads, grou
 @given(cases(), st.sampled_from(SCORES), st.sampled_from(SCORES), st.integers(0, 99))
 def test_selection_equals_the_reference_for_any_scores(case, q_kind, k_kind, seed):
     config, seq_len = case
-    scores = torch.stack(
-        [adversarial_scores(kind, (2, 2, seq_len), seed + i) for i, kind in enumerate((q_kind, k_kind))]
-    )
+    scores = torch.stack([hard_scores(kind, (2, 2, seq_len), seed + i) for i, kind in enumerate((q_kind, k_kind))])
     _, selection = selected(scores, config)
     for b, h in product(range(2), range(2)):
         assert pairs(selection, b, h) == naive_select(*scores[:, b, h], config)
@@ -62,7 +48,7 @@ def test_selection_equals_the_reference_for_any_scores(case, q_kind, k_kind, see
 @given(cases(max_seq_len=2048), st.sampled_from(SCORES), st.integers(0, 99))
 def test_gathered_entries_are_legal_distinct_ordered_as_many_as_the_formula_and_reach_every_position(case, kind, seed):
     config, seq_len = case
-    scores = adversarial_scores(kind, (1, 2, seq_len), seed)
+    scores = hard_scores(kind, (1, 2, seq_len), seed)
     slots, (level, index) = selected(torch.stack([scores, scores.flip(-1)]), config)
     p, m = config.pooling_factor, config.tile_winners
     coarsest = seq_len // p ** (config.levels - 1)

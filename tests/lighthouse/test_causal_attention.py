@@ -6,44 +6,39 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers.jobs import ROOT
+from helpers.jobs import job_of
 from helpers.lighthouse_cases import DEVICE
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, kernels
 from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, causal_attention
 from torchtitan_ext.model import choose_kernel
 
+JOB = "configs/530m/stage1.toml"
 
-def weights_of(q, k):
-    """Logarithms of softmax's numerators [B, H, S, S] of q [B, S, H, D] and k [B, S, H_kv, D]."""
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    logits = torch.einsum("bshd,bthd->bhst", q, k) / q.shape[3] ** 0.5
-    return logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+
+def heads_first(n_heads, *tensors):
+    """From [B, S, H, D] to [B, n_heads, S, D]."""
+    return [x.repeat_interleave(n_heads // x.shape[2], 2).transpose(1, 2) for x in tensors]
 
 
 @pytest.fixture
 def fa4(monkeypatch):
-    """FlashAttention-4's functions, computed by torch; the calls are listed."""
-    calls = []
+    """FlashAttention-4's functions, computed by torch's for the CPU; the calls are listed."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    calls, flash_backward = [], torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
     def forward(q, k, v, *, causal, return_lse):
         calls.append("forward")
-        logits, group = weights_of(q, k), q.shape[2] // k.shape[2]
-        out = torch.einsum("bhst,bthd->bshd", logits.softmax(-1), v.repeat_interleave(group, 2))
-        return out.contiguous(), logits.logsumexp(-1), None, "what a later version adds"
+        out, lse = flash(*heads_first(q.shape[2], q, k, v), 0.0, causal)
+        return out.transpose(1, 2).contiguous(), lse.contiguous(), None, "what a later version adds"
 
     def backward(q, k, v, out, grad, lse, *, causal, deterministic):
         calls.append(f"backward {deterministic}")
-        group = q.shape[2] // k.shape[2]
-        weights = torch.exp(weights_of(q, k) - lse.unsqueeze(-1))
-        of_weights = torch.einsum("bshd,bthd->bhst", grad, v.repeat_interleave(group, 2))
-        of_logits = weights * (of_weights - (grad * out).sum(-1).transpose(1, 2).unsqueeze(-1)) / q.shape[3] ** 0.5
-        dq = torch.einsum("bhst,bthd->bshd", of_logits, k.repeat_interleave(group, 2))
-        dk, dv = torch.einsum("bhst,bshd->bthd", of_logits, q), torch.einsum("bhst,bshd->bthd", weights, grad)
-        grads = dq, *(x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
-        return tuple(torch.empty_like(x).copy_(grad) for x, grad in zip((q, k, v), grads, strict=True))
+        n_heads = q.shape[2], k.shape[2], v.shape[2]
+        grads = flash_backward(*heads_first(q.shape[2], grad, q, k, v, out), lse, 0.0, causal)
+        grads = (x.transpose(1, 2).unflatten(2, (n, -1)) for x, n in zip(grads, n_heads, strict=True))
+        return tuple(x.sum(3).contiguous() for x in grads)
 
     for name in ("flash_attn", "flash_attn.cute", kernels._FA4):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -55,10 +50,6 @@ def qkv(dtype=torch.float32, seq_len=48, device="cpu", head_dim=8):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, seq_len, head_dim) for heads in (4, 2, 2)]
     return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
-
-
-def job(*settings):
-    return parse_job(ROOT / "configs/530m/stage1.toml", [f"--{setting}" for setting in settings])
 
 
 def output_and_gradients(attend, inputs):
@@ -77,11 +68,9 @@ def test_flash_attention_4_is_one_operator_with_a_gradient(fa4):
 
 @pytest.mark.slow
 def test_flash_attention_4_compiles_without_a_graph_break(fa4):
-    inputs = qkv()
-    compiled = torch.compile(CausalAttention("fa4"), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        output_and_gradients(compiled, inputs), output_and_gradients(CausalAttention("fa4"), inputs)
-    )
+    inputs, eager = qkv(), CausalAttention("fa4")
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(output_and_gradients(compiled, inputs), output_and_gradients(eager, inputs))
 
 
 def test_selective_checkpointing_keeps_what_flash_attention_4_returned(fa4):
@@ -116,17 +105,17 @@ def test_the_dilated_scorer_attends_by_the_same_kernel(fa4):
 def test_a_job_attends_by_the_fastest_kernel_that_can_run(can_run, monkeypatch):
     slower = KERNELS[KERNELS.index(can_run) :]
     monkeypatch.setattr("torchtitan_ext.model.args.unusable_reason", lambda name, *_: name not in slower and "why")
-    assert choose_kernel(job()) == (can_run, [f"{name}: why" for name in KERNELS if name not in slower])
+    assert choose_kernel(job_of(JOB)[0]) == (can_run, [f"{name}: why" for name in KERNELS if name not in slower])
 
 
 def test_a_named_kernel_that_cannot_run_is_refused_and_the_ring_takes_torchs(monkeypatch):
     refusal = r"attention\.kernel = 'cudnn' can't run: cudnn: there is no CUDA device; .*'auto'"
     with pytest.raises(ValueError, match=refusal):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        choose_kernel(job("attention.kernel=cudnn"))
+        choose_kernel(job_of(JOB, "attention.kernel=cudnn")[0])
     monkeypatch.setattr("torchtitan_ext.model.args.unusable_reason", lambda *_: None)
     ring = "parallelism.context_parallel_rotate_method=alltoall", "parallelism.context_parallel_degree=2"
-    kernel, [reason] = choose_kernel(job(*ring))
+    kernel, [reason] = choose_kernel(job_of(JOB, *ring)[0])
     assert kernel == "cudnn" and "ring" in reason
 
 

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.lighthouse_cases import DEVICE, SCORES, adversarial_scores, proposals_of, qkv, rotary_table, selected
+from helpers.lighthouse_cases import DEVICE, SCORES, hard_scores, proposals_of, qkv, rotary_table, selected
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ SEQ_LEN = 2048
 @pytest.mark.parametrize(("kind", "ops"), [*((kind, torch_ops) for kind in SCORES), ("tied", triton_ops)])
 def test_chunks_select_what_the_whole_sequence_does(kind, ops):
     config, n_chunks, seq_len = LighthouseConfig(levels=3, top_k=16, tile_winners=4), 4, 512
-    base = adversarial_scores(kind, (2, 1, 1, seq_len)).to(DEVICE)
+    base = hard_scores(kind, (2, 1, 1, seq_len)).to(DEVICE)
     chunk_config = replace(config, top_k=config.top_k // n_chunks)
     levels, indices = [], []
     for chunk, scores in enumerate(base.chunk(n_chunks, -1)):

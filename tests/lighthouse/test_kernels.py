@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from helpers.commands import call
-from helpers.lighthouse_cases import DEVICE, SCORES, TOLERANCE, adversarial_scores, error, qkv, rotary_table, selected
+from helpers.lighthouse_cases import DEVICE, SCORES, TOLERANCE, error, hard_scores, qkv, rotary_table, selected
 from torch.export import Dim, export
 
 from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, torch_ops, triton_ops
@@ -136,13 +136,13 @@ def test_nan_scores_are_kept_by_every_entry_over_them(shape):
 @pytest.mark.parametrize("kinds", zip(SCORES, SCORES[1:] + SCORES[:1], strict=True), ids=str)
 def test_selection_is_exactly_that_of_the_torch_path(shape, kinds, poisoned):
     config, seq_len = setting(shape)
-    base = torch.stack([adversarial_scores(kind, (*shape[5:7], seq_len), 7) for kind in kinds]).to(DEVICE)
+    base = torch.stack([hard_scores(kind, (*shape[5:7], seq_len), 7) for kind in kinds]).to(DEVICE)
     assert torch.equal(selected(base, config, ops=triton_ops)[0], selected(base, config)[0])
 
 
 def test_tiles_too_large_for_one_program_are_selected_all_the_same(monkeypatch):
     config, seq_len = setting(SMALL[0])
-    base = adversarial_scores("random", (2, 1, 1, seq_len)).to(DEVICE)
+    base = hard_scores("random", (2, 1, 1, seq_len)).to(DEVICE)
     expected, _ = selected(base, config)
     monkeypatch.setattr(triton_ops, "_MOST_CANDIDATES", 1)
     monkeypatch.setattr(triton_ops, "_select_op", None)
@@ -168,10 +168,8 @@ def assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts=(0,)):
     carry = torch.randn(*chunks, config.levels - 1, *rows.shape[1::2], device=DEVICE)
     for given in [(rows, carry.to(dtype).requires_grad_())] + [(rows,)] * (len(starts) == 1):
         exact = [x.detach().float().requires_grad_() for x in given]
-        ours, reference = (
-            ops.scatter(x[0], slots, config, *x[1:]) for ops, x in ((triton_ops, given), (torch_ops, exact))
-        )
-        check(ours, reference, given, exact)
+        ours = triton_ops.scatter(given[0], slots, config, *given[1:])
+        check(ours, torch_ops.scatter(exact[0], slots, config, *exact[1:]), given, exact)
     return slots
 
 

@@ -26,12 +26,9 @@ def by_reference(q, k, v, config):
     """What base_scores must equal, float64 [2, B, H_kv, N]."""
     q, k, v = (x.detach().cpu().double() for x in (q, k, v))
     grouped = q.unflatten(2, (k.shape[2], -1))
-    heads = [
-        torch.stack(naive_scores(grouped[b, :, h], k[b, :, h], v[b, :, h], config))
-        for b in range(k.shape[0])
-        for h in range(k.shape[2])
-    ]
-    return torch.stack(heads, 1).view(2, k.shape[0], k.shape[2], -1)
+    heads = ((x[b, :, h] for x in (grouped, k, v)) for b in range(k.shape[0]) for h in range(k.shape[2]))
+    scores = [torch.stack(naive_scores(*head, config)) for head in heads]
+    return torch.stack(scores, 1).view(2, k.shape[0], k.shape[2], -1)
 
 
 @settings(max_examples=40)

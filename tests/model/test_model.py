@@ -8,12 +8,10 @@ from helpers.launches import ROOT
 from helpers.models import args, build, parse
 from torchtitan.models.llama3 import Transformer, llama3_args
 from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
-from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_ext.jobs.job_file import read_toml
 from torchtitan_ext.model import Lighthouse, flavors
 
-JOBS = [path for path in sorted(ROOT.glob("configs/*/*.toml")) if path.stem != "ablations"]
 OTHER = dict(levels=2, pooling_factor=2, top_k=32, scorer="dilated", dilation=8, rope="base", tile_winners=8)
 SMALL = Lighthouse(enable=True, levels=2, top_k=8, tile_winners=4)
 
@@ -108,18 +106,6 @@ def test_every_setting_can_be_given_on_the_command_line():
     assert parse("configs/text/stage1.toml", *given).lighthouse == expected
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_job_file_builds(path):
-    job = parse(path)
-    assert (ROOT / job.model.hf_assets_path).is_dir()
-    spec = get_train_spec(job.model.name)
-    model_args = dataclasses.replace(spec.model_args[job.model.flavor])
-    model_args.update_from_config(job)
-    model = build(model_args, spec.model_cls, "meta")
-    assert job.lighthouse.enable == bool(model_args.lighthouse_layers)
-    assert model_args.get_nparams_and_flops(model, job.training.seq_len)[1] > 0
-
-
 def settings(path):
     sections = read_toml(path)
     return {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
@@ -129,17 +115,13 @@ def differing(a, b):
     return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
 
-@pytest.mark.parametrize("recipe", sorted({path.parent.name for path in JOBS}))
+@pytest.mark.parametrize("recipe", sorted(path.parent.name for path in ROOT.glob("configs/*/stage1.toml")))
 def test_the_stages_differ_only_where_they_must(recipe):
     stage1, stage2, dense = (settings(ROOT / f"configs/{recipe}/{name}.toml") for name in ("stage1", "stage2", "dense"))
     initial_load = {"checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}
     switched = {"lighthouse.enable", "training.steps", "job.dump_folder"}
     assert differing(stage1, stage2) == initial_load | switched
     assert differing(stage2, dense) == initial_load | {"job.dump_folder"}
-    folder, _, step = stage2["checkpoint.initial_load_path"].rpartition("-")
-    assert folder == stage1["job.dump_folder"] + "/checkpoint/step"
-    saved = range(0, stage1["training.steps"] + 1, stage1["checkpoint.interval"])
-    assert int(step) in saved[-stage1["checkpoint.keep_latest_k"] :]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

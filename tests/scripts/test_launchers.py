@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from helpers.launches import ROOT, train
+from helpers.launches import ROOT, SHORT, train
 from torch.distributed.run import parse_args
 
 from torchtitan_ext.experiment import records
@@ -164,9 +164,7 @@ def test_two_nodes_meet_train_and_save_at_the_time_limit_and_the_run_continues(l
     job = launches.slurm | {"HOSTS": "localhost localhost", "SLURM_JOB_ID": str(os.getpid())}
     job |= {"NGPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoint"
-    settings = ["--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"]
-    settings += [f"--job.dump_folder={run}", "--checkpoint.interval=1000000"]
-    settings += ["--lr_scheduler.warmup_steps=1"]  # of three steps or more
+    settings = [*SHORT, f"--job.dump_folder={run}", "--checkpoint.interval=1000000"]
 
     process = launches.start("train.slurm", *settings, "--training.steps=1000000", **job)
     started = next(line for line in process.stdout if "- step:" in ANSI_COLOR.sub("", line))

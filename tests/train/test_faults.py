@@ -10,10 +10,11 @@ import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
-from helpers.launches import ROOT, losses, train
+from helpers.launches import ROOT, SHORT, losses, train
 
 from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.plan import plan_report
@@ -23,8 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # of the launches tha
 CONFIG = "configs/text/stage1.toml"
 STEPS = 10  # and a checkpoint every two
 SETTINGS = (
-    *("--lr_scheduler.warmup_steps=2", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=2"),
-    *("--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4", "--metrics.log_freq=1"),
+    *(*SHORT, "--checkpoint.interval=2", "--checkpoint.keep_latest_k=2", "--metrics.log_freq=1"),
     *("--training.dataset=python_source", "--training.dataloader.num_workers=1", f"--training.steps={STEPS}"),
 )
 # of each start in this order: the rank, the step, and how many steps in a row may not be finite; as one may not, ranks
@@ -57,16 +57,12 @@ def runs(tmp_path_factory):
             ended_well = not code
         else:
             ended_well, output = train(2, [f"--job.config_file={CONFIG}", *settings], **env)
-        return SimpleNamespace(
-            dump=folder / dump,
-            checkpoints=folder / dump / "checkpoint",
-            ended_well=ended_well,
-            code=code,
-            output=output,
-            first_steps=list(map(int, re.findall(r"Training starts at step (\d+)", output))),
-            complete=complete_steps(folder / dump / "checkpoint"),
-            half_written={path.name for path in folder.glob(f"{dump}/checkpoint/step-4/*")},
-        )
+        run = SimpleNamespace(dump=folder / dump, ended_well=ended_well, code=code, output=output)
+        run.checkpoints = run.dump / "checkpoint"
+        run.first_steps = list(map(int, re.findall(r"Training starts at step (\d+)", output)))
+        run.complete = complete_steps(run.checkpoints)
+        run.half_written = {path.name for path in run.checkpoints.glob("step-4/*")}
+        return run
 
     with ThreadPoolExecutor() as at_once:
         both = [at_once.submit(start, "whole") for _ in range(2)]
@@ -130,35 +126,26 @@ def test_a_step_that_is_not_finite_is_passed_over_as_often_as_allowed_then_train
     assert "Step 5 is not finite: loss on rank 1, gradient norm nan. Param" in run.output
     assert "Step 6 is not finite: loss on rank 1, gradient norm nan. Training stops" in run.output
     assert f"the newest checkpoint is {run.checkpoints}/step-4" in run.output
-    for rank in range(2):
-        changed = {
-            step: json.loads((run.dump.parent / f"step-{step}-rank-{rank}.json").read_text()) for step in (3, 4, 5)
-        }
-        assert changed == {3: ["weights", "moments"], 4: ["weights", "moments"], 5: []}
+    for rank, step in product((0, 1), (3, 4, 5)):
+        changed = json.loads((run.dump.parent / f"step-{step}-rank-{rank}.json").read_text())
+        assert changed == (["weights", "moments"] if step < 5 else [])
 
 
-def test_torchrun_names_a_rank_that_is_killed_ends_the_others_and_starts_all_again(runs):
+def test_torchrun_starts_all_again_for_a_rank_that_is_killed_and_ranks_save_and_end_without_torchrun(runs):
     run = runs["torchrun"]
     assert re.search(r"exitcode: -9\) local_rank: 1 ", run.output), run.output
     # half of the restarts would hang without what child_environment sets
     assert run.first_steps == [5, 5, 5, 5] and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in run.output
-
-
-def test_ranks_whose_launcher_is_killed_save_and_end(runs):
-    assert runs["torchrun"].code == -signal.SIGKILL
-    assert max(runs["torchrun"].complete) == 5
+    assert run.code == -signal.SIGKILL and max(run.complete) == 5
     assert set(runs["terminated"].first_steps) == {6}
 
 
-def test_sigterm_to_one_rank_saves_the_step_that_all_ranks_ended_with(runs):
+def test_sigterm_to_one_rank_saves_the_step_that_all_ended_with_and_pushes_out_no_checkpoint_to_keep(runs):
     run = runs["terminated"]
     assert run.complete == [4, 6, 7]
     ended = re.findall(r"SIGTERM: training ends after step (\d+) of 10; the newest.*step-7", run.output)
     assert ended == ["7", "7"]
     assert "terminated with exit code 143" in run.output
     assert set(runs["completed"].first_steps) == {8}
-
-
-def test_what_sigterm_saved_pushes_out_no_checkpoint_that_was_to_be_kept(runs):
-    """keep_latest_k is 2, and the last step's checkpoint comes on top of that."""
+    # keep_latest_k is 2, and the last step's checkpoint comes on top of that
     assert runs["completed"].complete == [6, 8, 10]

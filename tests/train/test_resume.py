@@ -10,49 +10,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.launches import losses, train
+from helpers.launches import SHORT, losses, train
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from torchtitan_ext.jobs.recorded import CONFIG_FILE
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:torch.distributed is unavailable"),
-    pytest.mark.timeout(900),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark += [pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")]
 COMMON = (
-    "--lr_scheduler.warmup_steps=2",
-    "--checkpoint.interval=2",
-    "--experimental.custom_import=helpers.recording_import",
-    "--training.dataset=python_source",
-    "--metrics.log_freq=1",
+    *("--lr_scheduler.warmup_steps=2", "--checkpoint.interval=2", "--metrics.log_freq=1"),
+    *("--experimental.custom_import=helpers.recording_import", "--training.dataset=python_source"),
 )
-DEMO = SimpleNamespace(
-    configs="configs/text",
-    steps=6,
-    split=4,
-    overrides=(
-        *("--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"),
-        *("--validation.enable", "--validation.dataset=python_source_validation"),
-        *("--validation.seq_len=256", "--validation.local_batch_size=2"),
-        *("--validation.steps=3", "--validation.freq=2"),
-    ),
-    repeats=True,
-    rounding=1e-5,
+VALIDATED = (
+    *("--validation.enable", "--validation.dataset=python_source_validation", "--validation.freq=2"),
+    *("--validation.seq_len=256", "--validation.local_batch_size=2", "--validation.steps=3"),
 )
+DEMO = SimpleNamespace(configs="configs/text", steps=6, split=4, repeats=True, rounding=1e-5)
+DEMO.overrides = (*SHORT, *VALIDATED)
 # Sixteen tiles and eight heads, for eight ranks that share a sequence.
 LONGER = SimpleNamespace(**vars(DEMO))
 LONGER.overrides += ("--training.seq_len=1024", "--validation.seq_len=1024")
 LONGER.overrides += ("--lighthouse.top_k=64", "--model.flavor=eight-heads")
-RECIPE = SimpleNamespace(
-    configs="configs/530m",
-    steps=4,
-    split=2,
-    # a sequence per data-parallel rank and step
-    overrides=("--model.flavor=six-layers", "--training.global_batch_size=-1"),
-    repeats=False,  # the backward pass of cuDNN's attention sums with atomics
-    rounding=1e-2,
-)
+# The backward pass of cuDNN's attention sums with atomics, so it does not repeat.
+RECIPE = SimpleNamespace(configs="configs/530m", steps=4, split=2, repeats=False, rounding=1e-2)
+RECIPE.overrides = ("--model.flavor=six-layers", "--training.global_batch_size=-1")  # a sequence per rank and step
 
 
 @pytest.fixture(
@@ -94,21 +75,15 @@ def runs(request, tmp_path_factory):
     start = f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}"
     runs["stage2"] = launch("stage2", start, *recorded, stage="stage2", steps=job.split + 1, **wandb)
     weights_and_all = "--checkpoint.no_initial_load_model_only"
+    over = (start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader", "--validation.no_enable")
     if moved_cp:
         runs["moved"] = launch("moved", start, weights_and_all, cp=moved_cp)
     if job.repeats and dp > 1:
-        runs["alone"] = launch(
-            *("alone", start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader"),
-            *(f"--training.global_batch_size={dp}", "--validation.no_enable"),
-            dp=1,
-            cp=1,
-            REPLAYED=str(whole.records),
-            FIRST_REPLAYED=str(job.split + 1),
-        )
+        replay = {"REPLAYED": str(whole.records), "FIRST_REPLAYED": str(job.split + 1)}
+        runs["alone"] = launch("alone", *over, f"--training.global_batch_size={dp}", dp=1, cp=1, **replay)
     if dp * cp == 1:
         # its data once more from the start, at another rate; killed behind a checkpoint, and launched again
-        over = (start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader")
-        over += ("--validation.no_enable", "--optimizer.lr=5e-3", "--optimizer.weight_decay=0.3")
+        over += ("--optimizer.lr=5e-3", "--optimizer.weight_decay=0.3")
         on_purpose = "--optimizer.override_checkpoint"
         launch(*("over-killed", *over, on_purpose), dump="over", steps=job.steps + 2, KILL_AT_BATCH="3")
         runs["over"] = launch("over", *over, steps=job.steps + 2)

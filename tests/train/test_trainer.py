@@ -38,14 +38,16 @@ def bare_trainer(**attributes) -> LighthouseTrainer:
 @pytest.mark.slow
 def test_stock_torchtitan_trains_a_stage_to_the_same_losses(tmp_path):
     arguments = ["--job.config_file=configs/passkey/stage1.toml", "--training.steps=4", "--lr_scheduler.warmup_steps=1"]
-    register = ["--job.custom_config_module=torchtitan_ext.model.settings"]
-    register += ["--experimental.custom_import=torchtitan_ext.register"]
-    for dump, stock, more in (("stock", True, register), ("ours", False, [])):
+    register = [*JOB, "--experimental.custom_import=torchtitan_ext.register"]
+    llama3 = [*register, "--model.name=llama3", "--model.flavor=debugmodel"]
+    for dump, stock, more in (("stock", True, register), ("ours", False, []), ("llama3", True, llama3)):
         ended_well, output = train(1, [*arguments, *more, f"--job.dump_folder={tmp_path / dump}"], stock=stock)
         assert ended_well, output
     stock, ours = (losses(tmp_path / dump) for dump in ("stock", "ours"))
     assert stock == ours and [step for step, _ in stock] == [1, 2, 3, 4]
     assert not (tmp_path / "stock" / LOCK).exists() and (tmp_path / "ours" / LOCK).exists()
+    first, *_, last = losses(tmp_path / "llama3")  # torchtitan's own model
+    assert (first[0], last[0]) == (1, 4) and first[1] > last[1]
 
 
 def shards_start_different(rank):
@@ -196,7 +198,7 @@ def test_what_ranks_agree_on_and_what_differs():
 
 
 @pytest.mark.parametrize(
-    ("keep_latest_k", "steps", "bridges", "half_saved", "stale"),
+    ("kept", "steps", "bridges", "half_saved", "stale"),
     [
         (2, [100, 200, 250], [250], [], []),
         (2, [100, 200, 250, 300], [250], [], [100, 250]),
@@ -206,9 +208,7 @@ def test_what_ranks_agree_on_and_what_differs():
         (2, [1, 100, 200], [], [], [1]),
     ],
 )
-def test_an_interruptions_checkpoint_goes_when_a_later_one_is_complete(
-    tmp_path, keep_latest_k, steps, bridges, half_saved, stale
-):
+def test_an_interruptions_checkpoint_goes_when_a_later_is_complete(tmp_path, kept, steps, bridges, half_saved, stale):
     for step in steps:
         folder = tmp_path / f"step-{step}"
         folder.mkdir()
@@ -216,4 +216,4 @@ def test_an_interruptions_checkpoint_goes_when_a_later_one_is_complete(
             (folder / INTERRUPTED).touch()
         if step not in half_saved:
             (folder / ".metadata").touch()
-    assert stale_checkpoints(tmp_path, keep_latest_k) == [tmp_path / f"step-{step}" for step in stale]
+    assert stale_checkpoints(tmp_path, kept) == [tmp_path / f"step-{step}" for step in stale]
