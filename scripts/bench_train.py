@@ -102,7 +102,12 @@ class BenchTrain:
                 display.say(table([row]).splitlines()[-1])
                 output.write_text(json.dumps(records, indent=1) + "\n")
         if limited:  # after the runs, which need all of the GPU's memory
-            add_limits(limited, profiles)
+            rates = step_profile.measure_rates()
+            for key, job in limited.items():
+                args, training = replace(flavors[job.model.flavor]), job.training
+                args.update_from_config(job)
+                limits = step_profile.limits(training.seq_len, training.local_batch_size, args, rates)
+                profiles[key] |= {"rates": rates, "limits_ms": limits}
             output.write_text(json.dumps(records, indent=1) + "\n")
         for key, profile in profiles.items():
             print(f"\n{key}\n\n{step_profile.table(profile['parts_ms'], profile.get('limits_ms'))}")
@@ -162,16 +167,6 @@ def profiled_step(folder: Path, job: JobConfig) -> dict:
     found, vocab_size = step_profile.read_kernels(trace), flavors[job.model.flavor].vocab_size
     parts, kernels = step_profile.breakdown(found, job.training.seq_len, vocab_size)
     return {"parts_ms": parts, "kernels": kernels[:60]}
-
-
-def add_limits(jobs: dict[str, JobConfig], profiles: dict[str, dict]) -> None:
-    """Measure this GPU's rates, and give the profiles of these jobs the limits of their parts."""
-    rates = step_profile.measure_rates()
-    for name, job in jobs.items():
-        args = replace(flavors[job.model.flavor])
-        args.update_from_config(job)
-        limits = step_profile.limits(job.training.seq_len, job.training.local_batch_size, args, rates)
-        profiles[name] |= {"rates": rates, "limits_ms": limits}
 
 
 def share_of_one(row: dict, rows: list[dict]) -> str:

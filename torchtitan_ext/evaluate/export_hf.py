@@ -49,16 +49,12 @@ Advance = Callable[[int], None]  # gets the number done since the last call
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint and what its run's job config says of it.
+    """A complete checkpoint and what its run's job config says of it."""
 
-    path: the step-N folder. model_args: of the model under dense attention, max_seq_len that of the training.
-    lighthouse: whether the run had Lighthouse on.
-    """
-
-    path: Path
-    model_args: LighthouseModelArgs
+    path: Path  # the step-N folder
+    model_args: LighthouseModelArgs  # under dense attention, max_seq_len that of the training
     tokenizer: HuggingFaceTokenizer
-    lighthouse: bool
+    lighthouse: bool  # whether the run had it on
 
     @property
     def adapter(self) -> BaseStateDictAdapter:
@@ -131,19 +127,6 @@ def find_checkpoint(path: Path) -> Checkpoint:
             remedy = "train with checkpoint.enable = true until the first is saved (checkpoint.interval)"
             raise ValueError(f"{folder} holds no complete checkpoint: {remedy}")
         path = folder / f"step-{max(steps)}"
-    model_args, tokenizer = _trained(job, config_file)
-    checkpoint = Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
-    expected = checkpoint.as_saved(meta_model(model_args).state_dict())
-    if mismatches := resume.shape_mismatches(expected, resume.saved_shapes(checkpoint.metadata())):
-        raise ValueError(
-            f"{path} holds no model of flavor {job['model']['flavor']!r} ({len(mismatches)} of {len(expected)} "
-            f"weights: {mismatches[0]}); correct model.flavor in {config_file}"
-        )
-    return checkpoint
-
-
-def _trained(job: dict, config_file: Path) -> tuple[LighthouseModelArgs, HuggingFaceTokenizer]:
-    """The model and the tokenizer that a run's job config names."""
     flavor, tokenizer = job["model"]["flavor"], job["model"]["hf_assets_path"]
     if flavor not in flavors:
         raise ValueError(
@@ -153,7 +136,15 @@ def _trained(job: dict, config_file: Path) -> tuple[LighthouseModelArgs, Hugging
     model_args = replace(flavors[flavor], max_seq_len=job["training"]["seq_len"])  # type: ignore[call-arg]
     named = f"model.hf_assets_path = {tokenizer!r} in {config_file}"
     remedy = "call from the folder that the training was launched from, or correct the path"
-    return model_args, load_tokenizer(tokenizer, named, remedy)
+    tokenizer = load_tokenizer(tokenizer, named, remedy)
+    checkpoint = Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
+    expected = checkpoint.as_saved(meta_model(model_args).state_dict())
+    if mismatches := resume.shape_mismatches(expected, resume.saved_shapes(checkpoint.metadata())):
+        raise ValueError(
+            f"{path} holds no model of flavor {flavor!r} ({len(mismatches)} of {len(expected)} "
+            f"weights: {mismatches[0]}); correct model.flavor in {config_file}"
+        )
+    return checkpoint
 
 
 def export(

@@ -19,7 +19,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -44,18 +44,14 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to evaluate, its weights not read yet.
-
-    name: a short one, for a folder. max_context: tokens that it was trained for. lighthouse: whether its run had
-    Lighthouse on. load: its logits on a device, with weights in a dtype.
-    """
+    """A checkpoint to evaluate, its weights not read yet."""
 
     path: Path
-    name: str
+    name: str  # a short one, for a folder
     tokenizer: HuggingFaceTokenizer
-    max_context: int
-    lighthouse: bool
-    load: Callable[[torch.device, torch.dtype], Logits] = field(repr=False)
+    max_context: int  # tokens that it was trained for
+    lighthouse: bool  # whether its run had Lighthouse on
+    load: Callable[[torch.device, torch.dtype], Logits]
 
 
 def find_candidate(path: Path) -> Candidate:

@@ -84,8 +84,11 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
         of_layer, without_checkpointing = _kept_by_layer(job_config, args, layer, f)
         kept += row * of_layer
         in_block.append(kept + row * (without_checkpointing - of_layer + d + 3 * f))
-    # Before and after the last norm, and the gradient.
-    in_loss = kept + row * 3 * d + _logits(job_config, args, tokens, width)
+    logits = 2 * width * tokens * args.vocab_size  # with their gradient
+    if job_config.loss.fuse_output:  # a chunk's, and the projection's gradient
+        chunk, _ = liger_chunk(tokens, args.vocab_size, d)
+        logits = width * chunk * args.vocab_size + FP32 * args.vocab_size * d
+    in_loss = kept + row * 3 * d + logits  # before and after the last norm, and the gradient
     n_bytes = {
         "weights, gradients, moments": weights,
         "gathered weights": gathered,
@@ -110,11 +113,3 @@ def _kept_by_layer(job_config: JobConfig, args: LighthouseModelArgs, layer: int,
     # of so many blocks, one is recomputed
     recomputed = mode == "full" or (mode == "selective" and (not int(option) or (layer + 1) % int(option) == 0))
     return d if recomputed else everything, everything
-
-
-def _logits(job_config: JobConfig, args: LighthouseModelArgs, tokens: int, width: int) -> int:
-    """Bytes of logits, and of what the loss makes of them, that exist at once."""
-    if not job_config.loss.fuse_output:
-        return 2 * width * tokens * args.vocab_size  # with their gradient
-    chunk, _ = liger_chunk(tokens, args.vocab_size, args.dim)
-    return width * chunk * args.vocab_size + FP32 * args.vocab_size * args.dim

@@ -28,11 +28,8 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 def norm_scores(of_query: Tensor, of_key: Tensor, n_kv_heads: int) -> Tensor:
     """L2 norms, fp32, of rows [B, N, H or H_kv, D], the largest of each group: [2, B, H_kv, N]."""
-    norms = [
-        torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x)).unflatten(2, (n_kv_heads, -1)).amax(-1)
-        for x in (of_query, of_key)
-    ]
-    return torch.stack(norms).transpose(2, 3)
+    norms = (torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x)) for x in (of_query, of_key))
+    return torch.stack([x.unflatten(2, (n_kv_heads, -1)).amax(-1) for x in norms]).transpose(2, 3)
 
 
 def output_scores(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ def llama_config(args: LighthouseModelArgs) -> dict:
     rope = {"rope_type": "llama3", "factor": args.rope_scaling_args.scaling_factor}
     rope |= {name: getattr(args.rope_scaling_args, name) for name in SCALING[1:]}
     width = meta_model(args).layers["0"].feed_forward.w1.out_features
-    return {
+    same = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
+    return {name: DEFAULTS[name] for name in same} | {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "vocab_size": args.vocab_size,
         "hidden_size": args.dim,
         "intermediate_size": width,
@@ -42,14 +42,10 @@ def llama_config(args: LighthouseModelArgs) -> dict:
         "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.n_kv_heads or args.n_heads,
         "head_dim": args.dim // args.n_heads,
-        "hidden_act": "silu",
         "max_position_embeddings": args.max_seq_len,
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": rope,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
     }
 
 
