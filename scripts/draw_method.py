@@ -86,8 +86,7 @@ def draw_scatter(panel: Axes, selection: Selection, reached: torch.Tensor) -> No
     for slot, level in enumerate(selection.level.tolist()):
         positions = reached[:, slot].nonzero().flatten().tolist()
         if positions:  # the sequence's last entry may end with it
-            place = (positions[0], level + 1)
-            panel.add_patch(Rectangle(place, len(positions), 0.72, ec="white", fc=COLORS[level]))
+            panel.add_patch(Rectangle((positions[0], level + 1), len(positions), 0.72, ec="white", fc=COLORS[level]))
     levels, unit = range(CONFIG.levels), 0.8 / CONFIG.levels
     panel.stairs(reached.sum(1) * unit, range(SEQ_LEN + 1), baseline=None, color="black", lw=1.5)
     panel.set_ylim(0, CONFIG.levels + 1)

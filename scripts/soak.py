@@ -84,10 +84,8 @@ class Soak:
                     time.sleep(kill[2])
                     os.kill(ranks(child.process.pid)[kill[1]], signal.SIGKILL)
         if ((code := child.process.returncode) != 0) != killed:
-            raise CommandFailed(
-                f"{child.output}\nthis start of {folder} ended with exit code {code}, as said above and in {log}: "
-                "correct that, and call again with another --output"
-            )
+            ended = f"this start of {folder} ended with exit code {code}, as said above and in {log}"
+            raise CommandFailed(f"{child.output}\n{ended}: correct that, and call again with another --output")
 
     def sample(self, name: str, launcher: int, step: int) -> None:
         for rank, pid in ranks(launcher).items():

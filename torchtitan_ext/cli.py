@@ -222,10 +222,8 @@ class CheckData:
 
         files, training = c4_files(str(self.dataset_path)), parse_job(self.config_file, overrides).training
         if training.global_batch_size < 1:
-            raise ValueError(
-                f"training.global_batch_size = {training.global_batch_size} in {self.config_file}: the sequences per "
-                "step then depend on the number of processes; add --training.global_batch_size N"
-            )
+            batch = f"training.global_batch_size = {training.global_batch_size} in {self.config_file}"
+            raise ValueError(f"{batch}: depends on the number of processes; add --training.global_batch_size N")
         checked, damaged = [], 0
         results = check_files(files, self.workers)  # forks before the display's thread starts
         with Display() as display:

@@ -1,8 +1,7 @@
 """Limit what a resumed run unpickles to plain data, tensors and the classes of a checkpoint's metadata.
 
-A pickle names functions, and loading it calls them; others may write to a checkpoint's disk. torch unpickles without a
-limit in two places: `.metadata`, and `torch.load(..., weights_only=False)` of what is no tensor. torchtitan does in a
-third, the data position, which `data/dataloader.py` reads with `load_plain` first.
+Loading a pickle calls the functions that it names. torch unpickles without a limit in two places: `.metadata`, and
+`torch.load(..., weights_only=False)`; torchtitan in a third, the data position, which `load_plain` reads first.
 """
 
 import io

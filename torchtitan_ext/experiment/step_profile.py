@@ -210,6 +210,6 @@ def table(parts: dict[str, float], least: dict[str, float] | None = None) -> str
     for part, ms in [*parts.items(), ("step", step)]:
         rows.append([part, f"{ms:.1f}", f"{100 * ms / step:.1f} %"])
         if least:
-            limit = sum(least.values()) if part == "step" else least[part]
+            limit = (least | {"step": sum(least.values())})[part]
             rows[-1] += [f"{limit:.1f}", f"{ms / limit:.2f}x" if limit else "-"]
     return markdown_table([*head, *(("limit ms", "of the limit") if least else ())], rows)

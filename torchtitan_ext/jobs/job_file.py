@@ -83,10 +83,8 @@ def import_extension(module: str, where: str | Path) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever a user's module does
-        raise ValueError(
-            f"experimental.custom_import = {module!r} in {where}: {error}; call from the folder that holds the module, "
-            "or drop the setting"
-        ) from error
+        named = f"experimental.custom_import = {module!r} in {where}"
+        raise ValueError(f"{named}: {error}; call from the folder that holds it, or drop the setting") from error
 
 
 def as_toml(job: JobConfig) -> str:

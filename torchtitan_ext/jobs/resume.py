@@ -196,10 +196,9 @@ def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
     later = [path for number, path in _step_folders(folder).items() if number > step and not _is_half_saved(path)]
     if checkpoint.load_only or not later:
         return None
-    return (
-        f"{cause}: {folder} holds {', '.join(path.name for path in later)}, which this launch would write over; to "
-        f"give them up, put them aside ({_put_aside(folder, later)}) and launch again, without checkpoint.load_step"
-    )
+    held = f"{folder} holds {', '.join(path.name for path in later)}, which this launch would write over"
+    aside = f"put them aside ({_put_aside(folder, later)})"
+    return f"{cause}: {held}; to give them up, {aside} and launch again, without checkpoint.load_step"
 
 
 def _put_aside(folder: Path, checkpoints: list[Path]) -> str:

@@ -83,10 +83,8 @@ def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int, kernel: str) 
 
     q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32; N is a multiple of `dilation`.
     """
-    classes = (
-        x.unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1)  # [B * dilation, N / dilation, ...]
-        for x in (q, k, v)
-    )
+    # [B * dilation, N / dilation, ...]
+    classes = (x.unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
 
     def attend(*heads: Tensor) -> Tensor:
         return causal_attention(*(x.transpose(1, 2) for x in heads), kernel=kernel).transpose(1, 2)

@@ -34,10 +34,8 @@ class LighthouseCheckpointManager(CheckpointManager):
             super().save(curr_step, last_step)
         except (Exception, CheckpointException) as error:
             failures = getattr(error, "failures", {dist.get_rank(): (error,)})
-            causes = "; ".join(
-                f"{traceback.format_exception_only(cause)[-1].strip()} (rank {rank})"
-                for rank, (cause, *_) in failures.items()
-            )
+            said = {rank: traceback.format_exception_only(cause)[-1].strip() for rank, (cause, *_) in failures.items()}
+            causes = "; ".join(f"{cause} (rank {rank})" for rank, cause in said.items())
             raise RuntimeError(
                 f"{self.saving} could not be saved: {causes}. Training stops after step {curr_step}; "
                 f"{self.describe_latest()}. Make space, or remove what else is the cause, and launch again."
