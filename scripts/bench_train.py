@@ -47,6 +47,7 @@ class BenchTrain:
     profile: bool = False  # take the last step apart, every part beside its limit on this GPU
     output: Path | None = None
     """the records, each run's log beside them; None for bench_train.json in results on a GPU, else in outputs"""
+    append: bool = False  # add to the records in --output, so that the runs of several calls stand side by side
 
     def run(self) -> None:
         on_gpu = torch.cuda.is_available()
@@ -69,11 +70,15 @@ class BenchTrain:
             if name in jobs or not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"{where}: give each run a name of its own, of letters, digits, _ and -")
             jobs[name] = load_job(Path(words[1]), self.job_arguments(words))
-        command = " ".join(["python", *sys.argv])
-        records: dict = {"machine": this_machine(), "command": command, "rows": [], "profiles": {}}
+        records: dict = {"machine": this_machine(), "commands": [], "rows": [], "profiles": {}}
+        if self.append and output.exists():
+            records = json.loads(output.read_text())
+            if records["machine"] != this_machine():
+                raise ValueError(f"--append: {output} is of {records['machine']}, this is {this_machine()}")
+        records["commands"].append(" ".join(["python", *sys.argv]))
         make_folder(output.parent)
 
-        profiles, limited = records["profiles"], {}
+        profiles, limited = {}, {}
         todo = [(nproc, words) for nproc in self.nproc for words in runs]
         with Display() as display:
             for number, (nproc, words) in enumerate(todo, 1):
@@ -94,11 +99,15 @@ class BenchTrain:
                         row |= measured(Path(folder), job, self.window, self.profile)
                     if self.profile and not failure:
                         key = name if nproc == 1 else f"{name} on {nproc}"
-                        profiles[key] = profiled_step(Path(folder), job)
+                        [trace] = Path(folder).glob("profile_traces/*/rank0_trace.json")
+                        found, vocab_size = step_profile.read_kernels(trace), flavors[job.model.flavor].vocab_size
+                        parts, kernels = step_profile.breakdown(found, job.training.seq_len, vocab_size)
+                        profiles[key] = {"parts_ms": parts, "kernels": kernels[:60]}
                         # The limits are those of one device that recomputes nothing.
                         if nproc == 1 and job.activation_checkpoint.mode == "none":
                             limited[key] = job
                 records["rows"].append(row)
+                records["profiles"] |= profiles
                 display.say(table([row]).splitlines()[-1])
                 output.write_text(json.dumps(records, indent=1) + "\n")
         if limited:  # after the runs, which need all of the GPU's memory
@@ -112,7 +121,7 @@ class BenchTrain:
         for key, profile in profiles.items():
             print(f"\n{key}\n\n{step_profile.table(profile['parts_ms'], profile.get('limits_ms'))}")
         print(f"\n{records['machine']}\n\n{table(records['rows'])}\n\nrecords: {output}")
-        if failed := [row["name"] for row in records["rows"] if "error" in row]:
+        if failed := [row["name"] for row in records["rows"][-len(todo) :] if "error" in row]:
             raise CommandFailed(f"failed: {', '.join(failed)}; why is said above and in the logs beside {output}")
 
     def job_arguments(self, words: tuple[str, ...]) -> list[str]:
@@ -159,14 +168,6 @@ def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
         "loss_last": values[LOSS][-1],
         "losses": values[LOSS],
     }
-
-
-def profiled_step(folder: Path, job: JobConfig) -> dict:
-    """The parts of the run's last step, on its first rank, and the kernels behind them."""
-    [trace] = folder.glob("profile_traces/*/rank0_trace.json")
-    found, vocab_size = step_profile.read_kernels(trace), flavors[job.model.flavor].vocab_size
-    parts, kernels = step_profile.breakdown(found, job.training.seq_len, vocab_size)
-    return {"parts_ms": parts, "kernels": kernels[:60]}
 
 
 def share_of_one(row: dict, rows: list[dict]) -> str:
