@@ -34,6 +34,7 @@ def total(checked, name):
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(shards=st.lists(st.lists(texts, min_size=1, max_size=4), min_size=1, max_size=4), workers=st.integers(1, 3))
 def test_a_healthy_copy_is_counted(shards, workers):
@@ -105,6 +106,7 @@ def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path, monkeypatch):
     documents.close()
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(kinds=st.lists(st.sampled_from([None, *DAMAGE]), min_size=1, max_size=5))
 def test_every_damaged_file_is_reported_and_no_other(kinds):

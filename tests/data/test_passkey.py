@@ -19,6 +19,7 @@ def supervised(labels):
     return labels[labels != IGNORE_INDEX]
 
 
+@pytest.mark.slow
 @given(st.integers(0, passkey.N_DOCUMENTS - 1), st.integers(MIN_LENGTH, 3000))
 def test_a_document_hides_one_digit_several_times_and_last_at_its_end(index, length):
     text = passkey_text({"index": index, "length": length})

@@ -57,6 +57,7 @@ def largest_difference(ours, llama, tokens):
     return (a - b).abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 257, 9000])
 @pytest.mark.parametrize("content", ["random", "text"])
 def test_logits_are_transformers(exported, length, content):

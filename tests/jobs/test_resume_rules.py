@@ -50,6 +50,7 @@ def test_a_dropped_optimizer_or_step_is_an_error(job, tmp_path):
     check_job(job(*start_from(weights), f"--checkpoint.exclude_from_loading={','.join(TRAINING_STATE)}"))
 
 
+@pytest.mark.slow
 def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
     old, other = save(tmp_path / "old"), save(tmp_path / "other")
     config, own = job(*start_from(old)), tmp_path / "run" / "checkpoint"
@@ -279,6 +280,7 @@ def test_only_what_is_named_step_n_and_nothing_more_is_a_checkpoint(job, tmp_pat
     assert [*manager.purge_queue.queue] == [str(folder / f"step-{step}") for step in (10, 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [METADATA, HF_INDEX])
 @pytest.mark.parametrize("setting", ["load_step=16", "create_seed_checkpoint"])
 def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):

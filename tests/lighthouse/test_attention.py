@@ -20,6 +20,7 @@ from torchtitan_ext.lighthouse.naive import naive_attention, naive_select
 SMALL = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, tile_winners=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(cases(128), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.booleans(), st.integers(0, 99))
 def test_equals_the_reference_forward_and_backward(case, batch, n_kv_heads, group, rotary, seed):

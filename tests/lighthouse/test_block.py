@@ -102,6 +102,7 @@ def test_selective_checkpointing_keeps_the_scores(scorer, compiled, monkeypatch)
     assert_same(ours, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_works_under_autocast():
     with torch.autocast(DEVICE, torch.bfloat16):
         assert_near(gradients(model()))

@@ -50,6 +50,7 @@ def test_inputs_that_do_not_fit_are_named_on_every_rank():
             attend(q, k, v, freqs_cis=rotary_table(SEQ_LEN // 2, 4))
 
 
+@pytest.mark.slow
 @given(
     top_k=st.integers(1, 40).map(lambda tiles: 4 * tiles),
     scorer=st.sampled_from(("norm", "norm", "dilated")),

@@ -201,6 +201,7 @@ def test_chunks_of_a_sequence_are_gathered_one_after_another(shape, places, rope
     assert torch.equal(triton_ops.select(scores, config, starts), slots)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [TINY, *on_a_gpu((FULL[0],))], ids=str)
 def test_runs_repeat_bitwise_and_write_every_element(shape, either_path, poisoned):
     tensors, freqs_cis, config = inputs_of(shape)
@@ -221,6 +222,7 @@ def test_strided_inputs_need_no_layout(triton_everywhere):
         assert torch.equal(lighthouse_attention(*tensors, config, freqs_cis=same_table), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "carry"), [(TINY, False), ((3, 2, 2, 1, 3, 2, 1, 2, 8), True)], ids=str)
 def test_operators_are_well_formed_torch_library_operators(shape, carry):
     tensors, freqs_cis, config = inputs_of(shape)
@@ -277,6 +279,7 @@ def test_output_has_the_dtype_of_q_under_autocast(either_path):
     assert error(out, lighthouse_attention(*tensors, config, freqs_cis=freqs_cis)) < 2e-2
 
 
+@pytest.mark.slow
 def test_attention_may_change_its_inputs_in_place(either_path):
     tensors, freqs_cis, config = inputs_of(TINY)
 
@@ -291,6 +294,7 @@ def test_attention_may_change_its_inputs_in_place(either_path):
     assert_near(ours, expected, torch.float32)  # on a GPU, attention's own backward pass does not repeat bitwise
 
 
+@pytest.mark.slow
 def test_forward_mode_differentiation_is_refused(triton_everywhere):
     (q, k, v), freqs_cis, config = inputs_of(TINY)
     one = torch.ones((), device=DEVICE)
