@@ -196,6 +196,7 @@ def test_every_jump_lies_whole_in_both_panels(made):
     assert 0 <= x0 < x1 <= figure.bbox.width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [k for k in product([True, False], repeat=3) if any(k)], ids=lambda k: f"{k}")
 def test_an_incomplete_experiment_has_a_table_that_says_so(made, tmp_path, kept):
     folder, _ = made

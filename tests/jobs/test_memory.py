@@ -21,6 +21,7 @@ ROWS = [row for row in json.loads((ROOT / "results/bench_train.json").read_text(
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['name']} on {row['n_gpus']}")
 def test_the_estimates_are_near_what_was_measured(row, monkeypatch):
     job, args = job_of(*row["config"].split())

@@ -37,9 +37,6 @@ def launch(request, job, tmp_path):
     return saved
 
 
-# ---- the four ways in which torchtitan drops state in silence
-
-
 def test_a_dropped_optimizer_or_step_is_an_error(job, tmp_path):
     path = save(tmp_path / "old")
     config = job(f"--checkpoint.initial_load_path={path}", "--checkpoint.initial_load_model_only")
@@ -126,9 +123,6 @@ def test_checkpoints_have_a_folder_of_their_own(job, tmp_path, folder):
     only_problem(config, f"checkpoint.folder = {folder!r}", "for example 'checkpoint'")
 
 
-# ---- what a checkpoint must hold
-
-
 @pytest.mark.parametrize("saved, world_size", [(1, 2), (4, 2)])
 def test_another_data_parallel_degree_is_an_error(launch, monkeypatch, saved, world_size):
     path, job = launch(degree=saved)
@@ -208,9 +202,6 @@ def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path
     only_problem(job("--training.steps=99", dump="own"), "training.steps = 99", own, "step 100")
 
 
-# ---- broken checkpoints
-
-
 def test_a_broken_checkpoint_is_named_and_another_is_loaded_when_it_is_put_aside(job, tmp_path):
     older, newer, newest = (save(tmp_path / "run", step=step) for step in (9, 10, 100))
     cut_short(newest)
@@ -256,9 +247,6 @@ def test_no_damage_of_metadata_gets_past_the_check_with_another_error(tmp_path_f
         assert complete_metadata(path).state_dict_metadata
     except ValueError as error:
         assert str(path) in str(error)
-
-
-# ---- a folder of checkpoints
 
 
 @pytest.mark.parametrize("index", [METADATA, HF_INDEX])
@@ -332,9 +320,6 @@ def test_no_checkpoint_rule_binds_a_job_that_keeps_none(job, tmp_path):
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     check_job(job("--checkpoint.no_enable", "--checkpoint.last_save_model_only"))
     assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "checkpoint"]
-
-
-# ---- weights in Hugging Face's format
 
 
 def from_hugging_face(folder):

@@ -102,6 +102,7 @@ def assert_near(ours, reference, dtype):
 LAYERS = [(GROUPED, "selected", "norm"), (SMALL[2], "base", "norm"), (SMALL[2], "selected", "gla")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "rope", "scorer"), [*LAYERS, (TINY, "base", "dilated")], ids=str)
 def test_layer_equals_the_reference(shape, rope, scorer, triton_everywhere):
     tensors, freqs_cis, config = inputs_of(shape, rope=rope)
