@@ -119,6 +119,14 @@ def test_a_named_kernel_that_cannot_run_is_refused_and_the_ring_takes_torchs(mon
     assert kernel == "cudnn" and "ring" in reason
 
 
+def test_a_rank_asks_what_its_own_gpu_can(monkeypatch):
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("torchtitan_ext.model.args.unusable_reason", lambda *given: asked.append(given[-1]))
+    choose_kernel(job_of(JOB, "attention.kernel=cudnn")[0])
+    assert asked == ["cuda:3"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -93,7 +93,7 @@ def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(tmp_path,
     for name in on_one:
         one, eight = by_run[name, 1], by_run[name, 8]
         assert one.activation_checkpoint == eight.activation_checkpoint
-        # the same sequence, or a rank's share of it that attends to as many rows a token
+        # the same sequence, or a rank's share of it that attends to as many rows per token
         lens = [job.training.seq_len for job in (one, eight)]
         assert lens[1] / lens[0] in (1, eight.parallelism.context_parallel_degree)
         attended = [job.lighthouse.gathered_len(n) ** 2 / n for job, n in zip((one, eight), lens, strict=True)]

@@ -33,14 +33,14 @@ DEGREES = {
 }
 
 
-def check_job(job_config: JobConfig) -> None:
-    """Raise one ValueError that lists every problem of this launch: field, value and remedy.
+def check_job(job_config: JobConfig) -> tuple[str, list[str]]:
+    """What `choose_kernel` says; or one ValueError that lists every problem of this launch: field, value and remedy.
 
     Every rank reads the same files and comes to the same answer.
     """
     if problems := job_problems(job_config, launched_ranks()):
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
-    choose_kernel(job_config)
+    return choose_kernel(job_config)
 
 
 def launched_ranks() -> int | None:

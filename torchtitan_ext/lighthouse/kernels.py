@@ -17,8 +17,10 @@ KERNELS = ("fa4", *BACKENDS)  # fastest first; the last is the first of torch's 
 _FA4 = "flash_attn.cute.interface"
 
 
-def unusable_reason(kernel: str, dtype: torch.dtype, head_dim: int, deterministic: bool = False) -> str | None:
-    """Why a kernel can't train heads of `head_dim` in `dtype` on this machine, None if it can."""
+def unusable_reason(
+    kernel: str, dtype: torch.dtype, head_dim: int, deterministic: bool = False, device: str = "cuda"
+) -> str | None:
+    """Why a kernel can't train heads of `head_dim` channels in `dtype` on a CUDA device, None if it can."""
     if kernel == "sdpa":
         return None
     if not torch.cuda.is_available():
@@ -28,7 +30,7 @@ def unusable_reason(kernel: str, dtype: torch.dtype, head_dim: int, deterministi
             import_module(_FA4)
         except ImportError as error:
             return f"flash-attn-4 can't be imported ({error}); pip install 'torchtitan-lighthouse[fa4]'"
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         most = {9: 256, 10: 128}.get(major, 0)  # channels of a head
         if dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= most:
             return None
@@ -36,7 +38,7 @@ def unusable_reason(kernel: str, dtype: torch.dtype, head_dim: int, deterministi
         return f"it is for compute capability 9 and 10, 16 bits, heads of 8, 16, ... 256 channels (on 10: 128); {here}"
     if kernel == "cudnn" and deterministic:
         return "its backward pass does not repeat bitwise"
-    x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device="cuda", requires_grad=True)
+    x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device, requires_grad=True)
     params = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, True, False)
     is_usable = getattr(torch.backends.cuda, f"can_use_{kernel}_attention")
     with sdpa_kernel(BACKENDS[kernel]):

@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -35,7 +36,7 @@ class LighthouseModelArgs(TransformerModelArgs):
         self.kernel = choose_kernel(job_config)[0] if kernel == "auto" else kernel
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters and FLOPs a token that training computes, forward and backward.
+        """Parameters, and the FLOPs per token that training computes, forward and backward.
 
         torchtitan's count, but of the attention that is there: a token pays for N/2 keys in a dense layer and for
         S^2/2N in a Lighthouse layer, where torchtitan counts N. Its scorer attends twice, forward only: dilated to
@@ -86,9 +87,10 @@ def choose_kernel(job_config: JobConfig) -> tuple[str, list[str]]:
     args, parallelism, wanted = flavors[job_config.model.flavor], job_config.parallelism, job_config.attention.kernel
     ring = parallelism.context_parallel_degree > 1 and parallelism.context_parallel_rotate_method == "alltoall"
     dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # which torchtitan makes the current one later
     reasons: list[str] = []
     for kernel in KERNELS if wanted == "auto" else (wanted,):
-        reason = unusable_reason(kernel, dtype, args.dim // args.n_heads, job_config.debug.deterministic)
+        reason = unusable_reason(kernel, dtype, args.dim // args.n_heads, job_config.debug.deterministic, device)
         if ring and kernel == "fa4":
             reason = "torch's ring attention (parallelism.context_parallel_rotate_method) is for torch's kernels"
         if not reason:

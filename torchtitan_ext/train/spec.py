@@ -94,7 +94,7 @@ def seed_shards(parallel_dims: ParallelDims) -> None:
 def build_dataloaders(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
 ) -> ParallelAwareDataloader:
-    """The training's loader. What is wrong with the validation's is told now too, before the model is built."""
+    """The training's loader. The validation's is built too, because what is wrong with it stops the run here."""
     if job_config.validation.enable:
         build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, section="validation")
     return build_dataloader(dp_world_size, dp_rank, tokenizer, job_config)

@@ -23,7 +23,6 @@ from torchtitan_ext.jobs.folder_lock import lock_folders
 from torchtitan_ext.jobs.recorded import write_config
 from torchtitan_ext.jobs.resume import checkpoint_folder, excluded_states, remove_half_saved
 from torchtitan_ext.jobs.rules import check_job, launched_ranks, parallel_dims
-from torchtitan_ext.model import choose_kernel
 
 from .checkpointer import LighthouseCheckpointManager
 
@@ -62,8 +61,7 @@ class LighthouseTrainer(Trainer):
         is_first = int(os.environ.get("RANK", 0)) == 0
         for problem in environment_problems() if is_first else ():
             logger.warning(problem)
-        check_job(job_config)
-        job_config.attention.kernel, reasons = choose_kernel(job_config)  # recorded with the job
+        job_config.attention.kernel, reasons = check_job(job_config)  # recorded with the job
         logger.info(f"Attention by {'; not by '.join([job_config.attention.kernel, *reasons])}")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # Ranks whose torchrun is killed get SIGTERM, else they train on where the next launch continues.
