@@ -26,6 +26,7 @@ from torchtitan_ext.experiment.runner import load_job
 from torchtitan_ext.experiment.timing import this_machine
 from torchtitan_ext.figures import markdown_table
 from torchtitan_ext.jobs.launch import torchrun, training
+from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
 from torchtitan_ext.model import flavors
 from torchtitan_ext.progress import Display
 from torchtitan_ext.train.spec import register
@@ -157,9 +158,11 @@ def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
     """
     timed = slice(1 if window == 1 else 2, -1 if profile else None)
     [file] = folder.glob("**/events.out.tfevents.*")
+    config = read_config(folder / CONFIG_FILE, [("attention", "kernel")])
     values = {tag: [point.value for point in points] for tag, points in read_scalars(file).items()}
     return {
         "seq_len": job.training.seq_len,
+        "kernel": config["attention"]["kernel"],
         "tok_s_gpu": median(values[TOKENS_PER_SECOND][timed]),
         "step_s": median(values[SECONDS][timed]),
         "peak_gib": max(values[PEAK]),
@@ -177,18 +180,23 @@ def share_of_one(row: dict, rows: list[dict]) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    head = ("run", "devices", "seq_len", "tok/s per device", "of one device", "step s", "peak GiB", "MFU %", "loss")
+    head = ("run", "devices", "seq_len", "kernel", "tok/s per device", "of one device", "step s", "peak GiB", "MFU %")
     cells = []
     for row in rows:
         cells.append([row["name"], row["n_gpus"]])
         if "error" in row:
-            cells[-1] += [row["error"], *[""] * 7]
+            cells[-1] += [row["error"], *[""] * 8]
             continue
         first = rows[0].get("tok_s_gpu", float("nan"))
-        cells[-1] += [f"{row['seq_len']:,}", f"{row['tok_s_gpu']:,.0f}", share_of_one(row, rows)]
+        cells[-1] += [
+            f"{row['seq_len']:,}",
+            row.get("kernel", "-"),
+            f"{row['tok_s_gpu']:,.0f}",
+            share_of_one(row, rows),
+        ]
         cells[-1] += [f"{row['step_s']:.3f}", f"{row['peak_gib']:.1f}", f"{row['mfu']:.1f}"]
         cells[-1] += [f"{row['loss_first']:.2f} to {row['loss_last']:.2f}", f"{row['tok_s_gpu'] / first:.2f}x"]
-    return markdown_table([*head, "against the first"], cells)
+    return markdown_table([*head, "loss", "against the first"], cells)
 
 
 if __name__ == "__main__":

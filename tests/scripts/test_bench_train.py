@@ -14,6 +14,7 @@ from torchtitan_ext.arguments import parse
 from torchtitan_ext.experiment import records
 from torchtitan_ext.experiment.runner import load_job
 from torchtitan_ext.jobs.plan import plan_report
+from torchtitan_ext.jobs.recorded import write_config
 
 CONFIG = "configs/text/stage1.toml"
 SMALL = ("training.seq_len=256", "lighthouse.top_k=16", "lighthouse.tile_winners=4", "loss.fuse_output=true")
@@ -32,13 +33,14 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch,
     assert row["tok_s_gpu"] > 0 and row["step_s"] > 0 and row["peak_gib"] > 0
     assert row["loss_last"] < row["loss_first"]
     assert row["losses"][0] == row["loss_first"] and len(row["losses"]) == 3  # steps 1, 2 and 4
-    assert f"| small | 1 | 256 | {row['tok_s_gpu']:,.0f} |" in out
+    assert f"| small | 1 | 256 | sdpa | {row['tok_s_gpu']:,.0f} |" in out
     log = (tmp_path / "bench_train_small_1.log").read_text()
     assert "Mixed precision training is handled by fully_shard" in log  # on one device too
 
 
 def write_events(folder, bench_train, points):
-    """What a run logs: for each (step, seconds) a loss, speed, MFU and memory."""
+    """What a run leaves: its job, and for each (step, seconds) a loss, speed, MFU and memory."""
+    write_config(load_job(Path(ROOT, CONFIG), [f"--job.dump_folder={folder}"]))
     with SummaryWriter(folder) as writer:
         for step, seconds in points:
             writer.add_scalar(records.LOSS, 10 - step / 10, step)
@@ -98,4 +100,4 @@ def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(tmp_path,
         assert lens[1] / lens[0] in (1, eight.parallelism.context_parallel_degree)
         attended = [job.lighthouse.gathered_len(n) ** 2 / n for job, n in zip((one, eight), lens, strict=True)]
         assert attended[0] == pytest.approx(attended[1], rel=1e-3)
-        assert f"| {name} | 8 | {lens[1]:,} | 800 | 800.0 % |" in table
+        assert f"| {name} | 8 | {lens[1]:,} | auto | 800 | 800.0 % |" in table

@@ -1,7 +1,7 @@
 """Split a training step's time into parts, from torch.profiler's trace, each beside its limit.
 
 A part's limit is the bytes that it has to move over the bandwidth of a copy, its FLOPs over the rate of a large matrix
-product, or, for attention, the time of the stock kernel alone: all measured on the same device.
+product, or, for attention, the time of the kernel alone: all measured on the same device.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from torchtitan_ext.figures import markdown_table
+from torchtitan_ext.lighthouse.kernels import causal_attention
 from torchtitan_ext.model import LighthouseModelArgs
 from torchtitan_ext.model.model import meta_model
 
@@ -94,8 +94,8 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
         return SHARDING
     if kernel.in_optimizer or "_foreach" in stack or "clip_grad" in stack:
         return OPTIMIZER
-    if "scaled_dot_product" in stack:
-        of_all_rows = any(query[2:3] == [seq_len] for query in kernel.shapes[:1])
+    if "scaled_dot_product" in stack or "flash_attention_4" in stack:
+        of_all_rows = any(seq_len in query for query in kernel.shapes[:1])
         return DENSE_ATTENTION if of_all_rows else GATHERED_ATTENTION
     if "lighthouse::" in stack:
         return LIGHTHOUSE
@@ -147,16 +147,16 @@ def measure_rates() -> dict[str, float]:
     return {"tflops": 2 * 8192**3 / min(times_ms(lambda: a @ b, 20)) / 1e9, "gb_s": copy_gb_s()}
 
 
-def attention_ms(rows: int, n_heads: int, n_kv_heads: int, head_dim: int) -> float:
-    """Milliseconds of stock causal SDPA alone, bf16, batch 1, forward and backward."""
-    shapes = [(1, heads, rows, head_dim) for heads in (n_heads, n_kv_heads, n_kv_heads)]
-    q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
-    grad = torch.randn_like(q)
-    attend = ScaledDotProductAttentionWrapper()  # as the model calls it
+def attention_ms(rows: int, args: LighthouseModelArgs) -> float:
+    """Milliseconds of causal attention alone by the model's kernel, bf16, batch 1, forward and backward."""
+    heads, kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
+    shapes = [(1, rows, n, args.dim // heads) for n in (heads, kv_heads, kv_heads)]  # in memory as in the model
+    qkv = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    grad = torch.randn_like(qkv[0]).transpose(1, 2)
 
     def step():
-        out = attend(q, k, v, enable_gqa=n_heads > n_kv_heads)
-        torch.autograd.grad(out, (q, k, v), grad)
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        torch.autograd.grad(causal_attention(q, k, v, kernel=args.kernel, enable_gqa=heads > kv_heads), qkv, grad)
 
     return median(times_ms(step, 7))
 
@@ -169,21 +169,19 @@ def limits(seq_len: int, batch: int, args: LighthouseModelArgs, rates: dict[str,
     """
     tokens, n, dim = seq_len * batch, args.n_layers, args.dim
     n_lighthouse = len(args.lighthouse_layers)
-    heads, kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-    head_dim = dim // heads
     model = meta_model(args)
     width = model.layers["0"].feed_forward.w1.out_features
     n_params = sum(p.numel() for p in model.parameters())
-    kv = kv_heads / heads
+    kv = (args.n_kv_heads or args.n_heads) / args.n_heads
     row = tokens * dim * BF16  # bytes of a [B, N, dim] tensor
 
     flops_per_ms, bytes_per_ms = rates["tflops"] * 1e9, rates["gb_s"] * 1e6
     found = dict.fromkeys(PARTS, 0.0)
     if n_lighthouse < n:
-        found[DENSE_ATTENTION] = (n - n_lighthouse) * batch * attention_ms(seq_len, heads, kv_heads, head_dim)
+        found[DENSE_ATTENTION] = (n - n_lighthouse) * batch * attention_ms(seq_len, args)
     if n_lighthouse:
         gathered = args.lighthouse.gathered_len(seq_len)
-        found[GATHERED_ATTENTION] = n_lighthouse * batch * attention_ms(gathered, heads, kv_heads, head_dim)
+        found[GATHERED_ATTENTION] = n_lighthouse * batch * attention_ms(gathered, args)
         # score reads q and k; gather and its backward move q, k and v, scatter and its backward the output
         qkv = 1 + 2 * kv
         rows = (1 + kv) + 2 * qkv + 2 + (2 * qkv + 2) * gathered / seq_len
