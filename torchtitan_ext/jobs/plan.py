@@ -23,7 +23,8 @@ from .resume import checkpoint_folder, checkpoint_to_load, complete_steps, data_
 from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequences_at_once
 
 MODEL = "llama3_lighthouse"
-MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s: results/bench_train.json
+MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
+FA4_MFU = {"none": 52, "selective": 52, "full": 44}
 H200 = ("NVIDIA H200", 139.0)  # GiB
 
 
@@ -218,7 +219,8 @@ def _time(plan: Plan, tokens: int, gpu: str, tok_s: float | None) -> str:
     if not tok_s:
         if plan.n_params <= 100_000_000 or not plan.job.compile.enable:
             return "no estimate: small models, or without compile.enable, were not measured; --tok-s gives the speed"
-        mfu = MFU.get(plan.job.activation_checkpoint.mode, MFU["full"])
+        by_mode = FA4_MFU if plan.args.kernel == "fa4" else MFU
+        mfu = by_mode.get(plan.job.activation_checkpoint.mode, by_mode["full"])
         tok_s = mfu / 100 * get_peak_flops(gpu) / plan.flops
         source = f"at an assumed MFU of {mfu} % on {gpu}; --tok-s gives another speed"
     gpu_hours = tokens / tok_s / 3600
