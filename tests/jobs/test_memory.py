@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.jobs import ROOT, job_of
-from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
@@ -19,6 +18,7 @@ from torchtitan_ext.model.settings import Lighthouse
 
 RECORDS = ("bench_train", "kernels/train_fa4", "kernels/train_1m_fa4")
 ROWS = [row for name in RECORDS for row in json.loads((ROOT / f"results/{name}.json").read_text())["rows"]]
+PRODUCTS = "attention.w,feed_forward.w"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -34,14 +34,19 @@ def test_the_estimates_are_near_what_was_measured(row, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("lighthouse", [False, True])
-def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, mode, lighthouse):
+@pytest.mark.parametrize(
+    "policy", ["none", "selective", "selective wo", "selective wk,w1", f"selective {PRODUCTS}", "full"]
+)
+def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, policy, lighthouse):
     on = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(attention, "ops_for", lambda x: triton_ops)
-    job, _ = job_of("configs/530m/stage1.toml", "training.seq_len=64", f"activation_checkpoint.mode={mode}")
-    settings = Lighthouse(enable=lighthouse, levels=2, top_k=4, tile_winners=4)
-    args = replace(flavors["debug"], n_layers=1, n_kv_heads=1, max_seq_len=64, lighthouse=settings)
+    mode, *recomputed = policy.split()
+    given = [f"per_op_sac_force_recompute_mm_shapes_by_fqns={names}" for names in recomputed] + [f"mode={mode}"]
+    settings = ("training.seq_len=64", *(f"activation_checkpoint.{setting}" for setting in given))
+    job, _ = job_of("configs/530m/stage1.toml", *settings)
+    lighthouse_settings = Lighthouse(enable=lighthouse, levels=2, top_k=4, tile_winners=4)
+    args = replace(flavors["debug"], n_layers=1, n_kv_heads=1, max_seq_len=64, lighthouse=lighthouse_settings)
 
     torch._dynamo.reset()
     with torch.no_grad():
@@ -50,8 +55,8 @@ def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, mode, ligh
     model.to(on)
     if mode != "none":
         cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        policy, saved = ActivationCheckpoint(mode=mode, selective_ac_option="op"), {*_op_sac_save_list, cpu_attention}
-        apply_ac(model, policy, model_compile_enabled=True, op_sac_save_list=saved)
+        saved = {*_op_sac_save_list, cpu_attention}
+        apply_ac(model, job.activation_checkpoint, model_compile_enabled=True, op_sac_save_list=saved)
     block = torch.compile(model.layers["0"], backend="aot_eager_decomp_partition", fullgraph=True)
     kept = {}
 

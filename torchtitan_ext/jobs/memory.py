@@ -7,7 +7,8 @@ rows over the tokens in a Lighthouse layer, 1 in a dense one. What a compiled bl
                q and the attention's output, k, v; r (2 d + 2 kv)
                the scattered output in a Lighthouse layer; d
                both SwiGLU projections and their product; 3 f
-    selective  input, wq's and wv's output, attention's output, w1's output; (2 + r) d + kv + f
+    selective  input, wq's and wv's output, attention's output, w1's output; (2 + r) d + kv + f;
+               of these products only every other one of those that the job lets it keep
     full       input; d
 
 With context parallelism none also keeps the dense layers' attention output twice, as it was and as it was exchanged; d.
@@ -101,7 +102,8 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
 def _kept_by_layer(job_config: JobConfig, args: LighthouseModelArgs, layer: int, f: int) -> tuple[float, float]:
     """Elements per token that a block keeps, and that it would keep without checkpointing."""
     d, kv = args.dim, args.dim // args.n_heads * (args.n_kv_heads or args.n_heads)
-    mode, option = job_config.activation_checkpoint.mode, job_config.activation_checkpoint.selective_ac_option
+    checkpointing = job_config.activation_checkpoint
+    mode, option = checkpointing.mode, checkpointing.selective_ac_option
     seq_len, r, scattered = job_config.training.seq_len, 1.0, 0
     if layer in args.lighthouse_layers:
         r, scattered = args.lighthouse.gathered_len(seq_len) / seq_len, d
@@ -109,7 +111,12 @@ def _kept_by_layer(job_config: JobConfig, args: LighthouseModelArgs, layer: int,
         scattered = d  # attention's output again, as it was exchanged
     everything = 4 * d + r * (2 * d + 2 * kv) + scattered + 3 * f
     if mode == "selective" and option == "op":
-        return (2 + r) * d + kv + f, everything
+        # torchtitan keeps every other product, in this order, but none of a named shape; w2's is not needed
+        products = {"attention.wq": (d, d), "attention.wk": (d, kv), "attention.wv": (d, kv), "attention.wo": (d, d)}
+        products |= {"feed_forward.w1": (d, f), "feed_forward.w3": (d, f)}
+        recomputed_fqns = checkpointing.per_op_sac_force_recompute_mm_shapes_by_fqns
+        recomputed = {shape for name, shape in products.items() if any(part in name for part in recomputed_fqns)}
+        return (1 + r) * d + sum([shape[1] for shape in products.values() if shape not in recomputed][::2]), everything
     # of so many blocks, one is recomputed
-    recomputed = mode == "full" or (mode == "selective" and (not int(option) or (layer + 1) % int(option) == 0))
-    return d if recomputed else everything, everything
+    recomputes = mode == "full" or (mode == "selective" and (not int(option) or (layer + 1) % int(option) == 0))
+    return d if recomputes else everything, everything

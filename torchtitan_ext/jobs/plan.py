@@ -24,6 +24,7 @@ from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequence
 
 MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
+PRODUCTS = ("attention.w", "feed_forward.w")  # the names of a block's linears begin so
 FA4_MFU = {"none": 52, "selective": 52, "full": 44}
 H200 = ("NVIDIA H200", 139.0)  # GiB
 
@@ -166,8 +167,13 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
     # More GPUs share out weights, gradients and moments only; those of one sequence its activations too.
     for more, sharing in [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (8, 8)]:
         n_gpus, degree = plan.dims.world_size * more, plan.dims.cp * sharing
-        for mode in ("none", "selective", "full"):
-            recompute = replace(plan.job.activation_checkpoint, mode=mode, selective_ac_option="op")
+        for mode, *recomputed in (("none",), ("selective",), ("selective", *PRODUCTS), ("full",)):
+            recompute = replace(
+                plan.job.activation_checkpoint,
+                mode=mode,
+                selective_ac_option="op",
+                per_op_sac_force_recompute_mm_shapes_by_fqns=recomputed,
+            )
             shared = replace(plan.job.parallelism, context_parallel_degree=degree)
             job = replace(plan.job, activation_checkpoint=recompute, parallelism=shared)
             if set(job_problems(job, n_gpus)) - set(others):
@@ -175,6 +181,8 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
             needed = sum(peak_memory(job, plan.args, parallel_dims(job, n_gpus)).values())
             if needed <= gpu_memory:
                 changes = " (selective_ac_option = 'op')" if mode == "selective" else ""
+                if recomputed:
+                    changes += f" with per_op_sac_force_recompute_mm_shapes_by_fqns = {recomputed}"
                 changes += f" on {n_gpus} GPUs" if more > 1 else ""
                 changes += f" with parallelism.context_parallel_degree = {degree}" if sharing > 1 else ""
                 return f"{mode!r} would take {needed:.1f}{changes}"
