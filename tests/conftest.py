@@ -1,47 +1,55 @@
 """Kernels run on the GPU where there is one, else under Triton's interpreter, on the CPU."""
 
-import inspect
+import gc
 import os
 import sys
+from functools import cache
 from pathlib import Path
+
+from hypothesis import settings
 
 # Before torch loads OpenMP: waiting threads must not spin where other processes need the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A process of a test that crashes says where.
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")
-
-import torch
-from hypothesis import settings
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
-
 sys.path.insert(0, str(Path(__file__).parent))
-
-from torchtitan_ext.train.spec import register
-
-register()  # as a run's start does
-
-# At each parse tyro looks for help texts in the sources of classes, which torchtitan makes anew.
-sources = {}
-
-
-def getsource(what, read=inspect.getsource):
-    if not isinstance(what, type):
-        return read(what)
-    key = what.__module__, what.__qualname__
-    if key not in sources:
-        try:
-            sources[key] = read(what)
-        except (OSError, TypeError) as error:
-            sources[key] = error
-    if isinstance(sources[key], Exception):
-        raise sources[key]
-    return sources[key]
-
-
-inspect.getsource = getsource
 
 # An example's milliseconds say how busy the machine is.
 settings.register_profile("any-speed", deadline=None)
 settings.load_profile("any-speed")
+
+
+def pytest_collection():
+    """Before a test is imported, and not in a process that only starts others, as pytest-xdist's does."""
+    gc.disable()  # what is imported stays
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+    from torchtitan.config import ConfigManager
+    from triton.runtime import interpreter
+    from tyro import _docstrings
+
+    from torchtitan_ext.train.spec import register
+
+    register()  # as a run's start does
+
+    # At each parse, torchtitan makes its classes and adds its rule anew, and tyro reads their sources for help texts.
+    ConfigManager._merge_configs = staticmethod(cache(ConfigManager._merge_configs))
+    ConfigManager.register_tyro_rules = staticmethod(cache(ConfigManager.register_tyro_rules))
+    _docstrings.get_class_tokenization_with_field = cache(_docstrings.get_class_tokenization_with_field)
+
+    # At each call of a function in a kernel, Triton's interpreter looks for what it would have to patch.
+    patch_once = cache(interpreter._patch_lang)
+
+    def call(self, *args, **kwargs):
+        patch_once(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
