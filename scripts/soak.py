@@ -47,16 +47,15 @@ class Soak:
     def run(self) -> int:
         if self.steps < 3 * SAMPLE:
             raise ValueError(f"--steps {self.steps}: give {3 * SAMPLE} or more")
-        if self.kills >= self.steps - self.interval:
-            raise ValueError(
-                f"--kills {self.kills}: give fewer than --steps - --interval = {self.steps - self.interval}"
-            )
+        last = self.steps - self.interval  # that a kill may follow
+        if self.kills >= last:
+            raise ValueError(f"--kills {self.kills}: give fewer than --steps - --interval = {last}")
         if self.output.exists():
             raise ValueError(f"{self.output} holds the runs of an earlier soak: delete it, or name another --output")
 
         self.samples: list[dict] = []
         began, moments = time.monotonic(), random.Random(0)
-        steps = sorted(moments.sample(range(1, self.steps - self.interval), self.kills))
+        steps = sorted(moments.sample(range(1, last), self.kills))
         kills = [(step, moments.randrange(RANKS), moments.uniform(0, 0.1)) for step in steps]
         with Display() as self.display:
             self.display.begin(f"two runs of {self.steps:,} steps", 2 * self.steps)

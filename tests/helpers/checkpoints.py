@@ -6,17 +6,16 @@ from dataclasses import replace
 import torch
 import torch.distributed.checkpoint as dcp
 
-from torchtitan_ext.model import LighthouseTransformer, flavors
+from torchtitan_ext.model import flavors
 
+from . import models
 from .streams import BYTE_TOKENIZER
 
 
 @torch.no_grad()
 def build(flavor="debug", seq_len=64):
     """A dense model of ours whose logits depend on the positions of far tokens."""
-    model = LighthouseTransformer(replace(flavors[flavor], max_seq_len=seq_len))
-    torch.manual_seed(0)
-    model.init_weights()
+    model = models.build(replace(flavors[flavor], max_seq_len=seq_len))
     for layer in model.layers.values():
         for proj in (layer.attention.wq, layer.attention.wk):
             proj.weight *= 8  # else attention is nearly uniform

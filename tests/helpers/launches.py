@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchtitan.train
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing.spawn import ProcessException
 from torchtitan.config import ConfigManager
 
+from torchtitan_ext.experiment.records import LOSS, read_scalars
 from torchtitan_ext.train.__main__ import main
 from torchtitan_ext.train.spec import register
 
@@ -29,7 +29,6 @@ START = "spawn" if torch.cuda.is_available() else "forkserver"
 # what a rank would import later, or with the test's own module
 PRELOADED = ["torchtitan_ext.train.__main__", "torch._dynamo.backends.debugging", "pytest", "hypothesis", "tensorboard"]
 PRELOADED += ["packaging.requirements", "tyro._backends._tyro_backend", "torch.testing._internal.common_utils"]
-LOSS = "loss_metrics/global_avg_loss"
 SHORT = ["--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"]
 SHORT += ["--lr_scheduler.warmup_steps=2"]
 
@@ -70,12 +69,7 @@ def train(n_ranks: int, arguments: list[str], *, stock: bool = False, **env: str
 
 def losses(dump: Path, tag: str = LOSS) -> list[tuple[int, float]]:
     """Every (step, loss) that was logged, of all the starts of a run."""
-    logged = []
-    for file in dump.glob("tb/*/*tfevents*"):
-        events = EventAccumulator(str(file)).Reload()
-        if tag in events.Tags()["scalars"]:
-            logged += [(e.step, e.value) for e in events.Scalars(tag)]
-    return sorted(logged)
+    return sorted((e.step, e.value) for file in dump.glob("tb/*/*tfevents*") for e in read_scalars(file).get(tag, []))
 
 
 def rendezvous(n_ranks: int) -> dict[str, str]:

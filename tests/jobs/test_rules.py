@@ -54,13 +54,6 @@ def test_a_path_with_a_scheme_is_refused(job, field, path):
     only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is no path on this machine: mount")
 
 
-def test_a_launch_into_a_path_with_a_scheme_makes_no_folder_of_that_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"job.dump_folder = 's3://b/c' is no path on this machine"):
-        main([f"--job.config_file={ROOT}/configs/text/dense.toml", "--job.dump_folder=s3://b/c"])
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("environment", "netrc", "words"),
     [

@@ -1,5 +1,6 @@
 """Ranks train, and validate, what one rank does with all sequences, however they share the work."""
 
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -25,18 +26,21 @@ SETTINGS = [
     *(f"--validation.seq_len={SEQ_LEN}", "--validation.steps=1"),
 ]
 BALANCED = "--parallelism.context_parallel_load_balancer headtail"
-WAYS = {  # of four ranks: replicate, shard and context parallel, and other settings
+FOUR = {  # ranks that replicate, shard and share sequences, and other settings
     "replicas": (4, 1, 1, ""),
     "compiled replicas": (4, 1, 1, "--compile.enable --compile.backend=aot_eager"),
     "replicas reduced once a step": (4, 1, 1, "--parallelism.fsdp_no_sync"),
     "replicas with a fused output": (4, 1, 1, "--loss.fuse_output"),
     "shards": (1, 4, 1, ""),
-    "replicated shards": (2, 2, 1, "--parallelism.fsdp_no_sync"),
+    "replicated shards": (2, 2, 1, "--parallelism.fsdp_no_sync --parallelism.fsdp_reshard_after_forward never"),
     "replicas that share sequences": (2, 1, 2, ""),
     "shards that share sequences": (1, 2, 2, ""),
     "balanced sequences": (1, 2, 2, BALANCED),
     "rings that share sequences": (1, 2, 2, f"{BALANCED} --parallelism.context_parallel_rotate_method alltoall"),
 }
+EIGHT = {"eight shards": (1, 8, 1, ""), "eight shards that share sequences": (1, 4, 2, "")}
+GROUPS = {1: {"alone": (1, 1, 1, "")}, 4: FOUR, 8: EIGHT}
+WAYS = [*FOUR, *(pytest.param(way, marks=pytest.mark.eight) for way in EIGHT)]
 
 
 def batches(step, rank, degree, size=1):
@@ -74,17 +78,21 @@ def train_each_way(rank, ways, folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """By name: what each step logged, and the losses of validation."""
+def run(tmp_path_factory):
+    """Gives, by name, what each step logged, and the losses of validation."""
     folder = tmp_path_factory.mktemp("degrees")
-    in_group(train_each_way, 1, {"alone": (1, 1, 1, "")}, folder)
-    in_group(train_each_way, 4, WAYS, folder)
-    return {name: torch.load(folder / f"{name}.pt") for name in ("alone", *WAYS)}
+    train = cache(lambda n_ranks: in_group(train_each_way, n_ranks, GROUPS[n_ranks], folder))
+
+    def run(way):
+        [train(n_ranks) for n_ranks, ways in GROUPS.items() if way in ways]
+        return torch.load(folder / f"{way}.pt")
+
+    return run
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_all_ways_to_share_the_work_train_the_same(runs, way):
-    (alone, _), (logged, _) = runs["alone"], runs[way]
+def test_all_ways_to_share_the_work_train_the_same(run, way):
+    (alone, _), (logged, _) = run("alone"), run(way)
     assert len(alone) == STEPS and all(norm > 0.1 for *_, norm in alone)  # clipped
     for values, expected in zip(logged, alone, strict=True):
         assert values[1] == pytest.approx(expected[1], rel=1e-5)
@@ -92,7 +100,7 @@ def test_all_ways_to_share_the_work_train_the_same(runs, way):
 
 
 @pytest.mark.parametrize("way", ["alone", *WAYS])
-def test_a_validation_loss_depends_on_the_documents_alone(runs, way):
+def test_a_validation_loss_depends_on_the_documents_alone(run, way):
     """In batches of any size on any ranks, where documents have unequally many labels that count."""
-    loss, *_ = runs["alone"][1]
-    assert runs[way][1] == pytest.approx([loss] * len(runs[way][1]), rel=1e-6)
+    (_, [loss, *_]), (_, validated) = run("alone"), run(way)
+    assert validated == pytest.approx([loss] * len(validated), rel=1e-6)

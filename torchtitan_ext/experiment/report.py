@@ -3,20 +3,7 @@
 An experiment is a folder that holds one run each for `dense` (from scratch), `stage1` (Lighthouse) and
 `stage2-<split>` (dense, from stage 1's checkpoint at step <split>).
 
-Definitions. T is the step at which stage 2 and dense end. The window W is T // 100 steps, but no fewer than 5 and no
-fewer than metrics.log_freq, so that it always holds a logged step. Means are over the logged steps of a window.
-
-- before: mean loss of stage 1 over the steps in (split - W, split].
-- jump: loss at stage 2's first logged step, minus before. Nats.
-- recovery: the smallest n, W at least, for which stage 2's mean loss over the steps in (split + n - W, split + n] is at
-  most before; none where the run ends first.
-- final loss: mean loss over the steps in (T - W, T]. Difference: final loss minus dense's.
-- validation loss: the last one of a finished run that validates; difference as above.
-- dense at equal hours: dense's validation loss when it had spent the split's device-hours; linear between two points.
-  Training losses are of other batches at other times, so they don't compare.
-- device-hours: Run.device_hours; for a split, stage 1's up to the split and stage 2's.
-- tok/s per device: median over the logged steps, the first one of each process start left out. For a split, of
-  stage 1 up to the split.
+docs/running.md defines what the table holds: "What the table says".
 """
 
 import csv
@@ -82,11 +69,6 @@ def compare(row: Row, dense: Row) -> None:
             row[difference] = row[loss] - dense[loss]
 
 
-def deciding_loss(row: Row) -> float | None:
-    """On the validation documents if there are any."""
-    return row.get("validation_loss", row.get("final_loss"))
-
-
 def markdown_rows(rows: Sequence[Row]) -> str:
     """The columns in which any row has a value."""
     shown = [c for c in COLUMNS if any(cell(row, c) != "-" for row in rows)]
@@ -103,10 +85,6 @@ class Experiment:
     def runs(self) -> list[Run]:
         """Those that have records, in the table's order."""
         return [run for run in (self.dense, self.stage1, *self.tails.values()) if run]
-
-    @property
-    def validated(self) -> bool:
-        return any(run.validation_loss.size for run in self.runs)
 
 
 def read_experiment(folder: Path) -> Experiment:
@@ -288,7 +266,8 @@ def comparison(experiments: Sequence[Experiment]) -> str:
         if number and not changed:
             raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first one's seed and settings")
         for key, row in rows.items():
-            ours, usually = deciding_loss(row), deciding_loss(tables[0].get(key, {}))
+            both = (row, tables[0].get(key, {}))
+            ours, usually = (r.get("validation_loss", r.get("final_loss")) for r in both)
             others = tables[1:] if number == 0 else [rows]
             if any(len(other.get(key, {})) > 2 for other in others):  # more than a name and "not started"
                 difference = "-" if ours is None or usually is None else _signed(ours - usually)
@@ -329,7 +308,7 @@ def draw(experiment: Experiment) -> "Figure":
             curve(tail, f"{_label(split, tail)}: dense", color, split)
     if stage1 and any(experiment.tails.values()):
         panels[1].plot([], [], "o", color=figures.BLUE, markerfacecolor="white", label="switch")
-    if experiment.validated:
+    if any(run.validation_loss.size for run in runs):
         panels[1].plot([], [], "x", color="0.4", markersize=5, label="validation")
 
     # the fall of the first steps would flatten all that follows

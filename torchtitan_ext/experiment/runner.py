@@ -50,10 +50,6 @@ class PlannedRun:
         """The step that a launch starts from."""
         return max([self.start, *complete_steps(self.checkpoint(0).parent)])
 
-    @property
-    def done(self) -> bool:
-        return self.has(self.steps)
-
 
 def plan(
     configs: Path,
@@ -180,7 +176,7 @@ def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
         with Display() as display:
             for number, run in enumerate(runs, 1):
                 title = f"[{number}/{len(runs)}] {run.name}"
-                if run.done:
+                if run.has(run.steps):
                     display.say(f"{title}: done already, at step {run.steps}")
                     continue
                 since = f", from step {run.newest}" if run.newest else ""
@@ -205,7 +201,7 @@ def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
         for step, loss, tps in child.steps():
             display.show(step, f"{step}/{run.steps}  loss {loss:.3f}  {tps} tok/s/device  ")
     code = child.process.returncode
-    if code or not run.done:
+    if code or not run.has(run.steps):
         ending = f"exit code {code}" if code else f"ended without its checkpoint of step {run.steps}"
         reason = f"{run.name} failed ({ending}), as said above and in {log_file}"
         raise CommandFailed(f"{child.output}\n{reason}: correct that, and the same command continues")

@@ -314,8 +314,7 @@ def complete_metadata(path: Path) -> Metadata:
     except Exception as error:  # whatever the bytes happen to spell
         raise ValueError(f"{incomplete} no .metadata that can be read ({error}); give another step-N folder") from error
     held = {name: (path / name).stat().st_size if (path / name).is_file() else 0 for name in sizes}
-    broken = [f"{name} holds {held[name]:,} of {sizes[name]:,} bytes" for name in sizes if held[name] < sizes[name]]
-    if broken:
+    if broken := [f"{n} holds {held[n]:,} of {sizes[n]:,} bytes" for n in sizes if held[n] < sizes[n]]:
         raise ValueError(f"{incomplete} {', '.join(broken)}; restore it, or use another")
     return metadata
 
