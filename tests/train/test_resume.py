@@ -1,8 +1,8 @@
 """Exact resume, seen from outside: runs of torchtitan.train, on one process and on several, which train what
 one would.
 
-On a CPU with the demo's jobs, with -m eight on eight processes; with -m gpu, with six layers of the 530M recipe on two
-GPUs: each layer more costs time, and the parameters of a large vocabulary gigabytes per checkpoint.
+On a CPU with the demo's jobs, with -m eight on eight processes; with -m gpu, with six layers of the 530M recipe on one
+GPU and two: each layer more costs time, and the parameters of a large vocabulary gigabytes per checkpoint.
 """
 
 import json
@@ -34,6 +34,8 @@ LONGER.overrides += ("--lighthouse.top_k=64", "--model.flavor=eight-heads")
 # The backward pass of cuDNN's attention sums with atomics, so it does not repeat.
 RECIPE = SimpleNamespace(configs="configs/530m", steps=4, split=2, repeats=False, rounding=1e-2)
 RECIPE.overrides = ("--model.flavor=six-layers", "--training.global_batch_size=-1")  # a sequence per rank and step
+DETERMINISTIC = SimpleNamespace(**vars(RECIPE) | {"repeats": True})
+DETERMINISTIC.overrides += ("--debug.deterministic",)
 
 
 @pytest.fixture(
@@ -45,6 +47,7 @@ RECIPE.overrides = ("--model.flavor=six-layers", "--training.global_batch_size=-
         pytest.param((DEMO, 8, 1, None), id="eight-ranks", marks=pytest.mark.eight),
         pytest.param((DEMO, 4, 2, 1), id="eight-ranks-two-a-sequence", marks=pytest.mark.eight),
         pytest.param((LONGER, 1, 8, 1), id="eight-ranks-a-sequence", marks=pytest.mark.eight),
+        pytest.param((DETERMINISTIC, 1, 1, None), id="530M-on-a-GPU", marks=pytest.mark.gpu),
         pytest.param((RECIPE, 2, 1, None), id="530M-on-two-GPUs", marks=pytest.mark.gpu),
         pytest.param((RECIPE, 1, 2, 1), id="530M-on-two-GPUs-a-sequence", marks=pytest.mark.gpu),
     ],
@@ -64,7 +67,8 @@ def runs(request, tmp_path_factory):
         good, output = train(dp * cp, arguments, RECORDS=str(records), **env)
         return SimpleNamespace(dump=dump, records=records, good=good, output=output)
 
-    wandb = {"WANDB_MODE": "offline"} if dp * cp == 1 else {}
+    alone_on_a_cpu = job is DEMO and dp * cp == 1
+    wandb = {"WANDB_MODE": "offline"} if alone_on_a_cpu else {}
     recorded = ["--metrics.enable_wandb"] * bool(wandb)
     whole = launch("whole")
     assert whole.good, whole.output
@@ -74,6 +78,8 @@ def runs(request, tmp_path_factory):
         runs["resumed"] = launch("resumed", *recorded, dump="killed", **wandb)
     start = f"--checkpoint.initial_load_path={whole.dump}/checkpoint/step-{job.split}"
     runs["stage2"] = launch("stage2", start, *recorded, stage="stage2", steps=job.split + 1, **wandb)
+    if dp * cp == 1:
+        runs["again"] = launch("again", start, stage="stage2", steps=job.split + 1)
     weights_and_all = "--checkpoint.no_initial_load_model_only"
     over = (start, weights_and_all, "--checkpoint.exclude_from_loading=dataloader", "--validation.no_enable")
     if moved_cp:
@@ -81,7 +87,7 @@ def runs(request, tmp_path_factory):
     if job.repeats and dp > 1:
         replay = {"REPLAYED": str(whole.records), "FIRST_REPLAYED": str(job.split + 1)}
         runs["alone"] = launch("alone", *over, f"--training.global_batch_size={dp}", dp=1, cp=1, **replay)
-    if dp * cp == 1:
+    if alone_on_a_cpu:
         # its data once more from the start, at another rate; killed behind a checkpoint, and launched again
         over += ("--optimizer.lr=5e-3", "--optimizer.weight_decay=0.3")
         on_purpose = "--optimizer.override_checkpoint"
@@ -117,8 +123,13 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(runs):
         assert all(loss == whole[step] for step, loss in resumed)
 
 
+def test_a_dense_stage_repeats_bit_for_bit(runs):
+    if hasattr(runs, "again"):
+        assert losses(runs.again.dump) == losses(runs.stage2.dump)
+
+
 def test_every_validation_of_every_start_reads_the_same_documents(runs):
-    if runs.job.repeats:
+    if "--validation.enable" in runs.job.overrides:
         whole, resumed = (losses(run.dump, "validation_metrics/loss") for run in (runs.whole, runs.resumed))
         assert [step for step, _ in whole] == [1, 2, 4, 6]
         assert resumed == whole
@@ -202,9 +213,9 @@ def test_what_is_logged_adds_up_where_ranks_share_a_sequence(runs):
 
 def test_weights_and_biases_records_every_start_of_a_run_as_one(runs):
     seen = []
-    for dump, n_starts in {runs.stage2.dump: 1, runs.resumed.dump: 2}.items() if runs.n_ranks == 1 else ():
+    for dump, n_starts in {runs.stage2.dump: 1, runs.resumed.dump: 2}.items() if hasattr(runs, "over") else ():
         records = list(dump.glob("tb/*/wandb/offline-run-*/run-*.wandb"))
         assert len(records) == n_starts
         assert b"loss_metrics/global_avg_loss" in max(records).read_bytes()  # not the killed start's
         seen += {record.stem for record in records}
-    assert len(seen) == len(set(seen)) == 2 * (runs.n_ranks == 1)
+    assert len(seen) == len(set(seen)) == 2 * hasattr(runs, "over")
