@@ -89,6 +89,7 @@ WRONG = [
     ("bench_attention", ["--output", "{}/empty"], ["--output {}/empty: is a folder; name"]),
     ("bench_attention", ["--seq-lens", 100], ["seq_len = 100", "multiple of", "nearest"]),
     ("bench_attention", ["--n-kv-heads", 3], ["4 query heads", "multiple of 3 KV heads"]),
+    ("bench_peers", [], ["cudnn", "CUDA device"]),
     ("bench_train", [], ["CUDA device", "--run"]),
     ("bench_train", ["--steps", 6], ["--steps 6", "multiple of --window 4", "at least 8"]),
     ("bench_train", ["--nproc", 0], ["--nproc", "'0'", "see --help"]),

@@ -3,14 +3,11 @@ one of few layers at the 530M recipe's size.
 
 RECORDS: folder for each rank's batches, in the order drawn, and for the state after loading.
 KILL_AT_BATCH: every rank kills itself when it draws that batch.
-REPLAYED: another run's RECORDS. The one rank draws what all of that run's drew, a step's batches one after another,
-from FIRST_REPLAYED on.
 """
 
 import os
 import signal
 from dataclasses import replace
-from itertools import count as count_from
 from pathlib import Path
 
 import torch
@@ -22,22 +19,14 @@ from torchtitan_ext.model import flavors
 
 RECORDS = Path(os.environ["RECORDS"])
 KILL_AT_BATCH = int(os.environ.get("KILL_AT_BATCH", 0))
-REPLAYED = os.environ.get("REPLAYED")
 flavors["eight-heads"] = replace(flavors["debug"], n_heads=8)
 flavors["six-layers"] = replace(flavors["270M"], n_layers=6, dense_layers=(0, 5))
 
 draw, load = ParallelAwareDataloader.__iter__, CheckpointManager.load
 
 
-def replay():
-    n_ranks = max(1, len(list(Path(REPLAYED).glob("batch-*-1.pt"))))
-    for count in count_from(int(os.environ["FIRST_REPLAYED"])):
-        for rank in range(n_ranks):
-            yield torch.load(Path(REPLAYED, f"batch-{rank}-{count}.pt"))
-
-
 def draw_and_record(self):
-    for count, batch in enumerate(replay() if REPLAYED else draw(self), 1):
+    for count, batch in enumerate(draw(self), 1):
         if count == KILL_AT_BATCH:
             os.kill(os.getpid(), signal.SIGKILL)
         torch.save(batch, RECORDS / f"batch-{self.dp_rank}-{count}.pt")
