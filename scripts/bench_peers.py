@@ -19,7 +19,7 @@ from torchtitan_ext.console import make_folder
 from torchtitan_ext.experiment.timing import this_machine, times_ms
 from torchtitan_ext.figures import markdown_table
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
-from torchtitan_ext.lighthouse.kernels import CausalAttention
+from torchtitan_ext.lighthouse.kernels import CausalAttention, unusable_reason
 
 HEAD_DIM = 128
 WINDOW = 4_096  # of the layer that has nothing else
@@ -76,11 +76,14 @@ def layers(seq_len: int) -> list[tuple[str, str, Callable[..., Tensor]]]:
 
 @dataclass
 class BenchPeers:
-    seq_lens: Positives = (98_304, 262_144)  # tokens
+    seq_lens: Positives = (98_304, 262_144)  # tokens per sequence
     repeats: Positive = 10  # of each timing; the median counts
     output: Path = Path("results/bench_peers.json")
 
     def run(self) -> None:
+        for kernel in ("cudnn", "fa4"):
+            if reason := unusable_reason(kernel, torch.bfloat16, HEAD_DIM):
+                raise ValueError(f"{kernel}: {reason}")
         make_folder(self.output.parent)
         machine = {**this_machine(), "command": " ".join(["python", *sys.argv])}
         rows: list[dict] = []
