@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.models import args, build
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp
@@ -109,6 +110,19 @@ def assert_close(ours, expected, tolerance):
 def test_a_model_trains_the_same_and_keeps_its_parameters(autocast, tolerance):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert_close(gradients(True), gradients(False), tolerance)
+
+
+@pytest.mark.slow
+def test_float8_linears_leave_the_projection_and_the_parameters_as_they_are():
+    assert not isinstance(build(args(fuse_output=True)).output, nn.Linear)  # of which converters take any
+    float8 = pytest.importorskip("torchao.float8")
+
+    def convert(model):
+        float8.convert_to_float8_training(model, config=float8.Float8LinearConfig(emulate=True))
+        for block in model.layers.values():
+            block.compile(fullgraph=True, backend="aot_eager")
+
+    assert_close(gradients(True, convert), gradients(False), 0.2)
 
 
 def test_a_sharded_model_trains_the_same(tmp_path):

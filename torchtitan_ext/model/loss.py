@@ -21,10 +21,17 @@ except ImportError:  # no Triton on this platform
 _CHUNK = 4096  # tokens whose logits exist at once; with fewer the products take longer
 
 
-class ProjectionForLoss(nn.Linear):
-    """The output projection, left to the loss: forward hands on its input and its weight."""
+class ProjectionForLoss(nn.Module):
+    """The output projection, left to the loss: forward hands on its input and its weight.
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    No nn.Linear, which model converters (float8) replace by layers that multiply.
+    """
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(dim, vocab_size, bias=False).weight
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, dim] -> ([B, N, dim], [vocab_size, dim]), in the dtype that their product would have."""
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)

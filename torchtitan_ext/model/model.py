@@ -62,7 +62,7 @@ class LighthouseTransformer(Transformer):
         for block in self.layers.values():
             block.attention.inner_attention = CausalAttention(model_args.kernel)
         if model_args.fuse_output:
-            self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size, bias=False)
+            self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size)
 
 
 def meta_model(args: LighthouseModelArgs) -> LighthouseTransformer:
