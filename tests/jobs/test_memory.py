@@ -107,6 +107,7 @@ def test_the_estimate_grows_with_what_is_kept_and_shrinks_with_what_is_shared(mo
         (["parallelism.tensor_parallel_degree=2"], "tensor_parallel_degree = 2"),
         (["parallelism.data_parallel_replicate_degree=2", "parallelism.data_parallel_shard_degree=1"], "without FSDP"),
         (["training.enable_cpu_offload"], "enable_cpu_offload"),
+        (["model.converters=quantize.linear.float8"], "model.converters = ['quantize.linear.float8']"),
     ],
 )
 def test_no_estimate_is_given_of_what_was_not_looked_into(monkeypatch, settings, words):

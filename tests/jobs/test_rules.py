@@ -97,6 +97,7 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
 
 
 CP2 = "--parallelism.context_parallel_degree 2"
+FLOAT8 = "quantize.linear.float8"
 VALIDATION = "--validation.enable --validation"
 
 
@@ -106,6 +107,8 @@ VALIDATION = "--validation.enable --validation"
         ("--training.seq_len 4100", ["[training]", "seq_len = 4100"]),
         ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
+        ("--model.converters float8", ["model.converters = ['float8']", "quantize.linear.float8"]),
+        (f"--{FLOAT8}.enable_fsdp_float8_all_gather", [f"{FLOAT8}.enable_fsdp_float8_all_gather = true", "to false"]),
         ("--model.hf_assets_path nowhere", ["model.hf_assets_path = 'nowhere'", "tokenizer.json", ROOT]),
         ("--training.dataset_path nowhere", ["nowhere"]),
         (f"{VALIDATION}.dataset books", ["validation.dataset = 'books'"]),

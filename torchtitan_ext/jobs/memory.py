@@ -46,6 +46,7 @@ def no_estimate_reason(job_config: JobConfig, dims: ParallelDims) -> str | None:
         f"parallelism.pipeline_parallel_degree = {dims.pp}": dims.pp > 1,
         "parallelism.data_parallel_shard_degree = 1, without FSDP": not dims.fsdp_enabled,
         "training.enable_cpu_offload = true": job_config.training.enable_cpu_offload,
+        f"model.converters = {job_config.model.converters}": bool(job_config.model.converters),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

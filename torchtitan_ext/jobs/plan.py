@@ -225,8 +225,8 @@ def _kernel(job: JobConfig) -> tuple[str, list[str]]:
 def _time(plan: Plan, tokens: int, gpu: str, tok_s: float | None) -> str:
     source = "as given"
     if not tok_s:
-        if plan.n_params <= 100_000_000 or not plan.job.compile.enable:
-            return "no estimate: small models, or without compile.enable, were not measured; --tok-s gives the speed"
+        if plan.n_params <= 100_000_000 or not plan.job.compile.enable or plan.job.model.converters:
+            return "no estimate: small, converted or uncompiled models were not measured; --tok-s gives the speed"
         by_mode = FA4_MFU if plan.args.kernel == "fa4" else MFU
         mfu = by_mode.get(plan.job.activation_checkpoint.mode, by_mode["full"])
         tok_s = mfu / 100 * get_peak_flops(gpu) / plan.flops

@@ -12,6 +12,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
 from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.model_converter import _registry_model_converter_cls as CONVERTERS
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from torchtitan_ext.console import MOUNT, is_address
@@ -154,6 +155,13 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
     elif bad := [layer for layer in dense_layers or () if not 0 <= layer < flavors[flavor].n_layers]:
         n_layers = flavors[flavor].n_layers
         yield f"lighthouse.dense_layers = {dense_layers}: {bad} out of range, {flavor} has layers 0 to {n_layers - 1}"
+    if unknown := [name for name in job_config.model.converters if name not in CONVERTERS]:
+        yield f"model.converters = {unknown}: unknown; choose from {', '.join(CONVERTERS)}"
+    if job_config.quantize.linear.float8.enable_fsdp_float8_all_gather:
+        yield (
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = true: checkpoints would hold tensors of torchao's, "
+            "which no stage without it, no export and no niah can read; set it to false"
+        )
     if job_config.loss.fuse_output:
         legal: dict[str, tuple] = {"tensor_parallel_degree": (1,), "pipeline_parallel_degree": (1,)}
         for field, values in (legal | {"fsdp_reshard_after_forward": ("default", "never")}).items():
