@@ -22,8 +22,8 @@ from torchtitan_ext.console import make_folder
 from torchtitan_ext.experiment.timing import copy_gb_s, interleaved_times_ms, kernels_ms, this_machine, times_ms
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
-from torchtitan_ext.lighthouse.config import SCORERS
 from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, unusable_reason
+from torchtitan_ext.lighthouse.scorers import SCORERS
 from torchtitan_ext.progress import Display
 
 ON_GPU = torch.cuda.is_available()
@@ -46,7 +46,7 @@ STYLES = ("o-", ".--", "x:", "+-.")  # of the kernels
 @dataclass
 class BenchAttention:
     seq_lens: Positives = () if ON_GPU else (8192,)  # tokens; on a GPU, without any, those of the figure
-    scorers: tuple[Literal[SCORERS], ...] = SCORERS  # of a call with --seq-lens
+    scorers: tuple[Literal[tuple(SCORERS)], ...] = tuple(SCORERS)  # of a call with --seq-lens
     kernels: tuple[Literal[KERNELS], ...] = ()  # that attend; without any, cuDNN and FlashAttention-4, what can run
     levels: Positive = 3  # of the pyramid, the base included
     pooling_factor: Positive = 4  # entries that one of the next level averages

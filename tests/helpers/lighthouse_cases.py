@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from torchtitan_ext.lighthouse import LighthouseConfig, torch_ops
-from torchtitan_ext.lighthouse.config import SCORERS
+from torchtitan_ext.lighthouse.scorers import SCORERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # ||x - reference|| / ||reference||, the reference in fp32 or fp64 on the same inputs and selection
@@ -60,7 +60,7 @@ def cases(draw, max_seq_len=256):
     m = draw(st.sampled_from([m for m in least if least[m] * span <= max_seq_len]))
     tiles = draw(st.integers(1, min(4, max_seq_len // span // least[m])))
     seq_len = tiles * span * draw(st.integers(least[m], min(4 * m, max_seq_len // span // tiles)))
-    scorer, rope = draw(st.sampled_from(SCORERS)), draw(st.sampled_from(("selected", "base")))
+    scorer, rope = draw(st.sampled_from([*SCORERS])), draw(st.sampled_from(("selected", "base")))
     dilation = draw(st.sampled_from([n for n in (1, 2, 3, 4) if seq_len % n == 0]))
     return LighthouseConfig(levels, p, m * tiles, scorer, dilation, rope, m), seq_len
 

@@ -15,9 +15,10 @@ from torch.export import Dim, export
 
 from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, torch_ops, triton_ops
 from torchtitan_ext.lighthouse import attention as layer
+from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.kernels import causal_attention
 from torchtitan_ext.lighthouse.naive import naive_attention
-from torchtitan_ext.lighthouse.scorers import norm_scores
+from torchtitan_ext.lighthouse.scorers import SCORERS, Scorer, norm_scores
 
 # levels, pooling_factor, tile_winners, tiles, coarsest entries a tile, batch, KV heads, group, head_dim
 SMALL = [
@@ -112,6 +113,20 @@ def test_layer_equals_the_reference(shape, rope, scorer, triton_everywhere):
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     expected = (expected, *torch.autograd.grad(expected, exact, grad))
     assert_near(layer_and_gradients(tensors, config, freqs_cis), expected, torch.float32)
+
+
+def test_one_entry_adds_a_scorer(either_path, monkeypatch):
+    (q, k, v), freqs_cis, config = inputs_of(TINY)
+    with pytest.raises(ValueError, match="scorer = 'values': must be one of norm, dilated, gla"):
+        dataclasses.replace(config, scorer="values")
+    by_values = Scorer(lambda q, k, v, *_: norm_scores(v, v, v.shape[2]), lambda *_: 0)
+    monkeypatch.setitem(SCORERS, "values", by_values)
+    other = dataclasses.replace(config, scorer="values")
+    slots = layer.select_slots(q, k, v, other, freqs_cis)
+    assert torch.equal(slots, layer.select_slots(v, v, v, config, freqs_cis))
+    assert all(x.any() for x in layer_and_gradients((q, k, v), other, freqs_cis))
+    with pytest.raises(ValueError, match="scorer = 'values': scores a token by all"):
+        check_context_parallel(other, q.shape[1], 2, False)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)

@@ -10,6 +10,7 @@ from torchtitan.models.llama3 import Transformer, llama3_args
 from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
 
 from torchtitan_ext.jobs.job_file import read_toml
+from torchtitan_ext.lighthouse.scorers import SCORERS, Scorer
 from torchtitan_ext.model import Lighthouse, flavors
 
 OTHER = dict(levels=2, pooling_factor=2, top_k=32, scorer="dilated", dilation=8, rope="base", tile_winners=8)
@@ -78,7 +79,9 @@ def test_other_masks_and_attention_types_are_refused_with_lighthouse_only(change
         build(args(**change, lighthouse=SMALL), device="meta")
 
 
-def test_flops_count_the_pairs_that_each_layer_and_its_scorer_attend():
+def test_flops_count_the_pairs_that_each_layer_and_its_scorer_attend(monkeypatch):
+    monkeypatch.setitem(SCORERS, "added", Scorer(lambda *_: None, lambda n, d, _: 8 * d * n))
+
     def keys(**section):
         """Keys a token pays for in all layers; each costs 6 * 2 * dim FLOPs."""
         model_args = args(lighthouse=dataclasses.replace(SMALL, **section))
@@ -92,7 +95,8 @@ def test_flops_count_the_pairs_that_each_layer_and_its_scorer_attend():
     assert keys(dense_layers=[]) == pytest.approx(n_layers * lighthouse)
     assert keys(dense_layers=[1]) == pytest.approx(32 + (n_layers - 1) * lighthouse)
     # A scorer attends twice, forward only, which is a third of a step: half of a residue class, or a [D, D] state.
-    for scorer, dilation, scored in (("dilated", 1, 32), ("dilated", 4, 8), ("gla", 4, args().dim // args().n_heads)):
+    state = args().dim // args().n_heads
+    for scorer, dilation, scored in (("dilated", 1, 32), ("dilated", 4, 8), ("gla", 4, state), ("added", 4, 64)):
         more = keys(dense_layers=[], scorer=scorer, dilation=dilation) - keys(dense_layers=[])
         assert more == pytest.approx(n_layers * 2 * scored / 3)
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.commands import run_command
 
 from torchtitan_ext.lighthouse import LighthouseConfig
-from torchtitan_ext.lighthouse.config import SCORERS
+from torchtitan_ext.lighthouse.scorers import SCORERS
 
 
 @pytest.mark.slow

@@ -53,6 +53,8 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
     """The job of a TOML file and torchtitan arguments, not checked, and what it imports imported. Raises ValueError."""
     sections = merged(DEFAULTS, read_toml(config_file))
     where = " ".join([str(config_file), *overrides])
+    if module := sections.get("experimental", {}).get("custom_import"):
+        import_extension(module, where)  # before a scorer's name is looked up
     try:
         with warnings.catch_warnings(), redirect_stderr(StringIO()) as by_parser:
             # a value of another type than the field's, which the checks name

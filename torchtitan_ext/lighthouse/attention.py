@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import torch_ops
 from .config import LighthouseConfig
 from .kernels import causal_attention
+from .scorers import SCORERS
 from .torch_ops import Selection, entries, gathered_rows
 
 try:
@@ -69,10 +70,10 @@ def select_slots(
     """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw.
 
     The scorer `dilated` attends by the kernel that `attention.kernel` names, else by the first of torch's that can.
-    Only `norm` can score chunks of a sequence, where `starts` is as in `torch_ops`."""
+    Only a `per_token` scorer can score chunks of a sequence, where `starts` is as in `torch_ops`."""
     ops = ops_for(q)
-    if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":
-        table = freqs_cis[: q.shape[1]].unsqueeze(1)  # norms don't change under rotation
+    if freqs_cis is not None and config.rope == "base" and not SCORERS[config.scorer].per_token:
+        table = freqs_cis[: q.shape[1]].unsqueeze(1)
         q, k = torch_ops.rotate(q, table), torch_ops.rotate(k, table)
     scores = ops.score(q, k, v, config, getattr(attention, "kernel", "sdpa"))
     return ops.select(scores, config, starts)

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-SCORERS = ("norm", "dilated", "gla")
+from .scorers import SCORERS
+
 ROPE_PLACEMENTS = ("selected", "base")
 
 

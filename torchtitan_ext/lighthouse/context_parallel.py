@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .attention import Attention, call_attention, check_inputs, ops_for, select_slots
 from .config import LighthouseConfig
+from .scorers import SCORERS
 from .ulysses import chunk_order, chunks_of_ranks
 
 
@@ -22,11 +23,11 @@ def check_context_parallel(config: LighthouseConfig, seq_len: int, degree: int, 
 
     def allowed(config: LighthouseConfig, degree: int) -> bool:
         n_chunks = len(chunk_order(degree, load_balance))
-        return (degree == 1 or config.scorer == "norm") and config.allows(seq_len, n_chunks)
+        return (degree == 1 or SCORERS[config.scorer].per_token) and config.allows(seq_len, n_chunks)
 
     if allowed(config, degree):
         return
-    if degree > 1 and config.scorer != "norm":
+    if degree > 1 and not SCORERS[config.scorer].per_token:
         problem = f"scorer = {config.scorer!r}: scores a token by all tokens before it, which lie on other ranks"
         problem += f" under a context-parallel degree of {degree}"
         if allowed(replace(config, scorer="norm"), degree):

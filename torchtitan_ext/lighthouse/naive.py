@@ -46,7 +46,7 @@ def naive_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> t
         return q.norm(dim=-1).amax(-1), k.norm(dim=-1)
 
     def output(t: int, queries: Tensor, keys: Tensor) -> Tensor:
-        step = config.dilation if config.scorer == "dilated" else 1
+        step = {"dilated": config.dilation, "gla": 1}[config.scorer]
         past = torch.arange(t % step, t + 1, step)
         weights = keys[past] @ queries[t] / math.sqrt(q.shape[-1])
         if config.scorer == "dilated":

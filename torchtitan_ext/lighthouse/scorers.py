@@ -6,12 +6,12 @@ With grouped queries a KV head's score is the largest of its group. No score car
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import LighthouseConfig
 from .kernels import causal_attention
 
 LOG_GATE = math.log(0.5) / 16
@@ -93,25 +93,36 @@ def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int, kernel: str) 
     return scores.unflatten(1, (-1, dilation)).permute(0, 1, 3, 4, 2).flatten(3)
 
 
+class Scorer(NamedTuple):
+    """A way to score tokens. `dilation` is the setting."""
+
+    scores: Callable[[Tensor, Tensor, Tensor, int, str], Tensor]
+    """q [B, N, H, D], k and v [B, N, H_kv, D], dilation and the kernel that attends -> [2, B, H_kv, N], fp32 (fp64)"""
+
+    flops: Callable[[int, int, int], float]
+    """N, D and dilation -> FLOPs per token and query head"""
+
+    per_token: bool = False
+    """A token is scored by its own rows only, rotated or not: ranks can share a sequence"""
+
+
+SCORERS = {
+    "norm": Scorer(lambda q, k, *_: norm_scores(q, k, k.shape[2]), lambda *_: 0, per_token=True),
+    # each attends twice: to half of a residue class, or to a state as large as D keys
+    "dilated": Scorer(dilated_scores, lambda n, d, dilation: 8 * d * n / dilation / 2),
+    "gla": Scorer(lambda q, k, v, *_: output_scores(linear_attention, q, k, v), lambda n, d, _: 8 * d * d),
+}
+
+
 # One operator, so that torch.compile sees no graph break and activation checkpointing one output to keep.
-@torch.library.custom_op("lighthouse::attention_scores", mutates_args=())
-def _attention_scores_op(q: Tensor, k: Tensor, v: Tensor, scorer: str, dilation: int, kernel: str) -> Tensor:
+@torch.library.custom_op("lighthouse::base_scores", mutates_args=())
+def base_scores(q: Tensor, k: Tensor, v: Tensor, scorer: str, dilation: int, kernel: str) -> Tensor:
+    """Each token's scores, without a gradient: see `Scorer.scores`."""
     with torch.autocast(q.device.type, enabled=False):
-        if scorer == "dilated":
-            return dilated_scores(q, k, v, dilation, kernel).contiguous()
-        return output_scores(linear_attention, q, k, v).contiguous()
+        return SCORERS[scorer].scores(q, k, v, dilation, kernel).contiguous()
 
 
-@_attention_scores_op.register_fake
+@base_scores.register_fake
 def _(q, k, v, scorer, dilation, kernel):
     batch, seq_len, n_kv_heads, _ = k.shape
     return k.new_empty(2, batch, n_kv_heads, seq_len, dtype=accumulator(k))
-
-
-def base_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, kernel: str = "sdpa") -> Tensor:
-    """Each token's scores by `config.scorer`: q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32.
-
-    `dilated` attends by the kernel of that name."""
-    if config.scorer == "norm":
-        return norm_scores(q, k, k.shape[2])
-    return _attention_scores_op(q.detach(), k.detach(), v.detach(), config.scorer, config.dilation, kernel)

@@ -37,7 +37,7 @@ def score_pyramid(base: Tensor, config: LighthouseConfig) -> Tensor:
 @torch.no_grad()
 def score(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, kernel: str = "sdpa") -> Tensor:
     """Scores [2, B, H_kv, M] of the pyramid's entries by `config.scorer`, without a graph."""
-    return score_pyramid(base_scores(q, k, v, config, kernel), config)
+    return score_pyramid(base_scores(q, k, v, config.scorer, config.dilation, kernel), config)
 
 
 def _tile_winners(q_score: Tensor, k_score: Tensor, m: int, starts: Sequence[int]) -> Tensor:

@@ -6,6 +6,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
 from torchtitan_ext.lighthouse.kernels import KERNELS, unusable_reason
+from torchtitan_ext.lighthouse.scorers import SCORERS
 
 from .settings import Lighthouse
 
@@ -39,17 +40,15 @@ class LighthouseModelArgs(TransformerModelArgs):
         """Parameters, and the FLOPs per token that training computes, forward and backward.
 
         torchtitan's count, but of the attention that is there: a token pays for N/2 keys in a dense layer and for
-        S^2/2N in a Lighthouse layer, where torchtitan counts N. Its scorer attends twice, forward only: dilated to
-        half of a residue class, gla to a state as large as head_dim keys.
+        S^2/2N in a Lighthouse layer, where torchtitan counts N, and for its scorer.
         """
         nparams, flops = super().get_nparams_and_flops(model, seq_len)
         n_lighthouse = len(self.lighthouse_layers)
         keys = (self.n_layers - n_lighthouse) * seq_len / 2
         if n_lighthouse:
-            config = self.lighthouse
-            keys += n_lighthouse * config.gathered_len(seq_len) ** 2 / seq_len / 2
-            scored = {"norm": 0, "dilated": seq_len / config.dilation / 2, "gla": self.dim // self.n_heads}
-            keys += n_lighthouse * 2 * scored[config.scorer] / 3  # forward is a third of a step
+            keys += n_lighthouse * self.lighthouse.gathered_len(seq_len) ** 2 / seq_len / 2
+            scored = seq_len, self.dim // self.n_heads, self.lighthouse.dilation
+            flops += n_lighthouse * self.n_heads * SCORERS[self.lighthouse.scorer].flops(*scored)
         flops += 6 * 2 * self.dim * (keys - self.n_layers * seq_len)
         return nparams, round(flops)
 

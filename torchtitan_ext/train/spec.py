@@ -46,7 +46,7 @@ def register() -> None:
     _op_sac_save_list.add(torch.ops.lighthouse.flash_attention_4.default)  # torch's own kernels are in it
     # What attention's output was computed from: with it kept, selective activation checkpointing makes no
     # selection twice, nor the attention that scored it.
-    _op_sac_save_list.add(torch.ops.lighthouse.attention_scores.default)
+    _op_sac_save_list.add(torch.ops.lighthouse.base_scores.default)
     if triton_ops:
         _op_sac_save_list.add(torch.ops.lighthouse.select.default)
     with suppress(ValueError):  # registered before
