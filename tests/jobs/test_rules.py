@@ -105,6 +105,7 @@ VALIDATION = "--validation.enable --validation"
     ("overrides", "words"),
     [
         ("--training.seq_len 4100", ["[training]", "seq_len = 4100"]),
+        ("--training.seq_len 131072 --lighthouse.top_k 192", ["130944 or 131136; top_k = 128 or 256 or 2048"]),
         ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
         ("--model.converters float8", ["model.converters = ['float8']", "quantize.linear.float8"]),

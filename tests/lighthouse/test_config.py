@@ -73,8 +73,11 @@ def test_a_length_is_legal_or_refused_with_values_that_are(levels, p, m, tiles, 
     for field, values in proposals.items():
         for value in values:
             replace(config, **{field: int(value)}).check_seq_len(seq_len)
-    others = [replace(config, top_k=k) for k in range(m, seq_len // span + 1, m)]
-    assert ("top_k" in proposals) == any(other.allows(seq_len) for other in others)
+    legal = [k for k in range(m, seq_len // span + 1, m) if replace(config, top_k=k).allows(seq_len)]
+    assert ("top_k" in proposals) == bool(legal)
+    for wanted in (config.top_k, seq_len / 64) if legal else ():
+        distance = min(abs(k - wanted) for k in legal)
+        assert distance in {abs(int(k) - wanted) for k in proposals["top_k"]}
 
 
 @given(st.integers(1, 64), st.sampled_from((2, 4, 8)), st.integers(2, 5))

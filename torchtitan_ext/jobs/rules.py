@@ -158,10 +158,8 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
     if unknown := [name for name in job_config.model.converters if name not in CONVERTERS]:
         yield f"model.converters = {unknown}: unknown; choose from {', '.join(CONVERTERS)}"
     if job_config.quantize.linear.float8.enable_fsdp_float8_all_gather:
-        yield (
-            "quantize.linear.float8.enable_fsdp_float8_all_gather = true: checkpoints would hold tensors of torchao's, "
-            "which no stage without it, no export and no niah can read; set it to false"
-        )
+        reason = "checkpoints would hold torchao's tensors, which no stage without it, export or niah can read"
+        yield f"quantize.linear.float8.enable_fsdp_float8_all_gather = true: {reason}; set it to false"
     if job_config.loss.fuse_output:
         legal: dict[str, tuple] = {"tensor_parallel_degree": (1,), "pipeline_parallel_degree": (1,)}
         for field, values in (legal | {"fsdp_reshard_after_forward": ("default", "never")}).items():
@@ -195,10 +193,7 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
         )
     for name, section in data_sections(job_config) if lighthouse.enable else ():
         try:
-            if degree > 1:
-                check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
-            else:
-                lighthouse.check_seq_len(section.seq_len)
+            check_context_parallel(lighthouse, section.seq_len, degree, degree > 1 and balancer is not None)
         except ValueError as error:
             yield f"[lighthouse] on [{name}]: {error}"
 

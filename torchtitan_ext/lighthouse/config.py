@@ -1,6 +1,7 @@
 """The settings of a Lighthouse layer, their rules, and every length derived from them."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -104,29 +105,30 @@ class LighthouseConfig:
         return None
 
     def check_seq_len(self, seq_len: int, n_chunks: int = 1) -> None:
-        """Raise ValueError unless `allows` is true, naming the nearest values, each of which alone makes it so."""
+        """Raise ValueError unless `allows` is true, naming the nearest values, each of which alone makes it so; of
+        top_k also the nearest to seq_len / 64, the published recipe's."""
         problem = self._broken_rule(seq_len, n_chunks)
         if problem is None:
             return
-        span = self.span(self.levels - 1)
-        unit, coarsest = span * self.n_tiles, max(seq_len // span, 0)
+
+        def legal(field: str, values: Iterable[int]) -> list[int]:
+            change = (replace(self, **{field: n}) for n in values)  # type: ignore[arg-type]
+            numbers = [getattr(other, field) for other in change if other.allows(seq_len, n_chunks)]
+            return sorted(numbers, key=lambda n: abs(n - getattr(self, field)))
+
+        span, m = self.span(self.levels - 1), self.tile_winners
+        unit, coarsest = span * self.n_tiles, seq_len // span
         # Legal lengths are the multiples of `step` with at least `least` entries at the coarsest level.
         step = math.lcm(unit, self.dilation) if self.scorer == "dilated" else unit
         children = (self.levels - 1) * self.pooling_factor * self.top_k
         least = max(self.top_k, children // (span - 1) + 1)
         below = seq_len // step * step
         above = max(below + step, -(-least * span // step) * step)
-        proposed = {"seq_len": [n for n in (below, above) if self.allows(n, n_chunks)]}
-        top_ks = [tiles * self.tile_winners for tiles in _divisors(coarsest)]
-        for field, values in (("top_k", top_ks), ("dilation", _divisors(seq_len))):
-            values.sort(key=lambda n: abs(n - getattr(self, field)))
-            change = (replace(self, **{field: n}) for n in values)  # type: ignore[arg-type]
-            proposed[field] = [getattr(other, field) for other in change if other.allows(seq_len, n_chunks)][:2]
-        proposals = [f"{field} = {' or '.join(map(str, values))}" for field, values in proposed.items() if values]
-        nearest = f"; nearest: {'; '.join(proposals)}" if proposals else ""
-        raise ValueError(problem + nearest)
-
-
-def _divisors(n: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(max(n, 0)) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
+        top_ks = legal("top_k", (k for k in range(m, coarsest + 1, m) if coarsest % (k // m) == 0))
+        proposed = {
+            "seq_len": [n for n in (below, above) if self.allows(n, n_chunks)],
+            "top_k": dict.fromkeys(top_ks[:2] + sorted(top_ks, key=lambda k: abs(k - seq_len / 64))[:1]),
+            "dilation": legal("dilation", (n for n in range(1, seq_len + 1) if seq_len % n == 0))[:2],
+        }
+        nearest = [f"{field} = {' or '.join(map(str, values))}" for field, values in proposed.items() if values]
+        raise ValueError("; nearest: ".join(filter(None, (problem, "; ".join(nearest)))))

@@ -36,7 +36,7 @@ def check_context_parallel(config: LighthouseConfig, seq_len: int, degree: int, 
         try:
             config.check_seq_len(seq_len, len(chunk_order(degree, load_balance)))
         except ValueError as error:
-            problem = f"at a context-parallel degree of {degree}, {error}"
+            problem = f"at a context-parallel degree of {degree}, {error}" if degree > 1 else str(error)
     degrees = [n for n in range(1, 2 * degree) if allowed(config, n)]
     if degrees:
         problem += f"; allowed: context_parallel_degree = {' or '.join(map(str, degrees))}"
