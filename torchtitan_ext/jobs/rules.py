@@ -193,7 +193,7 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
         )
     for name, section in data_sections(job_config) if lighthouse.enable else ():
         try:
-            check_context_parallel(lighthouse, section.seq_len, degree, degree > 1 and balancer is not None)
+            check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
         except ValueError as error:
             yield f"[lighthouse] on [{name}]: {error}"
 

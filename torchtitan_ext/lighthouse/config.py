@@ -89,6 +89,8 @@ class LighthouseConfig:
     def _broken_rule(self, seq_len: int, n_chunks: int) -> str | None:
         span, m, top_k = self.span(self.levels - 1), self.tile_winners, self.top_k
         unit = span * self.n_tiles
+        if n_chunks > 1 and not SCORERS[self.scorer].per_token:
+            return f"scorer = {self.scorer!r}: scores a token by all tokens before it, those of other chunks too"
         if seq_len < unit or seq_len % unit:
             rule = f"must be a multiple of pooling_factor^(levels - 1) x tiles = {span} x {self.n_tiles} = {unit}"
             return f"seq_len = {seq_len}: {rule}"
@@ -111,10 +113,8 @@ class LighthouseConfig:
         if problem is None:
             return
 
-        def legal(field: str, values: Iterable[int]) -> list[int]:
-            change = (replace(self, **{field: n}) for n in values)  # type: ignore[arg-type]
-            numbers = [getattr(other, field) for other in change if other.allows(seq_len, n_chunks)]
-            return sorted(numbers, key=lambda n: abs(n - getattr(self, field)))
+        def legal(field: str, values: Iterable) -> list:
+            return [value for value in values if replace(self, **{field: value}).allows(seq_len, n_chunks)]
 
         span, m = self.span(self.levels - 1), self.tile_winners
         unit, coarsest = span * self.n_tiles, seq_len // span
@@ -125,10 +125,14 @@ class LighthouseConfig:
         below = seq_len // step * step
         above = max(below + step, -(-least * span // step) * step)
         top_ks = legal("top_k", (k for k in range(m, coarsest + 1, m) if coarsest % (k // m) == 0))
-        proposed = {
+        near = sorted(top_ks, key=lambda k: abs(k - self.top_k))[:2]
+        near += sorted(top_ks, key=lambda k: abs(k - seq_len / 64))[:1]
+        dilations = legal("dilation", (n for n in range(1, seq_len + 1) if seq_len % n == 0))
+        proposed: dict[str, list] = {
+            "scorer": [repr(name) for name in legal("scorer", SCORERS if n_chunks > 1 else ())],
             "seq_len": [n for n in (below, above) if self.allows(n, n_chunks)],
-            "top_k": dict.fromkeys(top_ks[:2] + sorted(top_ks, key=lambda k: abs(k - seq_len / 64))[:1]),
-            "dilation": legal("dilation", (n for n in range(1, seq_len + 1) if seq_len % n == 0))[:2],
+            "top_k": [*dict.fromkeys(near)],
+            "dilation": sorted(dilations, key=lambda n: abs(n - self.dilation))[:2],
         }
         nearest = [f"{field} = {' or '.join(map(str, values))}" for field, values in proposed.items() if values]
         raise ValueError("; nearest: ".join(filter(None, (problem, "; ".join(nearest)))))

@@ -14,33 +14,19 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .attention import Attention, call_attention, check_inputs, ops_for, select_slots
 from .config import LighthouseConfig
-from .scorers import SCORERS
 from .ulysses import chunk_order, chunks_of_ranks
 
 
 def check_context_parallel(config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool) -> None:
     """Raise ValueError, naming what would be right, unless `degree` ranks can share `seq_len` tokens."""
 
-    def allowed(config: LighthouseConfig, degree: int) -> bool:
-        n_chunks = len(chunk_order(degree, load_balance))
-        return (degree == 1 or SCORERS[config.scorer].per_token) and config.allows(seq_len, n_chunks)
-
-    if allowed(config, degree):
-        return
-    if degree > 1 and not SCORERS[config.scorer].per_token:
-        problem = f"scorer = {config.scorer!r}: scores a token by all tokens before it, which lie on other ranks"
-        problem += f" under a context-parallel degree of {degree}"
-        if allowed(replace(config, scorer="norm"), degree):
-            problem += "; nearest: scorer = 'norm'"
-    else:
-        try:
-            config.check_seq_len(seq_len, len(chunk_order(degree, load_balance)))
-        except ValueError as error:
-            problem = f"at a context-parallel degree of {degree}, {error}" if degree > 1 else str(error)
-    degrees = [n for n in range(1, 2 * degree) if allowed(config, n)]
-    if degrees:
-        problem += f"; allowed: context_parallel_degree = {' or '.join(map(str, degrees))}"
-    raise ValueError(problem)
+    try:
+        config.check_seq_len(seq_len, len(chunk_order(degree, load_balance)))
+    except ValueError as error:
+        where = f"at a context-parallel degree of {degree}, " if degree > 1 else ""
+        degrees = [n for n in range(1, 2 * degree) if config.allows(seq_len, len(chunk_order(n, load_balance)))]
+        allowed = f"; allowed: context_parallel_degree = {' or '.join(map(str, degrees))}" if degrees else ""
+        raise ValueError(f"{where}{error}{allowed}") from None
 
 
 def _spill(out: Tensor, slots: Tensor, config: LighthouseConfig, n_chunks: int) -> Tensor:
