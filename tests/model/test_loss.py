@@ -114,7 +114,7 @@ def test_a_model_trains_the_same_and_keeps_its_parameters(autocast, tolerance):
 
 @pytest.mark.slow
 def test_float8_linears_leave_the_projection_and_the_parameters_as_they_are():
-    assert not isinstance(build(args(fuse_output=True)).output, nn.Linear)  # of which converters take any
+    assert not isinstance(build(args(fuse_output=True)).output, nn.Linear)  # which converters replace
     float8 = pytest.importorskip("torchao.float8")
 
     def convert(model):

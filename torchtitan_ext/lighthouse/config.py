@@ -131,7 +131,7 @@ class LighthouseConfig:
         proposed: dict[str, list] = {
             "scorer": [repr(name) for name in legal("scorer", SCORERS if n_chunks > 1 else ())],
             "seq_len": [n for n in (below, above) if self.allows(n, n_chunks)],
-            "top_k": [*dict.fromkeys(near)],
+            "top_k": [*dict.fromkeys(near)],  # each once
             "dilation": sorted(dilations, key=lambda n: abs(n - self.dilation))[:2],
         }
         nearest = [f"{field} = {' or '.join(map(str, values))}" for field, values in proposed.items() if values]

@@ -94,16 +94,12 @@ def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int, kernel: str) 
 
 
 class Scorer(NamedTuple):
-    """A way to score tokens. `dilation` is the setting."""
+    """A way to score tokens."""
 
+    # q [B, N, H, D], k and v [B, N, H_kv, D], dilation, the kernel that attends -> [2, B, H_kv, N], fp32 (fp64)
     scores: Callable[[Tensor, Tensor, Tensor, int, str], Tensor]
-    """q [B, N, H, D], k and v [B, N, H_kv, D], dilation and the kernel that attends -> [2, B, H_kv, N], fp32 (fp64)"""
-
-    flops: Callable[[int, int, int], float]
-    """N, D and dilation -> FLOPs per token and query head"""
-
-    per_token: bool = False
-    """A token is scored by its own rows only, rotated or not: ranks can share a sequence"""
+    flops: Callable[[int, int, int], float]  # N, D, dilation -> FLOPs per token and query head
+    per_token: bool = False  # needs a token's own rows only, rotated or not: ranks can share a sequence
 
 
 SCORERS = {

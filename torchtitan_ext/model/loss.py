@@ -21,11 +21,8 @@ except ImportError:  # no Triton on this platform
 _CHUNK = 4096  # tokens whose logits exist at once; with fewer the products take longer
 
 
-class ProjectionForLoss(nn.Module):
-    """The output projection, left to the loss: forward hands on its input and its weight.
-
-    No nn.Linear, which model converters (float8) replace by layers that multiply.
-    """
+class ProjectionForLoss(nn.Module):  # no nn.Linear, which model converters (float8) would replace
+    """The output projection, left to the loss: forward hands on its input and its weight."""
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__()
