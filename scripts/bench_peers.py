@@ -78,7 +78,7 @@ def layers(seq_len: int) -> list[tuple[str, str, Callable[..., Tensor]]]:
 class BenchPeers:
     seq_lens: Positives = (98_304, 262_144)  # tokens per sequence
     repeats: Positive = 10  # of each timing; the median counts
-    output: Path = Path("results/bench_peers.json")
+    output: Path = Path("results/bench_peers.json")  # the records, written after each layer
 
     def run(self) -> None:
         for kernel in ("cudnn", "fa4"):
