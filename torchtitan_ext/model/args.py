@@ -70,6 +70,7 @@ flavors = {
     # For experiments in minutes on a GPU. Byte vocabulary, padded to a multiple of 128. No layer stays dense: with
     # one or two at either end stage 1 learned more, but the dense stage ended higher.
     "27M": LighthouseModelArgs(dim=512, n_layers=8, n_heads=4, vocab_size=384, rope_theta=10000),
+    "85M": LighthouseModelArgs(dim=768, n_layers=12, n_heads=6, vocab_size=384, rope_theta=10000),
     # The body of 530M with a byte vocabulary, padded to a multiple of 128.
     "270M": replace(_530M, vocab_size=384),  # type: ignore[call-arg]  # torchtitan has no types
     "530M": _530M,
