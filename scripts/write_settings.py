@@ -44,7 +44,8 @@ def documented(section: str, cls: type) -> list[DocstringParam]:
 
 def setting_rows(section: str, cls: type) -> Iterator[tuple[str, ...]]:
     for param in documented(section, cls):
-        values = (f"`{value}`" for value in (param.arg_name, param.type_name, param.default))
+        default = "[]" if param.default == "field(default_factory=list)" else param.default
+        values = (f"`{value}`" for value in (param.arg_name, param.type_name, default))
         yield *values, " ".join(param.description.split())
 
 

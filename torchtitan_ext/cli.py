@@ -205,27 +205,32 @@ class Export:
 
 @dataclass
 class CheckData:
-    """Check a local copy of C4: count its documents, find what is damaged, say what is missing.
+    """Check text files: count their documents, find what is damaged, say what is missing of a copy of C4.
 
     Reads every file as training reads it, and compares what it holds with what a run reads.
     Exit code: 0 nothing is damaged (files may be missing), 1 something is, 2 wrong arguments.
     """
 
-    dataset_path: Positional[Path]  # the copy's root, or its en folder
+    dataset_path: Positional[str]  # a copy of C4, file, folder, glob, data set on the hub, or a job file: all it reads
     workers: Positive = os.cpu_count() or 1  # processes that read
     config_file: JobFile = CONFIGS / "530m" / "dense.toml"  # of the run; overrides follow: --training.steps 1000
 
     def run(self, overrides: list[str]) -> int:
-        from .data.c4_check import check_files, report
-        from .data.datasets import c4_files
+        from .data.c4_check import check_files, files_to_check, report
         from .jobs.job_file import parse_job
 
-        files, training = c4_files(str(self.dataset_path)), parse_job(self.config_file, overrides).training
+        if self.dataset_path.endswith(".toml"):
+            self.config_file = Path(self.dataset_path)
+        job = parse_job(self.config_file, overrides)
+        if self.config_file != Path(self.dataset_path):
+            job.training.dataset, job.training.dataset_path, job.training.mixture = "text", self.dataset_path, []
+        files, text_fields = zip(*files_to_check(job), strict=True)
+        training = job.training
         if training.global_batch_size < 1:
             batch = f"training.global_batch_size = {training.global_batch_size} in {self.config_file}"
             raise ValueError(f"{batch}: depends on the number of processes; add --training.global_batch_size N")
         checked, damaged = [], 0
-        results = check_files(files, self.workers)  # forks before the display's thread starts
+        results = check_files(files, self.workers, text_fields)  # forks before the display's thread starts
         with Display() as display:
             display.begin("files", len(files))
             for contents in results:

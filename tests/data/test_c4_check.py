@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torchtitan.config.job_config import Training
 
 from torchtitan_ext.data import c4_check, datasets
-from torchtitan_ext.data.datasets import c4_files
+from torchtitan_ext.data.datasets import text_files
 
 RUN = Training(seq_len=8, global_batch_size=2, steps=10)
 
 
 def check(path, workers=2):
-    files = c4_files(str(path))
+    files = text_files(str(path))
     checked = list(c4_check.check_files(files, workers))
     return checked, *c4_check.report(files, checked, RUN)
 
@@ -55,7 +55,7 @@ def test_tokens_sequences_and_passes_are_those_of_training(tmp_path):
     assert f"{tokens:,} tokens" in report and f"{len(sequences):,} sequences" in report
     assert f"{len(sequences) // RUN.global_batch_size:,} steps" in report
     passes = RUN.steps * RUN.global_batch_size * (RUN.seq_len + 1) / tokens
-    assert float(report.split(" times the copy")[0].split()[-1]) == pytest.approx(passes, abs=0.006)
+    assert float(report.split(" times the data")[0].split()[-1]) == pytest.approx(passes, abs=0.006)
 
 
 ONLY_CHECKED = {
@@ -88,7 +88,7 @@ HARMLESS = {
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_blank_lines_and_marks_change_nothing_that_is_trained_on(kind, tmp_path):
     clean, path = (write_c4(tmp_path / name, [SHARDS[0]] * 2) for name in ("clean", "other"))
-    [HARMLESS[kind](Path(file)) for file in c4_files(str(path))]
+    [HARMLESS[kind](Path(file)) for file in text_files(str(path))]
     # Into the second pass.
     expected = stream(islice(loader("c4_local", clean, 64), 20))
     for stop in range(0, 20, 3):
@@ -99,7 +99,7 @@ def test_blank_lines_and_marks_change_nothing_that_is_trained_on(kind, tmp_path)
 
 def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path, monkeypatch):
     """Python closes the generator when the module's names may be gone."""
-    documents = datasets.read_documents(c4_files(str(write_c4(tmp_path, SHARDS)))[0])
+    documents = datasets.read_documents(text_files(str(write_c4(tmp_path, SHARDS)))[0])
     next(documents)
     for name in ("gzip", "zlib"):
         monkeypatch.setattr(datasets, name, None)
@@ -112,7 +112,7 @@ def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path, monkeypatch):
 def test_every_damaged_file_is_reported_and_no_other(kinds):
     with tempfile.TemporaryDirectory() as folder:
         path = write_c4(Path(folder), [SHARDS[0]] * len(kinds))
-        files = c4_files(str(path))
+        files = text_files(str(path))
         for file, kind in zip(files, kinds, strict=True):
             if kind:
                 DAMAGE[kind][0](Path(file))
@@ -131,7 +131,7 @@ def test_every_damaged_file_is_reported_and_no_other(kinds):
 
 def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_path):
     path = write_c4(tmp_path, [SHARDS[0]] * 2)
-    file, other = map(Path, c4_files(str(path)))
+    file, other = map(Path, text_files(str(path)))
     for kind in ("empty text", "no UTF-8", "no JSON"):  # from below, so that each stays in its line
         DAMAGE[kind][0](file)
     with_line(b"", 2)(file)
@@ -162,8 +162,8 @@ def test_names_of_two_copies_are_a_problem(tmp_path):
     assert "remedy: keep the files of one copy" in report and "damaged files: 0" in report
     # a command only where its file would lie
     flat = shutil.copytree(path / "en", tmp_path / "flat")
-    assert f"--local-dir {path}" in c4_check.remedy(c4_files(str(path))[0])
-    assert "hf download" not in c4_check.remedy(c4_files(str(flat))[0])
+    assert f"--local-dir {path}" in c4_check.remedy(text_files(str(path))[0])
+    assert "hf download" not in c4_check.remedy(text_files(str(flat))[0])
 
 
 def test_the_command_exits_by_what_it_found(tmp_path, monkeypatch, capsys):
@@ -173,7 +173,7 @@ def test_the_command_exits_by_what_it_found(tmp_path, monkeypatch, capsys):
     assert "damaged files: 0" in said.out and f"{len(SHARDS) * N} documents" in said.out
     assert f"{len(SHARDS)}/{len(SHARDS)}" in said.err
 
-    DAMAGE["cut short"][0](Path(c4_files(str(path))[2]))
+    DAMAGE["cut short"][0](Path(text_files(str(path))[2]))
     assert run_command(monkeypatch, "check-data", path / "en", "--workers", 1, "--training.seq_len", 16) == 1
     said = capsys.readouterr().out
     assert "damaged files: 1" in said and "sequences of 16," in said

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from torchtitan_ext.data import datasets
 from torchtitan_ext.data.c4_check import check_file
-from torchtitan_ext.data.datasets import c4_files
+from torchtitan_ext.data.datasets import text_files
 from torchtitan_ext.experiment.records import read_run
 from torchtitan_ext.train.spec import register
 
@@ -71,7 +71,7 @@ def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
             got += stream([batch])
             state = stopped.state_dict()
     [advised] = re.findall(r"torchtitan_ext check-data (\S+);", str(error.value))
-    assert c4_files(advised) == c4_files(str(path))
+    assert text_files(advised) == text_files(str(path))
     resumed = loader(*args, infinite=False, skip=True, workers=workers)
     resumed.load_state_dict(state)
     assert got and got + stream(resumed) == whole
@@ -81,7 +81,7 @@ def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
 @pytest.mark.parametrize("line", [b"no JSON", b""])
 def test_a_line_that_is_repaired_moves_no_other(line, tmp_path):
     path = write_c4(tmp_path, [TEXTS, TEXTS])
-    file = Path(c4_files(str(path))[0])
+    file = Path(text_files(str(path))[0])
     with_line(line, 1)(file)
     damaged = gzip.decompress(file.read_bytes())
     args = ("c4_local", path, 8)
@@ -110,7 +110,7 @@ def test_every_damage_is_skipped_by_one_rank(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capfd, caplog):
     path, _ = write_damaged(tmp_path, ["no JSON", None, "cut short"])
-    files = c4_files(str(path))
+    files = text_files(str(path))
     file = Path(files[0])
     file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()) + b"no JSON\n" * 7))
     log = logging.StreamHandler()  # seen from the worker's process too
@@ -130,7 +130,7 @@ def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capf
 
 def test_a_file_that_cannot_be_read_stops_either_way(tmp_path):
     path, _ = write_damaged(tmp_path, [None, None])
-    file = Path(c4_files(str(path))[1])
+    file = Path(text_files(str(path))[1])
     data = loader("c4_local", path, 8, infinite=False, skip=True)
     file.unlink()  # or a file system that is gone: skipping would leave out what is intact
     with pytest.raises(ValueError, match=rf"{file}, after line 0: .*No such file"):
@@ -139,7 +139,7 @@ def test_a_file_that_cannot_be_read_stops_either_way(tmp_path):
 
 def test_a_data_set_without_an_intact_document_is_named(tmp_path):
     path = write_c4(tmp_path / "empty", [[], []])
-    Path(c4_files(str(path))[0]).write_bytes(gzip.compress(b"\xef\xbb\xbf\n \n"))  # only blank lines
+    Path(text_files(str(path))[0]).write_bytes(gzip.compress(b"\xef\xbb\xbf\n \n"))  # only blank lines
     with pytest.raises(ValueError, match=rf"training\.dataset_path = '{path}': no document in its 2 files"):
         loader("c4_local", path, 8, world=2)
     path, _ = write_damaged(tmp_path / "damaged", ["no bytes", "no gzip"])
@@ -158,7 +158,7 @@ def test_a_long_document_comes_in_pieces(lengths, longest, stop):
         assert b"".join(got).decode() == "".join(texts)
         assert all(len(piece.decode()) <= longest for piece in got)
         assert len(got) == sum(max(1, -(-length // longest)) for length in lengths)
-        checked = check_file(c4_files(str(path))[0])
+        checked = check_file(text_files(str(path))[0])
         assert checked.documents == len(lengths)
         assert checked.tokens == sum(len(piece) + 2 for piece in got)
 
@@ -207,7 +207,7 @@ def test_a_run_stops_at_damage_or_skips_it_and_a_broken_checkpoint_is_put_aside(
     lines = [json.dumps({"text": f"{i:100}"}).encode() for i in range(14)]
     lines.insert(11, b'{"text": "broken')  # the second rank needs 11 documents for 4 steps
     data = write_c4(tmp_path / "data", [[], []])
-    first, second = map(Path, c4_files(str(data)))
+    first, second = map(Path, text_files(str(data)))
     write_long_document(first, 3 * datasets.LONGEST_DOCUMENT)
     second.write_bytes(gzip.compress(b"\n".join(lines) + b"\n")[:-4])  # and all of them for 6
     damage, skip = f"{second}, line 12: not a JSON", "--training.skip_damaged_data"

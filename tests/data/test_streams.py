@@ -15,7 +15,18 @@ from threading import Event
 
 import pytest
 from helpers import streams
-from helpers.streams import TOKENIZER, WRITE, documents, loader, stream, tokens, write_bpe, write_c4, write_tree
+from helpers.streams import (
+    TOKENIZER,
+    WRITE,
+    documents,
+    loader,
+    stream,
+    tokens,
+    write_bpe,
+    write_c4,
+    write_sources,
+    write_tree,
+)
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -25,6 +36,7 @@ from torchtitan_ext.data import check_dataset, dataloader, datasets
 
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 LOCAL = tuple(WRITE)
+MIXED = WRITE | {"mixture": write_sources}
 
 
 def test_special_tokens_come_after_the_bytes():
@@ -81,7 +93,7 @@ texts = st.lists(st.integers(0, 40).map(lambda n: ("é<bos>text " * n)[:n]), max
 @pytest.mark.slow
 @settings(max_examples=40)
 @given(
-    dataset=st.sampled_from(LOCAL),
+    dataset=st.sampled_from(list(MIXED)),
     shards=st.lists(texts, min_size=1, max_size=4),
     seq_len=st.integers(1, 30),
     batch_size=st.integers(1, 2),
@@ -92,7 +104,7 @@ texts = st.lists(st.integers(0, 40).map(lambda n: ("é<bos>text " * n)[:n]), max
 def test_resumed_stream_is_the_uninterrupted_one(dataset, shards, seq_len, batch_size, world, stops, data):
     rank = data.draw(st.integers(0, world - 1))
     with tempfile.TemporaryDirectory() as folder:
-        path = WRITE[dataset](Path(folder, "data"), shards)
+        path = MIXED[dataset](Path(folder, "data"), shards)
         args = (dataset, path, seq_len, batch_size, rank, world)
         try:
             whole = loader(*args)
@@ -106,10 +118,10 @@ SHARDS = [[f"{i}.{j} " * (3 * i + 7 * j) for j in range(5 - i)] for i in range(3
 TEXTS = list(chain(*SHARDS))
 
 
-@pytest.mark.parametrize("dataset", LOCAL)
+@pytest.mark.parametrize("dataset", MIXED)
 @pytest.mark.parametrize("workers, drawn", [(0, 0), (0, 3), (0, 40), (1, 40)])  # the last in the second epoch
 def test_a_resume_that_draws_nothing_moves_nothing(dataset, workers, drawn, tmp_path):
-    path = WRITE[dataset](tmp_path / "data", SHARDS)
+    path = MIXED[dataset](tmp_path / "data", SHARDS)
     got, _ = streams.stopped(lambda: loader(dataset, path, 8, workers=workers), drawn, 0, 3)
     assert got == stream(islice(loader(dataset, path, 8, workers=workers), drawn + 3))
 
@@ -310,19 +322,20 @@ def test_needs_no_network(dataset, tmp_path, monkeypatch):
     "dataset, path, words",
     [
         ("c5", None, ["training.dataset = 'c5'", *LOCAL]),
-        ("c4_local", None, ["training.dataset_path = ''", "not a folder"]),
-        ("c4_local", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
-        ("c4_local", "empty", ["training.dataset_path = ", "empty", "c4-train"]),
+        ("c4_local", None, ["training.dataset_path = ''", "no file that ends in .parquet", "give a file"]),
+        ("text", "missing", ["training.dataset_path = ", "missing", "no file", "give a file"]),
+        ("text", "empty", ["training.dataset_path = ", "empty", "holds no file"]),
+        ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
         ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
         ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
         ("c4_test", "missing", ["training.dataset = ", "missing", "training.dataset_path"]),
-        ("c4_local", "other", ["c4-train", "2 files", "'data/1.parquet' the largest", "docs/data.md"]),
-        ("c4_local", "other/data/1.parquet", ["not a folder", "docs/data.md"]),
+        ("text", "other", ["2 files", "'data/1.arrow' the largest", "docs/data.md"]),
+        ("text", "other/data/1.arrow", ["no file that ends in .parquet", "docs/data.md"]),
     ],
 )
 def test_check_dataset_names_field_value_and_remedy(dataset, path, words, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name in ("data/1.parquet", ".gitattributes", "a.json"):
+    for name in ("data/1.arrow", ".gitattributes", "a.csv"):
         (file := tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
         file.write_text(name)
     with pytest.raises(ValueError) as error:
@@ -338,7 +351,7 @@ def test_a_rank_without_documents_is_refused(dataset, tmp_path):
 
 
 def test_a_name_without_a_file_is_refused_before_training(tmp_path):
-    last = Path(datasets.c4_files(str(write_c4(tmp_path, SHARDS)))[-1])
+    last = Path(datasets.text_files(str(write_c4(tmp_path, SHARDS)))[-1])
     for replace in (lambda: (last.unlink(), last.mkdir()), lambda: (last.rmdir(), last.symlink_to("nothing"))):
         replace()
         with pytest.raises(ValueError, match=rf"training\.dataset_path = .*1 of its files.*{last}"):
@@ -355,10 +368,10 @@ def test_a_position_in_other_data_is_refused(tmp_path):
             next(iter(other))
 
 
-@pytest.mark.parametrize("dataset", LOCAL)
+@pytest.mark.parametrize("dataset", MIXED)
 def test_a_state_stays_what_it_was_while_drawing_goes_on(dataset, tmp_path):
     """A worker hands its state to a thread that pickles it when it gets to it."""
-    samples = loader(dataset, WRITE[dataset](tmp_path / "data", SHARDS), 8).dataset
+    samples = loader(dataset, MIXED[dataset](tmp_path / "data", SHARDS), 8).dataset
     drawn = iter(samples)
     for _ in range(20):
         next(drawn)

@@ -3,7 +3,7 @@
 import gzip
 from pathlib import Path
 
-from torchtitan_ext.data.datasets import c4_files
+from torchtitan_ext.data.datasets import text_files
 
 from .streams import write_c4
 
@@ -55,7 +55,7 @@ def write_damaged(folder, kinds):
     """A copy of C4 whose files have these kinds of damage, and the texts that are left of each."""
     texts = SHARDS[1]
     path, left = write_c4(Path(folder), [texts] * len(kinds)), []
-    for file, kind in zip(c4_files(str(path)), kinds, strict=True):
+    for file, kind in zip(text_files(str(path)), kinds, strict=True):
         if kind:
             SKIPPED[kind][0](Path(file))
         left.append([] if kind and SKIPPED[kind][1] == "after line 0" else texts)

@@ -6,6 +6,9 @@ from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+from backports import zstd
+from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
@@ -58,12 +61,42 @@ def write_tree(root: Path, shards: list[list[str]]) -> Path:
     return root
 
 
-WRITE = {"c4_local": write_c4, "python_source": write_tree}
+def write_parquet(file: Path, texts: list[str], **settings):
+    table = pa.table({"number": range(len(texts)), "text": pa.array(texts, pa.string())})
+    parquet.write_table(table, file, row_group_size=2, **settings)
+
+
+def write_lines(file: Path, texts: list[str]):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    pack = {".gz": gzip.compress, ".zst": zstd.compress}.get(file.suffix, bytes)
+    file.write_bytes(pack(lines))
+
+
+def write_files(root: Path, shards: list[list[str]]) -> Path:
+    """A folder of files of every format with many documents per file."""
+    root.mkdir()
+    for i, texts in enumerate(shards):
+        suffix = ("parquet", "jsonl.zst", "jsonl.gz", "json")[i % 4]
+        (write_parquet if suffix == "parquet" else write_lines)(root / f"{i:05}.{suffix}", texts)
+    return root
+
+
+def write_sources(root: Path, shards: list[list[str]]) -> Path:
+    """What `loader` mixes: the same documents as three data sets."""
+    for dataset, write in WRITE.items():
+        write(root / dataset, shards)
+    return root
+
+
+WRITE = {"c4_local": write_c4, "python_source": write_tree, "text": write_files}
 
 
 def loader(dataset, path, seq_len, batch_size=1, rank=0, world=1, workers=0, infinite=True, skip=False, **more):
     config = deepcopy(JOB)
     config.training.dataset, config.training.dataset_path = dataset, str(path)
+    if dataset == "mixture":
+        entries = [{"dataset": name, "path": f"{path}/{name}", "weight": i + 1} for i, name in enumerate(WRITE)]
+        config.training.mixture = entries
     config.training.seq_len, config.training.local_batch_size = seq_len, batch_size
     config.training.global_batch_size = more.get("global_batch_size", 5 * batch_size * world)
     config.training.dataloader.num_workers = workers

@@ -1,6 +1,6 @@
 """What a run reads: the byte tokenizer, the data sets and their loader."""
 
 from torchtitan_ext.data.dataloader import build_dataloader
-from torchtitan_ext.data.datasets import check_dataset
+from torchtitan_ext.data.datasets import check_data, check_dataset, settings_of
 
-__all__ = ["build_dataloader", "check_dataset"]
+__all__ = ["build_dataloader", "check_data", "check_dataset", "settings_of"]

@@ -1,18 +1,19 @@
-"""Check a local copy of C4: what it holds, what is damaged, what is missing."""
+"""Check files of text: what they hold, what is damaged, what is missing of a copy of C4."""
 
 import os
 import re
 import shlex
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby, repeat
 
+from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training
 
-from torchtitan_ext.data.datasets import pieces_of_document, read_documents
+from torchtitan_ext.data.datasets import OF_FILES, pieces_of_document, read_documents, sources, text_files
 
 FILE_NAME = re.compile(r"c4-train\.(\d{5})-of-(\d{5})\.json\.gz")
 PROBLEMS_KEPT = 5  # per file; after a corrupt byte nearly every line is one
@@ -40,11 +41,20 @@ class Contents:
             self.problems.append(problem)
 
 
-def check_file(file: str) -> Contents:
+def files_to_check(job_config: JobConfig) -> list[tuple[str, str]]:
+    """The files that a job reads, each with the name of its text. Raises ValueError without any."""
+    parts = sources(job_config)
+    of_files = [source for source in parts if source["dataset"] in OF_FILES]
+    if not of_files:
+        raise ValueError(f"training.dataset = {parts[0]['dataset']!r} reads no files of text: give the path of some")
+    return [(file, source["text_field"]) for source in of_files for file in text_files(source["path"] or "")]
+
+
+def check_file(file: str, text_field: str = "text") -> Contents:
     """Reads one file as training does, and on past what is damaged."""
     contents = Contents()
     try:
-        for line, sample in enumerate(read_documents(file), 1):
+        for line, sample in enumerate(read_documents(file, text_field), 1):
             if "damage" in sample:
                 contents.add_problem(sample["damage"])
             if "text" in sample:
@@ -62,11 +72,11 @@ def check_file(file: str) -> Contents:
     return contents
 
 
-def check_files(files: list[str], workers: int) -> Iterator[Contents]:
+def check_files(files: Sequence[str], workers: int, text_fields: Iterable[str] = repeat("text")) -> Iterator[Contents]:
     """`check_file` of each, in their order, by as many processes."""
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # the parent stops them
     with ProcessPoolExecutor(min(workers, len(files)), initializer=signal.signal, initargs=ignore_interrupt) as pool:
-        yield from pool.map(check_file, files)
+        yield from pool.map(check_file, files, text_fields)
 
 
 def check_names(files: list[str]) -> tuple[list[str], list[str]]:
@@ -93,9 +103,10 @@ def remedy(file: str) -> str:
     return "put an intact copy of the file in its place"
 
 
-def report(files: list[str], checked: list[Contents], training: Training) -> tuple[str, bool]:
+def report(files: Sequence[str], checked: list[Contents], training: Training) -> tuple[str, bool]:
     """What `check_file` found in each file, compared with what a run reads; and whether anything is damaged."""
-    problems, notes = check_names(files)
+    by_folder = [check_names(list(group)) for _, group in groupby(files, os.path.dirname)]
+    problems, notes = (list(chain(*found)) for found in zip(*by_folder, strict=True))
     for file, contents in zip(files, checked, strict=True):
         problems += contents.problems
         if more := contents.n_problems - len(contents.problems):
@@ -118,7 +129,7 @@ def report(files: list[str], checked: list[Contents], training: Training) -> tup
         f"{sequences // batch:,} steps of {batch:,} sequences",
     ]
     if tokens:
-        lines.append(f"{training.steps:,} such steps read {wanted:,} tokens: {wanted / tokens:,.2f} times the copy")
+        lines.append(f"{training.steps:,} such steps read {wanted:,} tokens: {wanted / tokens:,.2f} times the data")
     lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")
     return "\n".join(lines), bool(problems)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from tokenizers import Encoding, Tokenizer
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.components.dataloader import ParallelAwareDataloader
@@ -17,6 +18,7 @@ from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 from torchtitan.tools.logging import logger
 
+from torchtitan_ext.data.datasets import load_documents, settings_of
 from torchtitan_ext.data.passkey import only_answers, question_and_answers
 from torchtitan_ext.data.unpickling import load_plain
 
@@ -24,12 +26,21 @@ from torchtitan_ext.data.unpickling import load_plain
 class TextDataset(HuggingFaceTextDataset):
     """torchtitan's data set, but streams resume after a re-loop, and map-style data has a new order in each pass.
 
-    Of passkey documents only the answers are labels. skip_damaged: go on after what `read_documents` yields as damage.
+    Of passkey documents only the answers are labels.
+
+    documents: of `load_documents`. skip: go on after what `read_documents` yields as damage.
     """
 
-    def __init__(self, *args: Any, skip_damaged: bool = False) -> None:
-        super().__init__(*args)
-        self._skip_damaged = skip_damaged
+    def __init__(
+        self, documents: tuple, tokenizer: Any, seq_len: int, rank: int, n_ranks: int, infinite: bool, skip: bool
+    ):
+        # torchtitan's own constructor looks a name up
+        self.dataset_name, samples, self._text_processor, self._mixed = documents
+        self._data = split_dataset_by_node(samples, rank, n_ranks)
+        self._tokenizer, self.seq_len, self.infinite, self._skip_damaged = tokenizer, seq_len, infinite, skip
+        self._sample_idx = 0
+        self._token_buffer: list[int] = []
+        self._drawn = [[0, 0] for _ in self._mixed]  # documents and characters of each source of a mixture
         self._n_skipped = 0  # since the run started, over all its launches
         self._n_passes = 0  # that ended
         self._named: set[str] = set()  # files whose damage the log has named
@@ -47,6 +58,8 @@ class TextDataset(HuggingFaceTextDataset):
             if self._skip_damaged and "damage" in sample:
                 self._skip(sample)
             elif sample:  # no blank line
+                if self._mixed and "source" in sample:
+                    self._count(sample)
                 yield sample
         self._n_passes += 1
 
@@ -59,6 +72,18 @@ class TextDataset(HuggingFaceTextDataset):
                 f"(python -m torchtitan_ext check-data names it all); number {self._n_skipped:,} on this rank"
             )
 
+    def _count(self, sample: dict[str, Any]) -> None:
+        """Note whose a mixture's document is; log the shares at the first, the second, the fourth, the eighth ..."""
+        of_source = self._drawn[sample["source"]]
+        of_source[:] = of_source[0] + 1, of_source[1] + len(sample["text"])
+        documents, characters = map(sum, zip(*self._drawn, strict=True))
+        if documents.bit_count() == 1:
+            shares = (
+                f"{name}: {n / documents:.1%} of documents, {size / max(1, characters):.1%} of characters"
+                for name, (n, size) in zip(self._mixed, self._drawn, strict=True)
+            )
+            logger.info(f"mixture after {documents:,} documents on this rank: {'; '.join(shares)}")
+
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         question = question_and_answers(self._tokenizer)[0] if self.dataset_name == "passkey" else None
         for inputs, labels in super().__iter__():
@@ -69,6 +94,7 @@ class TextDataset(HuggingFaceTextDataset):
         # A copy: a worker's state is pickled by another thread, while the next document is added to it.
         state |= {"token_buffer": list(self._token_buffer), "documents": self._documents()}
         state |= {"n_skipped": self._n_skipped, "n_passes": self._n_passes}
+        state |= {"drawn": [list(counts) for counts in self._drawn]} if self._mixed else {}
         return state | ({"data": self._resumed_at} if self._resumed_at is not None else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -80,6 +106,7 @@ class TextDataset(HuggingFaceTextDataset):
             )
         super().load_state_dict(state_dict)
         self._n_skipped = state_dict.get("n_skipped", 0)
+        self._drawn = state_dict.get("drawn", [])
         # Checkpoints from before passes were shuffled end theirs in the order that they began it in.
         self._n_passes = state_dict.get("n_passes", 0)
         if isinstance(self._data, IterableDataset):
@@ -149,17 +176,17 @@ def build_dataloader(
     tokenizer.tokenizer.encode_special_tokens = True
     tokenizer.tokenizer = _OnlyIds(tokenizer.tokenizer)
     skip = training.skip_damaged_data
+    documents = load_documents(job_config, section, n_ranks)
     try:
-        source = data.dataset, data.dataset_path, tokenizer, data.seq_len, rank, n_ranks, infinite
-        dataset = TextDataset(*source, skip_damaged=skip)
+        dataset = TextDataset(documents, tokenizer, data.seq_len, rank, n_ranks, infinite, skip)
         # A rank without a document would look for one forever. A shallow copy would move the data on.
         probe = copy(dataset)
-        probe._data = deepcopy(dataset._data)
+        probe._data, probe._mixed = deepcopy(dataset._data), []
         probe._text_processor(next(probe._get_data_iter()))
     except (IndexError, StopIteration) as error:  # of a map-style split, of a streamed one
         raise ValueError(
-            f"{section}.dataset = {data.dataset!r}, {section}.dataset_path = {data.dataset_path!r}: no document for "
-            f"data-parallel rank {rank}, give at least {n_ranks} documents{' that are not damaged' if skip else ''}"
+            f"{settings_of(job_config, section)}: no document for data-parallel rank {rank}, give at least {n_ranks} "
+            f"documents{' that are not damaged' if skip else ''}"
         ) from error
     options = asdict(data.dataloader) | {"worker_init_fn": _end_with_the_trainer}
     if section == "training" and not options["prefetch_factor"]:

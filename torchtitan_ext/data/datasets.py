@@ -1,6 +1,7 @@
-"""The data sets that this package adds to torchtitan's `DATASETS`, and the check of the settings that name one."""
+"""The data sets that this package adds to torchtitan's `DATASETS`, and what of them a job reads."""
 
 import codecs
+import glob
 import gzip
 import hashlib
 import json
@@ -8,17 +9,26 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
+from io import TextIOWrapper
 from itertools import chain, islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+import pyarrow as pa
+from backports import zstd  # the package zstandard ends a file that is cut short without a word
+from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets, load_dataset_builder
+from datasets.data_files import FILES_TO_IGNORE, resolve_pattern
+from datasets.utils.file_utils import xopen
+from pyarrow.parquet import ParquetFile
+from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.tools.logging import logger, warn_once
 
+from torchtitan_ext.console import is_address
 from torchtitan_ext.data.passkey import passkey_documents, passkey_text
 
 TEXT_SUFFIXES = (".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh")
@@ -41,24 +51,72 @@ LONGEST_DOCUMENT = 2**20  # characters
 # of the files held out for validation: all, without them, only them
 SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_source_validation": True}
 FROM_THE_HUB = {"c4", "c4_validation"}
+FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
+FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst"
 OTHER_FORMATS = "docs/data.md, section 5, says how to train on other formats"
+C4_OR_ALL = ("/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**")
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
-def c4_files(dataset_path: str) -> list[str]:
-    """The gzip'd JSON-lines files of a copy of allenai/c4, given its root or `en`. Raises ValueError without any."""
-    root = _folder(dataset_path)
-    pattern = "c4-train.*.json.gz"
-    files = sorted(root.glob(f"en/{pattern}")) or sorted(root.glob(pattern))
-    if not files:
-        raise ValueError(
-            f"training.dataset_path = {dataset_path!r} holds neither en/{pattern} nor {pattern}: "
-            f"give the root of a copy of allenai/c4, or its en folder; {_what_lies_in(root)}"
-        )
-    return [str(file) for file in files]
+def text_files(dataset_path: str) -> list[str]:
+    """What a file, folder, glob or data set of the hub (its split `train`) holds; of a copy of allenai/c4, given its
+    root or `en`, the files of `en/c4-train`. Raises ValueError without a file."""
+    files: list[str] = []
+    what = _what_lies_in(Path(dataset_path)) if os.path.isdir(dataset_path) else OTHER_FORMATS
+    try:
+        if is_address(dataset_path):
+            files = resolve_pattern(dataset_path, base_path="")
+        elif _is_remote(dataset_path):
+            files = list(load_dataset_builder(dataset_path).config.data_files["train"])
+        else:
+            root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
+            ends = C4_OR_ALL if os.path.isdir(dataset_path) else [""]
+            files = sorted(next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), []))
+    except Exception as error:  # whatever the hub and the network raise
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if known := [file for file in files if FORMAT.search(file) and os.path.basename(file) not in FILES_TO_IGNORE]:
+        return known
+    raise ValueError(
+        f"training.dataset_path = {dataset_path!r}: no file that ends in {FORMATS} ({what}); give a file, a folder, a "
+        "glob or the name of a data set of the Hugging Face hub"
+    )
 
 
-def read_documents(file: str) -> Iterator[dict[str, str]]:
-    """The lines of one file of gzip'd JSON, each an object in UTF-8 with a string `text`, with or without a mark.
+def _is_remote(path: str) -> bool:
+    """Whether a path is none on this machine: an address, or the name of a data set of the hub."""
+    return is_address(path) or bool(HUB_NAME.fullmatch(path) and not os.path.exists(path))
+
+
+def _pieces(file: Any) -> Iterator[str]:
+    text = TextIOWrapper(file, "utf-8-sig", newline="")
+    while piece := text.read(LONGEST_DOCUMENT):
+        if "\0" in piece:
+            raise UnicodeError("NUL characters, which no text in UTF-8 has")
+        yield piece
+
+
+def _rows(file: Any, text_field: str) -> Iterator[pa.Scalar]:
+    parquet = ParquetFile(file, page_checksum_verification=True)
+    if text_field not in (columns := parquet.schema_arrow.names):
+        raise pa.ArrowInvalid(f"no column {text_field!r} (training.text_field), only {', '.join(columns)}")
+    for batch in parquet.iter_batches(64, columns=[text_field], use_threads=False):
+        yield from batch.column(0)
+
+
+def _sample(entry: Any, text_field: str) -> dict[str, str]:
+    """Of a line of JSON, a piece of a text or a row of Parquet. Raises an Exception for another than a string."""
+    text = entry.as_py() if isinstance(entry, pa.Scalar) else entry
+    if isinstance(entry, bytes):
+        if not (line := entry.decode().strip().strip("\ufeff")):
+            return {}
+        text = json.loads(line)[text_field]
+    text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
+    return {"text": text}
+
+
+def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, str]]:
+    """The documents of one file: lines of JSON, each an object with a string `text_field`; a Parquet column of that
+    name; or a text, in pieces of LONGEST_DOCUMENT. All in UTF-8, with or without a mark.
 
     Yields {"text": the document}; {} for a blank line, so that a position counts lines; where a line is no document or
     the file can't be decompressed further, {"damage": what is wrong, with file and line, from 1; "file": the file}.
@@ -66,25 +124,30 @@ def read_documents(file: str) -> Iterator[dict[str, str]]:
     """
     number = 0
     # Looked up now: a program that ends amid a file closes the generator after the module's names are gone.
-    corrupt = (EOFError, zlib.error, gzip.BadGzipFile)
+    corrupt = (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError, pa.ArrowException, UnicodeError)
+    kind, packing = FORMAT.search(file).groups()  # type: ignore[union-attr]
+    unit = {None: "row", "txt": "piece"}.get(kind, "line")
+    expected = {None: "a string", "txt": "a text"}.get(kind, "a JSON object in UTF-8 with a string")
     try:
-        if not os.path.getsize(file):
-            raise EOFError("the file has no bytes")  # gzip takes it for a whole one
-        with gzip.open(file) as lines:
-            for number, line in enumerate(lines, 1):
+        with xopen(file, "rb") as raw:
+            if (packing or not kind) and not raw.read(1):
+                raise EOFError("the file has no bytes")  # gzip takes it for a whole one
+            raw.seek(0)
+            lines = gzip.GzipFile(fileobj=raw) if packing == "gz" else zstd.ZstdFile(raw) if packing else raw
+            entries = _pieces(lines) if kind == "txt" else lines if kind else _rows(raw, text_field)
+            for number, entry in enumerate(entries, 1):
                 try:
-                    content = line.decode().strip().strip("\ufeff")
-                    sample = {"text": json.loads(content)["text"]} if content else {}
-                    for text in sample.values():
-                        text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
+                    sample = _sample(entry, text_field)
                 except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-                    what = f'not a JSON object in UTF-8 with a string "text" ({type(error).__name__}: {error})'
-                    sample = {"damage": f"{file}, line {number}: {what}", "file": file}
+                    what = f'not {expected} "{text_field}" ({type(error).__name__}: {error})'
+                    sample = {"damage": f"{file}, {unit} {number}: {what}", "file": file}
                 yield sample
-    except corrupt as error:
-        yield {"damage": f"{file}, after line {number}: {error}", "file": file}
-    except OSError as error:
-        raise ValueError(f"{file}, after line {number}: {error}") from error
+    except (*corrupt, OSError) as error:
+        what = f"{file}, after {unit} {number}: {error}"
+        # pyarrow calls a corrupt page an OSError too, without a number
+        if not isinstance(error, corrupt) and (error.errno or type(error) is not OSError):
+            raise ValueError(what) from error
+        yield {"damage": what, "file": file}
 
 
 def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
@@ -95,8 +158,10 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
 
     held_out: only the files held out for validation, only the others, or (None) all.
     """
+    if not os.path.isdir(dataset_path):
+        raise ValueError(f"training.dataset_path = {dataset_path!r} is not a folder: give one that exists")
     # A name need not be UTF-8. Only names and places are held, so a tree of any size loads at once.
-    tree = _pieces_of_tree(_folder(dataset_path))
+    tree = _pieces_of_tree(Path(dataset_path))
     pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
@@ -126,7 +191,7 @@ def _pieces_of_tree(root: Path) -> list[tuple[bytes, str, int, bool]]:
     return sorted(pieces)
 
 
-def check_dataset(dataset: str, dataset_path: str | None) -> None:
+def check_dataset(dataset: str, dataset_path: str | None, text_field: str = "text") -> None:
     """Raises ValueError for an unknown data set, or no files where they should be; doesn't ask the Hugging Face hub."""
     name = dataset.lower()  # as torchtitan reads it
     if name not in DATASETS:
@@ -134,17 +199,79 @@ def check_dataset(dataset: str, dataset_path: str | None) -> None:
         raise ValueError(f"training.dataset = {dataset!r} is not a known data set; there are {known}")
     path = dataset_path or DATASETS[name].path
     if name in OWN_DATASETS:
-        OWN_DATASETS[name].loader(path)
+        if name not in OF_FILES or not _is_remote(path):
+            _load(name, path, text_field)
     elif name not in FROM_THE_HUB and not os.path.exists(path):
         remedy = "set training.dataset_path to where it lies"
         raise ValueError(f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: {remedy}")
 
 
-def _folder(path: str) -> Path:
-    if not os.path.isdir(path):
-        other = f" ({OTHER_FORMATS})" if os.path.isfile(path) else ""
-        raise ValueError(f"training.dataset_path = {path!r} is not a folder: give one that exists{other}")
-    return Path(path)
+def _load(name: str, path: str | None, text_field: str) -> Dataset | IterableDataset:
+    of_files = {"text_field": text_field} if name in OF_FILES else {}
+    return DATASETS[name].loader(path or DATASETS[name].path, **of_files)
+
+
+def is_mixture(job_config: JobConfig, section: str) -> bool:
+    return section == "training" and bool(job_config.training.mixture)
+
+
+def sources(job_config: JobConfig, section: str = "training") -> list[dict[str, Any]]:
+    """The dataset, path, text_field and weight of all that a section reads."""
+    data, training = getattr(job_config, section), job_config.training
+    alone = {"dataset": data.dataset, "path": data.dataset_path}
+    entries = training.mixture if is_mixture(job_config, section) else [alone]
+    default = {"dataset": "text", "path": None, "text_field": training.text_field, "weight": 1.0}
+    # as torchtitan reads a name
+    return [entry | {"dataset": entry["dataset"].lower()} for entry in (default | entry for entry in entries)]
+
+
+def settings_of(job_config: JobConfig, section: str) -> str:
+    """The settings that say what a section reads, for messages."""
+    data = getattr(job_config, section)
+    alone = f"{section}.dataset = {data.dataset!r}, {section}.dataset_path = {data.dataset_path!r}"
+    return "training.mixture" if is_mixture(job_config, section) else alone
+
+
+def check_data(job_config: JobConfig, section: str) -> None:
+    """`check_dataset` of all that a section reads. Raises its ValueError, and one for what can't be mixed."""
+    mixed = is_mixture(job_config, section)
+    for source in sources(job_config, section):
+        if not 0 < source["weight"] < inf:
+            raise ValueError(f"training.mixture: weight = {source['weight']}: give a number above 0")
+        if mixed and source["dataset"] == "passkey":
+            raise ValueError("training.mixture: dataset = 'passkey' has only answers as labels: train on it alone")
+        try:
+            check_dataset(source["dataset"], source["path"], source["text_field"])
+        except ValueError as error:
+            said = str(error).replace("training.", "training.mixture: " if mixed else f"{section}.")
+            raise ValueError(said.replace("mixture: dataset_path", "mixture: path")) from error
+
+
+def load_documents(job_config: JobConfig, section: str, n_ranks: int) -> tuple:
+    """What a section reads, of all ranks: a name, the samples, the function that gives a sample's text, and the names
+    of a mixture's sources. Raises ValueError where there are no documents."""
+    parts, mixed = sources(job_config, section), []
+    for number, source in enumerate(parts):
+        samples = _load(source["dataset"], source["path"], source["text_field"])
+        text_of = DATASETS[source["dataset"]].sample_processor
+        if not is_mixture(job_config, section):
+            return source["dataset"], samples, text_of, []
+        if isinstance(samples, Dataset):
+            samples = samples.to_iterable_dataset(num_shards=min(n_ranks, len(samples)))
+        # Features are declared, or the library would read ahead for them.
+        features = Features({"text": Value("string"), "source": Value("int64")})
+        mixed.append(samples.map(partial(_mark, source=number, text_of=text_of), features=features))
+    total, seed = sum(source["weight"] for source in parts), job_config.debug.seed or 0
+    weights = [source["weight"] / total for source in parts]
+    samples = interleave_datasets(mixed, weights, seed, stopping_strategy="all_exhausted")
+    names = [f"{source['dataset']} {source['path'] or ''}".strip() for source in parts]
+    shards = [f"{source['dataset']} ({part.num_shards} shards)" for source, part in zip(parts, mixed, strict=True)]
+    return f"mixture of {', '.join(shards)}", samples, _text, names
+
+
+def _mark(sample: dict[str, Any], source: int, text_of: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
+    """Of a mixture's sample, the text and the source."""
+    return {"text": text_of(sample), "source": source} if sample and "damage" not in sample else {}
 
 
 def _what_lies_in(root: Path) -> str:
@@ -160,25 +287,27 @@ def pieces_of_document(text: str) -> list[str]:
     return [text[at : at + LONGEST_DOCUMENT] for at in range(0, max(1, len(text)), LONGEST_DOCUMENT)]
 
 
-def _read_json_lines(files: list[str]) -> Iterator[dict[str, str]]:
+def _read_files(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
     # Damage is a sample of its own, so that a position means the same whether damage is skipped or repaired.
-    for sample in chain.from_iterable(map(read_documents, files)):
+    for sample in chain.from_iterable(read_documents(file, text_field) for file in files):
         if "text" in sample:
             yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
         else:
             yield sample
 
 
-def _c4_dataset(path: str) -> IterableDataset:
-    files = c4_files(path)
-    if gone := [file for file in files if not os.path.isfile(file)]:
+def _file_dataset(dataset_path: str, text_field: str = "text") -> IterableDataset:
+    files = text_files(dataset_path)
+    if gone := [file for file in files if not is_address(file) and not os.path.isfile(file)]:
         raise ValueError(
-            f"training.dataset_path = {path!r}: {len(gone):,} of its files are links to nothing or no files, "
+            f"training.dataset_path = {dataset_path!r}: {len(gone):,} of its files are links to nothing or no files, "
             f"{gone[0]} first; put the files there, or take the names away"
         )
-    if not any(_read_json_lines(files)):
-        raise ValueError(f"training.dataset_path = {path!r}: no document in its {len(files):,} files; give others")
-    return IterableDataset.from_generator(_read_json_lines, gen_kwargs={"files": files})
+    if not any(_read_files(files, text_field)):
+        raise ValueError(
+            f"training.dataset_path = {dataset_path!r}: no document in its {len(files):,} files; give others"
+        )
+    return IterableDataset.from_generator(_read_files, gen_kwargs={"files": files, "text_field": text_field})
 
 
 def _text(sample: dict[str, str]) -> str:
@@ -211,10 +340,11 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
     return text if sample["start"] else text.removeprefix("\ufeff")
 
 
-# load_dataset("json") asks the hub even for local files, and guesses each column's type from the first file.
+# load_dataset gives up a chunk of megabytes, or the file, for one corrupt line, and guesses the type of each column.
+OF_FILES = ("text", "c4_local")  # two names of one data set
 OWN_DATASETS = {
-    "c4_local": DatasetConfig(path="", loader=_c4_dataset, sample_processor=_text),
     "passkey": DatasetConfig(path="", loader=passkey_documents, sample_processor=passkey_text),
+    **{name: DatasetConfig("", _file_dataset, _text) for name in OF_FILES},
 } | {
     name: DatasetConfig(sysconfig.get_path("stdlib"), partial(source_documents, held_out=held_out), _text_of_piece)
     for name, held_out in SOURCE_PARTS.items()

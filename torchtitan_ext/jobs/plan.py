@@ -12,7 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import get_peak_flops
 
 from torchtitan_ext.console import size
-from torchtitan_ext.data import build_dataloader, check_dataset
+from torchtitan_ext.data import build_dataloader, check_data, settings_of
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
 from torchtitan_ext.model.model import meta_model
@@ -103,12 +103,12 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
     position = data_position(job, plan.dims)
     for name, section in data_sections(job):
         try:
-            check_dataset(section.dataset, section.dataset_path)
+            check_data(job, name)
             tokenizer = load_tokenizer(job.model.hf_assets_path)
         except ValueError:  # named by job_problems
             continue
         infinite = name == "training" or job.validation.steps != -1
-        source = f"{name}.dataset = {section.dataset!r}, {name}.dataset_path = {section.dataset_path!r}:"
+        source = f"{settings_of(job, name)}:"
         try:
             for rank in {0, degree - 1}:
                 loader = build_dataloader(degree, rank, tokenizer, job, infinite, name)
@@ -120,7 +120,8 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
         except Exception as error:  # whatever reads a data set
             # A worker's error comes with its traceback, as text.
             reason = (str(error).splitlines() or [""])[-1].removeprefix(f"{type(error).__name__}: ")
-            yield reason if f"{name}.data" in reason else f"{source} its first documents can't be read ({reason})"
+            is_named = f"{name}.data" in reason or f"{name}.mixture" in reason
+            yield reason if is_named else f"{source} its first documents can't be read ({reason})"
 
 
 def _checkpoints_to_come(plan: Plan) -> int:

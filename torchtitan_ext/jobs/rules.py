@@ -16,7 +16,7 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls a
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from torchtitan_ext.console import MOUNT, is_address
-from torchtitan_ext.data import check_dataset
+from torchtitan_ext.data import check_data
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.ulysses import check_heads
@@ -86,10 +86,12 @@ def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
             continue
         try:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        except TypeCheckError:
+        except TypeCheckError as error:
             kind = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
-            yield f"{name} = {value!r}: must be of type {kind}"
-        if isinstance(value, str) and name.endswith(("folder", "path")) and is_address(value):
+            why = f" ({error})" if isinstance(value, list) else ""
+            yield f"{name} = {value!r}: must be of type {kind}{why}"
+        may_be_address = field.name == "dataset_path" and str(settings.dataset).lower() == "text"
+        if isinstance(value, str) and name.endswith(("folder", "path")) and is_address(value) and not may_be_address:
             yield f"{name} = {value!r} is no path on this machine: {MOUNT}"
 
 
@@ -232,9 +234,9 @@ def _data_problems(job_config: JobConfig) -> Iterator[str]:
         if (workers := section.dataloader.num_workers) not in (0, 1):
             yield f"{name}.dataloader.num_workers = {workers}: several would read the same files; use 0 or 1"
         try:
-            check_dataset(section.dataset, section.dataset_path)
+            check_data(job_config, name)
         except ValueError as error:
-            yield str(error).replace("training.dataset", f"{name}.dataset")
+            yield str(error)
 
 
 def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArgs | None) -> str | None:

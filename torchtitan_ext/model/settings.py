@@ -1,7 +1,7 @@
 """The sections that this package adds to a job's TOML; named by `job.custom_config_module`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 from torchtitan_ext.lighthouse import LighthouseConfig
 
@@ -44,11 +44,25 @@ class Loss:
     """Take the loss from the last hidden states, a chunk of tokens at a time: the logits never exist whole"""
 
 
+class Source(TypedDict, total=False):
+    dataset: str
+    path: str
+    text_field: str
+    weight: float
+
+
 @dataclass
 class Training:
+    text_field: str = "text"
+    """What holds the text in files of the data sets text and c4_local: the name in an object of JSON, or a column"""
+
+    mixture: list[Source] = field(default_factory=list)
+    """Several data sets in place of training.dataset, each in a table [[training.mixture]]: dataset ("text" if not
+    given), path, text_field, and weight, its share of the documents relative to the others' (1 if not given)"""
+
     skip_damaged_data: bool = False
-    """Leave out lines and files of c4_local that are damaged, named in the log and counted. By default the first
-    stops the run. A file that can't be read at all always does: it may be back for the next launch."""
+    """Leave out lines and files of text and c4_local that are damaged, named in the log and counted. By default
+    the first stops the run. A file that can't be read at all always does: it may be back for the next launch."""
 
     skip_nonfinite_steps: int = 0
     """How many steps in a row may have a loss or gradients that are not finite. Such a step leaves parameters and
