@@ -1,1 +1,3 @@
 """Lighthouse Attention for torchtitan."""
+
+__version__ = "0.2.0"

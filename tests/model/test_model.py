@@ -124,6 +124,7 @@ def test_the_stages_differ_only_where_they_must(recipe):
     stage1, stage2, dense = (settings(ROOT / f"configs/{recipe}/{name}.toml") for name in ("stage1", "stage2", "dense"))
     initial_load = {"checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}
     switched = {"lighthouse.enable", "training.steps", "job.dump_folder"}
+    switched |= {"activation_checkpoint.mode"} if recipe == "530m-1m" else set()  # dense attention's outputs are longer
     assert differing(stage1, stage2) == initial_load | switched
     assert differing(stage2, dense) == initial_load | {"job.dump_folder"}
 
