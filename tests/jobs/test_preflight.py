@@ -13,11 +13,10 @@ from unittest.mock import Mock
 import pytest
 import torch.distributed.checkpoint as dcp
 from helpers.jobs import ROOT, job_of, start, start_from
+from helpers.streams import loader
 
 from torchtitan_ext import patching
 from torchtitan_ext.cli import main
-from torchtitan_ext.data.dataloader import TextDataloader, TextDataset
-from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.jobs import environment, plan
 from torchtitan_ext.jobs.memory import peak_memory
 from torchtitan_ext.jobs.rules import parallel_dims
@@ -32,7 +31,7 @@ JOBS = sorted(path for path in ROOT.glob("configs/*/*.toml") if path.stem in ("s
 LAUNCHES = re.findall(
     r"^(?:NGPU=(\d+) )?CONFIG=(\S+)/stage1.toml (?:sbatch --nodes=(\d+) )?scripts/train\S+ "
     r"(.*context_parallel.*)$",
-    (ROOT / "docs/running.md").read_text().replace("\\\n", ""),
+    (ROOT / "docs/context_parallel.md").read_text().replace("\\\n", ""),
     re.MULTILINE,
 )
 assert JOBS and LAUNCHES
@@ -199,8 +198,6 @@ def test_a_number_that_nothing_can_be_derived_from_is_a_problem_beside_others(ch
 @pytest.mark.slow
 @pytest.mark.parametrize("degree", [1, 3])
 def test_each_rank_reads_on_where_it_stopped_at_the_checkpoint(check, tmp_path, degree):
-    job, _ = job_of(TEXT)
-    tokenizer = load_tokenizer(job.model.hf_assets_path)
     for number in range(5):  # of which ranks get unequal shares
         (tmp_path / f"{number}.txt").write_text("word " * 1000)
     states = {
@@ -209,10 +206,9 @@ def test_each_rank_reads_on_where_it_stopped_at_the_checkpoint(check, tmp_path, 
         "dataloader": {},
     }
     for rank in range(degree):
-        data = TextDataset("python_source", str(tmp_path), tokenizer, 256, rank, degree)
-        loader = TextDataloader(data, dp_rank=rank, dp_world_size=degree, batch_size=1)
-        next(iter(loader))
-        states["dataloader"] |= loader.state_dict()
+        data = loader("python_source", tmp_path, 256, rank=rank, world=degree)
+        next(iter(data))
+        states["dataloader"] |= data.state_dict()
 
     def problem(*settings):
         dcp.save(states, checkpoint_id=tmp_path / "run/checkpoint/step-1", no_dist=True)
