@@ -17,7 +17,7 @@ The peak is reached in the loss, or in the backward pass of a block, which makes
 it is widest the gradients of the block's output, of the product and of both projections: d + 3 f.
 
 Left out, as less than 1 %: slots, log-sum-exp, norms' deviations, tokens, cuBLAS's workspace.
-docs/running.md sets the estimates beside the measured peaks.
+dev/LOG.md compares the estimates with measured peaks.
 """
 
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
