@@ -79,7 +79,7 @@ class BenchAttention:
         }
         rows: list[dict] = []
         with Display() as display:
-            # Dense attention's time, of which there is most, grows with the square.
+            # Dense attention takes most of the time and grows quadratically.
             work = sum(min(seq_len, DENSE_UP_TO) ** 2 for seq_len, _ in layers)
             display.begin(f"{len(layers)} layers", len(kernels) * work)
             for (seq_len, config), kernel in product(layers, kernels):

@@ -79,7 +79,7 @@ def change(root: Path, patched: bool) -> bool:
     modes = {root / name: (root / name).stat().st_mode for name in blob_ids()}
     git = subprocess.run(
         ["git", "apply", "-p2", *([] if patched else ["--reverse"])],
-        input="".join(patch.read_text() for patch in series()),  # as one, of which git checks all before it writes
+        input="".join(patch.read_text() for patch in series()),  # as one: git checks all of it before it writes
         cwd=(root / "torchtitan").resolve(),  # git follows no links
         # Inside a repository, git apply skips files that are not the repository's.
         env=os.environ | {"GIT_DIR": os.devnull},

@@ -111,7 +111,7 @@ def curve(step):
 
 
 def test_the_hours_are_right_where_a_later_start_logs_more_often(tmp_path):
-    """36 seconds a step throughout, on one device: a hundredth of an hour."""
+    """36 seconds per step, on one device: a hundredth of an hour."""
     for start, end, log_freq in ((0, 100, 10), (100, 109, 1)):
         step = logged_steps(start, end, log_freq)
         write_start(tmp_path, step, curve(step), total=110, log_freq=log_freq, seconds=36, n_devices=1, name=str(start))

@@ -20,7 +20,7 @@ from torchtitan_ext.lighthouse.kernels import causal_attention
 from torchtitan_ext.lighthouse.naive import naive_attention
 from torchtitan_ext.lighthouse.scorers import SCORERS, Scorer, norm_scores
 
-# levels, pooling_factor, tile_winners, tiles, coarsest entries a tile, batch, KV heads, group, head_dim
+# levels, pooling_factor, tile_winners, tiles, coarsest entries per tile, batch, KV heads, group, head_dim
 SMALL = [
     (3, 2, 8, 2, 16, 1, 1, 3, 8),
     (3, 4, 2, 2, 3, 1, 1, 1, 24),

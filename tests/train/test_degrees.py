@@ -16,7 +16,7 @@ from torchtitan_ext.model import flavors
 from torchtitan_ext.train.trainer import LighthouseTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-STEPS, SEQUENCES, SEQ_LEN = 2, 8, 256  # sequences a step
+STEPS, SEQUENCES, SEQ_LEN = 2, 8, 256  # sequences per step
 SETTINGS = [
     *("--checkpoint.no_enable", f"--training.seq_len={SEQ_LEN}", f"--training.global_batch_size={SEQUENCES}"),
     *("--lighthouse.top_k=16", "--lighthouse.tile_winners=4", f"--training.steps={STEPS}"),
@@ -29,7 +29,7 @@ BALANCED = "--parallelism.context_parallel_load_balancer headtail"
 FOUR = {  # ranks that replicate, shard and share sequences, and other settings
     "replicas": (4, 1, 1, ""),
     "compiled replicas": (4, 1, 1, "--compile.enable --compile.backend=aot_eager"),
-    "replicas reduced once a step": (4, 1, 1, "--parallelism.fsdp_no_sync"),
+    "replicas reduced once per step": (4, 1, 1, "--parallelism.fsdp_no_sync"),
     "replicas with a fused output": (4, 1, 1, "--loss.fuse_output"),
     "shards": (1, 4, 1, ""),
     "replicated shards": (2, 2, 1, "--parallelism.fsdp_no_sync --parallelism.fsdp_reshard_after_forward never"),

@@ -178,7 +178,7 @@ def agree(rank):
 
 @pytest.mark.slow
 def test_what_ranks_agree_on_and_what_differs():
-    """A loss that isn't finite, a norm that isn't, SIGTERM; gradients reduced once a step; shards' random numbers."""
+    """A loss that isn't finite, a norm that isn't, SIGTERM; gradients reduced once per step; shards' random numbers."""
     in_group(agree, 2)
 
 

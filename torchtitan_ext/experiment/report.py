@@ -88,7 +88,7 @@ class Experiment:
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """The experiment in `folder`; a run of which nothing is logged yet is None.
+    """The experiment in `folder`; a run without logged steps is None.
 
     Raises FileNotFoundError if no run of the experiment is there.
     """

@@ -85,7 +85,7 @@ def training(command: list[str], log_file: Path, **environment: str) -> Iterator
                 text=True,
                 errors="replace",
                 env=child_environment() | environment,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child in order
+                start_new_session=True,  # Ctrl-C reaches only this process, which then ends the child in order
             ) as child,
         ):
             try:

@@ -83,8 +83,7 @@ def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Te
     hidden, weight = pred
     hidden, labels = hidden.flatten(0, 1), labels.flatten()
     if hidden.is_cuda and liger_fused_linear_cross_entropy:
-        # By itself it would sum the weight's gradient over its chunks in the weight's dtype, and take chunks of
-        # which the size depends on the number of tokens.
+        # Its defaults sum the weight's gradient in the weight's dtype, over chunks whose size depends on the tokens.
         chunks = {"accum_dtype": torch.float32, "chunk_mem_const": liger_chunk(len(hidden), *weight.shape)[1]}
         options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"} | chunks
         return liger_fused_linear_cross_entropy(hidden, weight, labels, **options)

@@ -40,7 +40,7 @@ NAME = "llama3_lighthouse"
 def register() -> None:
     """Change this process as a run needs it; a second call changes nothing more."""
     restrict_unpickling()
-    # Texts encoded as a batch may be shared out to threads, of which the library warns at every later fork.
+    # The tokenizer may encode a batch in threads, and then warns at every later fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     DATASETS.update(OWN_DATASETS)
     _op_sac_save_list.add(torch.ops.lighthouse.flash_attention_4.default)  # torch's own kernels are in it
