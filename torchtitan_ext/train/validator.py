@@ -17,8 +17,8 @@ from torchtitan_ext.data import build_dataloader
 class LighthouseValidator(Validator):
     """torchtitan's validator, but each validation reads the same sequences, and all ranks as many batches.
 
-    torchtitan's continues where the last validation stopped. With validation.steps = -1 it waits forever for ranks whose
-    documents end first.
+    torchtitan's continues where the last validation stopped. With validation.steps = -1 it waits forever for ranks
+    whose documents end first.
     """
 
     def __init__(self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: Any, **kwargs: Any):
