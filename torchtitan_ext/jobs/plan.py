@@ -215,7 +215,7 @@ def _kernel(job: JobConfig) -> tuple[str, list[str]]:
     """What attends on this machine, and why it can't."""
     wanted = job.attention.kernel
     if not torch.cuda.is_available():
-        return f"{wanted}, which is looked for where the run starts: there is no CUDA device here", []
+        return f"{wanted}, chosen where the run starts: there is no CUDA device here", []
     try:
         kernel, reasons = choose_kernel(job)
     except ValueError as error:
