@@ -115,6 +115,20 @@ def test_layer_equals_the_reference(shape, rope, scorer, triton_everywhere):
     assert_near(layer_and_gradients(tensors, config, freqs_cis), expected, torch.float32)
 
 
+@pytest.mark.parametrize("rope", ["selected", "base"])
+def test_tables_of_cosines_and_sines_rotate_the_halves_of_a_head(rope, either_path):
+    (q, k, v), freqs_cis, config = inputs_of(GROUPED, rope=rope)
+
+    def halves(x):
+        return torch.cat([x[..., ::2], x[..., 1::2]], -1)
+
+    out, dq, dk, dv = layer_and_gradients((q, k, v), config, freqs_cis)
+    tensors = [x.detach().requires_grad_() for x in (halves(q), halves(k), v)]
+    tables = tuple(torch.cat([x, x], -1)[None] for x in (freqs_cis.real, freqs_cis.imag))
+    ours = layer_and_gradients(tensors, config, tables)
+    assert all(map(torch.equal, ours, (out, halves(dq), halves(dk), dv)))
+
+
 def test_one_entry_adds_a_scorer(either_path, monkeypatch):
     (q, k, v), freqs_cis, config = inputs_of(TINY)
     with pytest.raises(ValueError, match="scorer = 'values': must be one of norm, dilated, gla"):

@@ -18,6 +18,7 @@ except ImportError:  # no Triton on this platform: the torch path serves it
     triton_ops = None  # type: ignore[assignment]
 
 Attention = Callable[..., Tensor]
+Rotary = Tensor | tuple[Tensor, Tensor] | None
 
 
 def ops_for(x: Tensor) -> ModuleType:
@@ -57,6 +58,27 @@ def check_inputs(
         raise ValueError("freqs_cis requires a gradient, but gets none: pass freqs_cis.detach()")
 
 
+def checked_inputs(
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Rotary, degree: int = 1
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q, k and the complex table that rotates their adjacent pairs, checked by `check_inputs`.
+
+    For a tuple (cos, sin), which rotates channels i and i + D/2, these become adjacent in q and k alike: no product of
+    a query and a key and no norm changes."""
+    if not isinstance(freqs_cis, tuple):
+        check_inputs(q, k, v, config, freqs_cis, degree)
+        return q, k, freqs_cis
+    cos, sin = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in freqs_cis)  # transformers' have a batch of one
+    if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[1] != q.shape[-1] or cos.is_complex():
+        given = f"{tuple(cos.shape)} and {tuple(sin.shape)} of {cos.dtype}"
+        raise ValueError(f"freqs_cis = (cos, sin), {given}: must be two real [at least N, D = {q.shape[-1]}]")
+    cos, sin = (x[:, : x.shape[1] // 2].to(torch_ops.accumulator(x)) for x in (cos, sin))
+    table = torch.complex(cos, sin)
+    check_inputs(q, k, v, config, table, degree)
+    q, k = (x.unflatten(-1, (2, -1)).mT.flatten(-2) for x in (q, k))
+    return q, k, table
+
+
 @torch.no_grad()
 def select_slots(
     q: Tensor,
@@ -93,11 +115,9 @@ def call_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
     return out.to(dtype)  # autocast's, or another of attention's own
 
 
-def select_entries(
-    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, *, freqs_cis: Tensor | None = None
-) -> Selection:
+def select_entries(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, *, freqs_cis: Rotary = None) -> Selection:
     """The entries that `lighthouse_attention` gathers for these arguments, in gathered order."""
-    check_inputs(q, k, v, config, freqs_cis)
+    q, k, freqs_cis = checked_inputs(q, k, v, config, freqs_cis)
     slots, seq_len = select_slots(q, k, v, config, freqs_cis), q.shape[1]
     return entries(gathered_rows(slots, config.gathered_len(seq_len)), config, seq_len)
 
@@ -108,7 +128,7 @@ def lighthouse_attention(
     v: Tensor,
     config: LighthouseConfig,
     *,
-    freqs_cis: Tensor | None = None,
+    freqs_cis: Rotary = None,
     attention: Attention = causal_attention,
 ) -> Tensor:
     """Hierarchical attention over an adaptively gathered short sequence; for training only.
@@ -120,7 +140,8 @@ def lighthouse_attention(
         q: [B, N, H, D] query projections, not rotated; any float dtype.
         k, v: [B, N, H_kv, D] key projections, not rotated, and value projections; H is a multiple of H_kv.
         config: the layer's settings; they must be legal for N.
-        freqs_cis: complex [at least N, D/2] rotary table of adjacent pairs, without a gradient; None for no rotation.
+        freqs_cis: complex [at least N, D/2] rotary table of adjacent pairs, or transformers' (cos, sin), each real
+            [at least N, D] or [1, at least N, D], for the pairs i, i + D/2; without a gradient. None for no rotation.
         attention: what attends on the gathered rows, causally: `attention(q, k, v, enable_gqa=...)` on [B, H, S, D]
             and twice [B, H_kv, S, D]; it returns [B, H, S, D].
 
@@ -129,7 +150,7 @@ def lighthouse_attention(
     Raises ValueError for shapes that don't fit each other or the settings, saying what would be right, and
     NotImplementedError for inputs with tangents of forward-mode differentiation, on a GPU.
     """
-    check_inputs(q, k, v, config, freqs_cis)
+    q, k, freqs_cis = checked_inputs(q, k, v, config, freqs_cis)
     ops = ops_for(q)
     slots = select_slots(q, k, v, config, freqs_cis, attention)
     q, k, v = ops.gather(q, k, v, freqs_cis, slots, config)
@@ -143,6 +164,6 @@ class LighthouseAttention(nn.Module):
         super().__init__()
         self.config, self.attention = config, attention
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, freqs_cis: Rotary = None) -> Tensor:
         """[B, N, H, D] and 2 x [B, N, H_kv, D] -> [B, N, H, D]."""
         return lighthouse_attention(q, k, v, self.config, freqs_cis=freqs_cis, attention=self.attention)

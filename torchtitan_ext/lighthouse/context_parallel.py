@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .attention import Attention, call_attention, check_inputs, ops_for, select_slots
+from .attention import Attention, Rotary, call_attention, checked_inputs, ops_for, select_slots
 from .config import LighthouseConfig
 from .ulysses import chunk_order, chunks_of_ranks
 
@@ -53,7 +53,7 @@ def context_parallel_attention(
     mesh: DeviceMesh,
     load_balance: bool,
     attention: Attention,
-    freqs_cis: Tensor | None = None,
+    freqs_cis: Rotary = None,
 ) -> Tensor:
     """`lighthouse_attention` of a sequence of N x ranks tokens that the ranks of `mesh` share.
 
@@ -65,7 +65,7 @@ def context_parallel_attention(
     mesh: the ranks, in one dimension. load_balance: whether a rank holds two chunks, from head and tail, or one.
     """
     degree, rank = mesh.size(), mesh.get_local_rank()
-    check_inputs(q, k, v, config, freqs_cis, degree)
+    q, k, freqs_cis = checked_inputs(q, k, v, config, freqs_cis, degree)
     check_context_parallel(config, q.shape[1] * degree, degree, load_balance)
     ops, order = ops_for(q), chunk_order(degree, load_balance)
     chunks = chunks_of_ranks(degree, load_balance)[rank]
