@@ -1,0 +1,92 @@
+"""`attn_implementation = "lighthouse"` for the models of transformers, after `register()`.
+
+They rotate queries and keys before they attend: RoPE placement `base`.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import lighthouse_attention
+from .config import LighthouseConfig
+
+FIELDS = [field.name for field in fields(LighthouseConfig) if field.name != "rope"]
+
+
+def settings_of(config: Any) -> tuple[LighthouseConfig, list[int]]:
+    """The dict `config.lighthouse` of a model: the settings, and the layers that train with them.
+
+    Raises ValueError where it is missing, for an unknown key or layer, and as `LighthouseConfig` does."""
+    given = getattr(config, "lighthouse", None)
+    if given is None:
+        raise ValueError("the model's config has no `lighthouse`: set it to a dict, as {'levels': 3, 'top_k': 1536}")
+    settings = {name: value for name, value in given.items() if name != "dense_layers"}
+    if unknown := [name for name in settings if name not in FIELDS]:
+        raise ValueError(f"config.lighthouse[{unknown[0]!r}]: must be one of {', '.join(FIELDS)}, dense_layers")
+    layers, dense = range(config.num_hidden_layers), given.get("dense_layers", [])
+    if unknown := [layer for layer in dense if layer not in layers]:
+        raise ValueError(f"config.lighthouse['dense_layers'] has {unknown[0]!r}: must be of 0 ... {len(layers) - 1}")
+    return LighthouseConfig(**settings), [layer for layer in layers if layer not in dense]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: [B, H, N, D] and 2 x [B, H_kv, N, D] -> [B, N, H, D].
+
+    A module in training mode attends with Lighthouse, unless `config.lighthouse["dense_layers"]` has its layer. All
+    others attend as "sdpa" does. Raises ValueError for what neither can do, and for illegal settings."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    for name in ("softcap", "s_aux", "cu_seq_lens_q"):  # sdpa would ignore the last two
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} has no effect under attn_implementation = 'lighthouse': take another")
+    config, layers = settings_of(module.config) if module.training else (None, [])
+    if config is None or module.layer_idx not in layers:
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal} | kwargs
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    # Beside a mask or a cache, transformers doesn't look for packed documents. Here one layer looks for all.
+    look = module.layer_idx == layers[0] and not torch.compiler.is_compiling()
+    positions = kwargs.get("position_ids") if look else None
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    whole = "give each row N tokens of one document"
+    for refused, what, remedy in (
+        (query.shape[2] != key.shape[2], "there are more keys than queries (a cache)", "generate after model.eval()"),
+        (
+            attention_mask is not None,
+            "attention_mask hides some of the past (padding, packed documents, a sliding window), or is one that "
+            "torch.compile of a whole model makes",
+            f"{whole}, compile the layers one by one",
+        ),
+        (positions is not None and bool((positions.diff() != 1).any()), "position_ids restart (packed documents)", whole),
+        (dropout, f"dropout is {dropout}", "set attention_dropout to 0"),
+        (not is_causal, "is_causal is false", "take attn_implementation = 'sdpa'"),
+    ):
+        if refused:
+            dense = "or add the layer to config.lighthouse['dense_layers']"
+            raise ValueError(f"layer {module.layer_idx} trains with Lighthouse, but {what}; {remedy}, {dense}")
+    usual = query.shape[-1] ** -0.5
+    query = query if scaling in (None, usual) else query * (scaling / usual)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return lighthouse_attention(q, k, v, config), None
+
+
+def register() -> None:
+    """Make `attn_implementation = "lighthouse"` known to transformers, 5.0 or later."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("lighthouse", attend)
+    AttentionMaskInterface.register("lighthouse", sdpa_mask)  # None where tokens see all of the past
