@@ -49,7 +49,7 @@ def test_a_python_without_the_packages_is_answered_in_one_line():
     """-S: no site-packages."""
     done = call(sys.executable, "-S", "-m", "torchtitan_ext", "table", "x", PYTHONPATH="")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"is not installed for {sys.executable}" in done.stderr
+    assert f"is not installed for {sys.executable}" in done.stderr and "'.[train]'" in done.stderr
 
 
 @pytest.fixture

@@ -165,6 +165,15 @@ def test_the_flavor_that_is_shown_is_legal():
     assert 1e9 < sum(p.numel() for p in meta_model(args).parameters()) < 2e9
 
 
+@pytest.mark.slow
+def test_the_layer_page_runs_from_top_to_bottom():
+    shown = {}
+    for example in code(ROOT / "docs" / "layer.md", "python"):
+        exec(example, shown)
+    assert shown["out"].shape == shown["q"].shape
+    assert all(parameter.grad.any() for parameter in shown["model"].parameters())
+
+
 def test_the_data_set_that_is_shown_is_read_whole_shared_out_and_resumed(tmp_path):
     [example] = code(ROOT / "docs" / "data.md", "python")
     texts = [f"text {i}" for i in range(6)]

@@ -63,7 +63,7 @@ def end(error: BaseException, program: str) -> int:
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != __package__:
         reason = (
             f"{error.name} is not installed for {sys.executable}: `make setup`, then call .venv/bin/python; "
-            "in an environment of your own, pip install --editable ."
+            "in an environment of your own, pip install --editable '.[train]'"
         )
     elif isinstance(error, OSError) and error.errno is not None:
         file = f"{error.filename}: " if error.filename is not None else ""

@@ -154,14 +154,15 @@ def test_versions_are_held_against_the_supported_ones(check, only_problem, monke
     monkeypatch.setattr(importlib.metadata, "version", version_of(triton=None, torchtitan="0.2.1"))
     _, problems, _ = check()
     assert len(problems) == 2
-    assert "torchtitan is 0.2.1" in problems[0]
-    assert "triton is not installed" in problems[1]
+    assert "triton is not installed" in problems[0]
+    assert "torchtitan is 0.2.1" in problems[1]
 
 
 def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(check, tmp_path):
     stale = tmp_path / "torchtitan_lighthouse.egg-info"
     stale.mkdir()
-    requires = "Requires-Python: >=4\nRequires-Dist: torch<2\n"
+    extras = 'Requires-Dist: tyro<1; extra == "train"\nRequires-Dist: ruff<0; extra == "dev"\n'
+    requires = f"Requires-Python: >=4\nRequires-Dist: torch<2\n{extras}"
     (stale / "PKG-INFO").write_text(f"Name: torchtitan-lighthouse\nVersion: 0.1.0\n{requires}")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
@@ -169,7 +170,8 @@ def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(c
         # the built package, apart from any clone
         patch.setattr(environment, "PROJECT", tmp_path / "pyproject.toml")
         _, problems, _ = check()
-    assert len(problems) == 2 and "needs >=4" in problems[0] and "torch<2" in problems[1]
+    expected = ("needs >=4", "torch<2", "tyro<1")
+    assert len(problems) == 3 and all(map(str.__contains__, problems, expected))
 
 
 def test_patches_must_be_there(only_problem, monkeypatch):

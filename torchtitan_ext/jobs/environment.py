@@ -17,7 +17,7 @@ def supported() -> tuple[str, list[str]]:
     """The versions of Python and the requirements: a clone's pyproject.toml, which an older installation may lag."""
     if PROJECT.is_file():
         project = tomllib.loads(PROJECT.read_text())["project"]
-        return project["requires-python"], project["dependencies"]
+        return project["requires-python"], project["dependencies"] + project["optional-dependencies"]["train"]
     try:
         own = importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:  # the package's folder, copied
@@ -35,7 +35,7 @@ def environment_problems() -> Iterator[str]:
         yield f"Python {platform.python_version()}: {DISTRIBUTION} needs {python}"
     for line in requirements:
         requirement = Requirement(line)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
             continue
         needed = f'{requirement.name}{requirement.specifier}: pip install "{requirement.name}{requirement.specifier}"'
         try:

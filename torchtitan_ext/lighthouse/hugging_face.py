@@ -49,7 +49,7 @@ def attend(
     others attend as "sdpa" does. Raises ValueError for what neither can do, and for illegal settings."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    for name in ("softcap", "s_aux", "cu_seq_lens_q"):  # sdpa would ignore the last two
+    for name in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q"):  # sdpa itself would ignore some
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} has no effect under attn_implementation = 'lighthouse': take another")
     config, layers = settings_of(module.config) if module.training else (None, [])
@@ -60,23 +60,19 @@ def attend(
     # Beside a mask or a cache, transformers doesn't look for packed documents. Here one layer looks for all.
     look = module.layer_idx == layers[0] and not torch.compiler.is_compiling()
     positions = kwargs.get("position_ids") if look else None
+    restart = positions is not None and bool((positions.diff() != 1).any())
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    whole = "give each row N tokens of one document"
-    for refused, what, remedy in (
-        (query.shape[2] != key.shape[2], "there are more keys than queries (a cache)", "generate after model.eval()"),
-        (
-            attention_mask is not None,
-            "attention_mask hides some of the past (padding, packed documents, a sliding window), or is one that "
-            "torch.compile of a whole model makes",
-            f"{whole}, compile the layers one by one",
-        ),
-        (positions is not None and bool((positions.diff() != 1).any()), "position_ids restart (packed documents)", whole),
-        (dropout, f"dropout is {dropout}", "set attention_dropout to 0"),
-        (not is_causal, "is_causal is false", "take attn_implementation = 'sdpa'"),
+    hides = "attention_mask hides some of the past (padding, packed documents, a sliding window)"
+    for refused, what in (
+        (query.shape[2] != key.shape[2], "there are more keys than queries (a cache); generate after model.eval()"),
+        (attention_mask is not None, f"{hides}, or torch.compile made it; give whole rows, compile layer by layer"),
+        (restart, "position_ids restart (packed documents); give whole rows"),
+        (dropout, f"dropout is {dropout}; set attention_dropout to 0"),
+        (not is_causal, "is_causal is false; take attn_implementation = 'sdpa'"),
     ):
         if refused:
-            dense = "or add the layer to config.lighthouse['dense_layers']"
-            raise ValueError(f"layer {module.layer_idx} trains with Lighthouse, but {what}; {remedy}, {dense}")
+            dense = f"or add {module.layer_idx} to config.lighthouse['dense_layers']"
+            raise ValueError(f"layer {module.layer_idx} trains with Lighthouse, but {what}, {dense}")
     usual = query.shape[-1] ** -0.5
     query = query if scaling in (None, usual) else query * (scaling / usual)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
