@@ -13,6 +13,7 @@ from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
+import torch
 import torchtitan
 from helpers.commands import ROOT, load_script
 from helpers.streams import documents, loader, tokens
@@ -166,12 +167,14 @@ def test_the_flavor_that_is_shown_is_legal():
 
 
 @pytest.mark.slow
-def test_the_layer_page_runs_from_top_to_bottom():
+@pytest.mark.parametrize("page", ["README.md", "docs/layer.md"])
+def test_the_examples_of_the_layer_run_from_top_to_bottom(page):
     shown = {}
-    for example in code(ROOT / "docs" / "layer.md", "python"):
+    for example in code(ROOT / page, "python"):
         exec(example, shown)
-    assert shown["out"].shape == shown["q"].shape
-    assert all(parameter.grad.any() for parameter in shown["model"].parameters())
+    shown["out"].sum().backward()
+    trained = [shown["q"], *shown.get("model", torch.nn.Module()).parameters()]
+    assert shown["out"].shape == shown["q"].shape and all(x.grad.any() for x in trained)
 
 
 def test_the_data_set_that_is_shown_is_read_whole_shared_out_and_resumed(tmp_path):

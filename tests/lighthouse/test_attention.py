@@ -1,13 +1,10 @@
 """The torch path of the layer: equal to the fp64 reference, and the properties that make it the method."""
 
-import re
-import sys
 from itertools import product
 from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.commands import ROOT, call
 from helpers.lighthouse_cases import SCORES, TOLERANCE, cases, error, hard_scores, pairs, qkv, rotary_table, selected
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,13 +157,3 @@ def test_inputs_that_do_not_fit_are_named(layer):
     ):
         with pytest.raises(ValueError, match=message):
             layer(*inputs, SMALL, freqs_cis=freqs_cis)
-
-
-@pytest.mark.slow
-def test_the_readmes_example_of_the_layer_alone_runs_without_torchtitan():
-    readme = (ROOT / "README.md").read_text()
-    [example] = re.findall(r"## The layer alone\n+```python\n(.*?)```", readme, re.DOTALL)
-    checks = "out.square().sum().backward()\nassert q.grad.abs().sum() > 0 and out.shape == q.shape"
-    refuse = "import sys; sys.modules['torchtitan'] = None"
-    done = call(sys.executable, "-c", "\n".join([refuse, example, checks]))
-    assert done.returncode == 0, done.stderr

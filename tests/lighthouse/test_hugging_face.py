@@ -86,8 +86,7 @@ def test_checkpointed_and_loaded_again_it_has_the_same_gradients(tmp_path):
 
 @pytest.mark.slow
 def test_its_layers_compile():
-    model = model_of()
-    expected = gradients(model)
+    model, expected = model_of(), gradients(model_of())
     for layer in model.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(gradients(model), expected)
@@ -134,7 +133,7 @@ def test_what_it_cannot_train_is_refused(changes, inputs, message):
 
 def test_it_does_not_generate_in_training_mode():
     with pytest.raises(ValueError, match=r"more keys than queries .a cache.; generate after model.eval"):
-        model_of().generate(TOKENS, attention_mask=WHOLE, max_new_tokens=2)
+        model_of().generate(TOKENS, max_new_tokens=2)
 
 
 @pytest.mark.slow

@@ -49,11 +49,8 @@ def check_inputs(
         raise ValueError(f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs")
     fits = freqs_cis.ndim == 2 and freqs_cis.shape[0] >= seq_len and freqs_cis.shape[1] == head_dim // 2
     if not fits or not freqs_cis.is_complex():
-        given, needed = (
-            f"{tuple(freqs_cis.shape)}, {freqs_cis.dtype}",
-            f"[at least N = {seq_len}, D/2 = {head_dim // 2}]",
-        )
-        raise ValueError(f"freqs_cis {given}: must be complex {needed}")
+        given = f"{tuple(freqs_cis.shape)}, {freqs_cis.dtype}"
+        raise ValueError(f"freqs_cis {given}: must be complex [at least N = {seq_len}, D/2 = {head_dim // 2}]")
     if freqs_cis.requires_grad:
         raise ValueError("freqs_cis requires a gradient, but gets none: pass freqs_cis.detach()")
 
