@@ -53,7 +53,7 @@ SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_sou
 FROM_THE_HUB = {"c4", "c4_validation"}
 FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
 FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst"
-OTHER_FORMATS = "docs/data.md, section 5, says how to train on other formats"
+OTHER_FORMATS = "docs/data.md says how to train on other formats"
 C4_OR_ALL = ("/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**")
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
