@@ -70,10 +70,8 @@ def reference() -> str:
     tables = [f"\n## [{name}]\n\n{table(FIELDS, setting_rows(name, cls))}" for name, cls in sections]
     return f"""# Settings
 
-Written by `make docs` from the config classes.
-
-What this project adds to torchtitan's settings: a field of a section in a job's TOML, or `--section.field VALUE` on the
-command line, which wins. For all settings with the values that a job file gives them, torchtitan's included:
+Settings that this project adds to torchtitan's. Put them into a job's TOML, or pass `--section.field VALUE` on the
+command line, which wins. `make docs` writes this page. To list all settings of a job, torchtitan's included:
 
 ```bash
 python -m torchtitan_ext.train --job.config_file configs/text/stage1.toml --help
@@ -81,8 +79,7 @@ python -m torchtitan_ext.train --job.config_file configs/text/stage1.toml --help
 {"".join(tables)}
 ## Flavors
 
-`model.flavor`. Dense layers are counted from 0 and keep dense attention in stage 1, unless `lighthouse.dense_layers`
-names others.
+`model.flavor` names one. Its dense layers, counted from 0, keep dense attention in stage 1.
 
 {table(FLAVORS, flavor_rows())}"""
 

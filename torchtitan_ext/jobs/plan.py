@@ -212,7 +212,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
 
 
 def _kernel(job: JobConfig) -> tuple[str, list[str]]:
-    """What attends on this machine, and why it can't."""
+    """The kernel that attends on this machine, or why none can."""
     wanted = job.attention.kernel
     if not torch.cuda.is_available():
         return f"{wanted}, chosen where the run starts: there is no CUDA device here", []
