@@ -134,6 +134,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
             f"trained it; this one has {', '.join(flavors)}"
         )
     model_args = replace(flavors[flavor], max_seq_len=job["training"]["seq_len"])  # type: ignore[call-arg]
+    model_args.set_rope(**job.get("rope", {}))
     named = f"model.hf_assets_path = {tokenizer!r} in {config_file}"
     remedy = "call from the folder that the training was launched from, or correct the path"
     tokenizer = load_tokenizer(tokenizer, named, remedy)

@@ -145,7 +145,7 @@ def _changed(run: PlannedRun) -> Iterator[str]:
         return
     saved = read_config(saved_file, [("training", "steps")])
     now = json.loads(json.dumps(run.config.to_dict()))
-    for section in ("model", "lighthouse", "training", "optimizer", "lr_scheduler", "debug"):
+    for section in ("model", "rope", "lighthouse", "training", "optimizer", "lr_scheduler", "debug"):
         for field, value in now[section].items():
             before = saved.get(section, {}).get(field, value)
             if value != before and (section, field) != ("training", "steps"):

@@ -61,8 +61,8 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
     width = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     master = TORCH_DTYPE_MAP[training.dtype].itemsize
     model = meta_model(args)
-    modules = model, model.layers["0"], model.output
-    n_params, n_block, n_output = (sum(p.numel() for p in module.parameters()) for module in modules)
+    n_params, n_block = (sum(p.numel() for p in module.parameters()) for module in (model, model.layers["0"]))
+    n_output = model.output.weight.numel()
     shards = dims.dp_shard * dims.cp
     tokens = training.local_batch_size * training.seq_len // dims.cp
 
@@ -80,7 +80,8 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
     d, f = args.dim, model.layers["0"].feed_forward.w1.out_features
     row = width * tokens
     table = FP32 * training.seq_len * d // args.n_heads  # cosines and sines
-    reduced = FP32 * n_output  # the output projection's gradient, on its way to the shards
+    # the output projection's gradient, on its way to the shards or, tied, waiting for the embeddings'
+    reduced = (width if args.enable_weight_tying else FP32) * n_output
     kept, in_block = 0.0, []
     for layer in range(args.n_layers):
         of_layer, without_checkpointing = _kept_by_layer(job_config, args, layer, f)

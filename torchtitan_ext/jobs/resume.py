@@ -50,7 +50,8 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
     if folder.exists():
         step = max(complete_steps(folder), default=-1) if checkpoint.load_step == -1 else checkpoint.load_step
         return None if step == -1 else folder / f"step-{step}"
-    return Path(checkpoint.initial_load_path) if checkpoint.initial_load_path else None
+    start = checkpoint.initial_load_path or (checkpoint.initial_load_in_hf and job_config.model.hf_assets_path)
+    return Path(start) if start else None
 
 
 def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[str]:
@@ -183,8 +184,8 @@ def _hf_problems(job_config: JobConfig) -> Iterator[str]:
         yield f"{field} = {path!r}: no *.safetensors there; give the folder that holds them"
     elif args := flavors.get(job_config.model.flavor):
         weights = Llama3StateDictAdapter(args, None).to_hf(meta_model(args).state_dict())
-        yield from _shape_problems(job_config, field, path, weights, shapes)
-        yield from config_problems(args, job_config.model.flavor, field, Path(path))
+        described = list(config_problems(job_config, field, Path(path)))  # of each number, not only of shapes
+        yield from described or _shape_problems(job_config, field, path, weights, shapes)
 
 
 def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:

@@ -144,6 +144,7 @@ def _number_problems(job_config: JobConfig) -> Iterator[str]:
             yield f"validation.seq_len = {longest}: positions end at training.seq_len = {table}; use that at most"
     if job_config.checkpoint.enable:
         positive.append("checkpoint.interval")
+    positive += [f"rope.{name}" for name, value in vars(job_config.rope).items() if value is not None]
     for field in positive:
         if (number := attrgetter(field)(job_config)) < 1:
             yield f"{field} = {number}: must be 1 or more"
@@ -162,14 +163,17 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
     if job_config.quantize.linear.float8.enable_fsdp_float8_all_gather:
         reason = "checkpoints would hold torchao's tensors, which no stage without it, export or niah can read"
         yield f"quantize.linear.float8.enable_fsdp_float8_all_gather = true: {reason}; set it to false"
-    if job_config.loss.fuse_output:
+    tied = flavor in flavors and flavors[flavor].enable_weight_tying
+    if tied or job_config.loss.fuse_output:
         legal: dict[str, tuple] = {"tensor_parallel_degree": (1,), "pipeline_parallel_degree": (1,)}
-        for field, values in (legal | {"fsdp_reshard_after_forward": ("default", "never")}).items():
+        reason, remedy = "the flavor's embeddings are", ""
+        if not tied:
+            legal["fsdp_reshard_after_forward"] = ("default", "never")
+            reason, remedy = "loss.fuse_output needs, whole,", ", or set loss.fuse_output to false"
+        for field, values in legal.items():
             if (value := getattr(parallelism, field)) not in values:
-                yield (
-                    f"parallelism.{field} = {value!r}: loss.fuse_output needs the whole output projection beside the "
-                    f"loss; use {' or '.join(map(repr, values))}, or set loss.fuse_output to false"
-                )
+                use = " or ".join(map(repr, values)) + remedy
+                yield f"parallelism.{field} = {value!r}: {reason} the output projection too; use {use}"
     degree, tensor_parallel = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     if flavor in flavors and degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
         n_heads, n_kv_heads = flavors[flavor].n_heads, flavors[flavor].n_kv_heads or flavors[flavor].n_heads

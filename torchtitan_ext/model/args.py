@@ -1,9 +1,11 @@
 import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
 from torchtitan_ext.lighthouse.kernels import KERNELS, unusable_reason
 from torchtitan_ext.lighthouse.scorers import SCORERS
@@ -16,6 +18,7 @@ class LighthouseModelArgs(TransformerModelArgs):
     """llama3's arguments, the flavor's dense layers and what the job's own sections say of the model."""
 
     dense_layers: tuple[int, ...] = ()
+    enable_weight_tying: bool = False  # the embeddings are the output projection too
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
     fuse_output: bool = False
     kernel: str = "sdpa"
@@ -31,10 +34,17 @@ class LighthouseModelArgs(TransformerModelArgs):
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         super().update_from_config(job_config, **kwargs)
+        self.set_rope(**vars(job_config.rope))
         self.lighthouse = job_config.lighthouse
         self.fuse_output = job_config.loss.fuse_output
         kernel = job_config.attention.kernel
         self.kernel = choose_kernel(job_config)[0] if kernel == "auto" else kernel
+
+    def set_rope(self, theta: float | None = None, **scaling: float | None) -> None:
+        """Change what isn't None; scaling: fields of `RoPEScalingArgs`."""
+        self.rope_theta = self.rope_theta if theta is None else theta
+        given = {name: value for name, value in scaling.items() if value is not None}
+        self.rope_scaling_args = replace(self.rope_scaling_args, **given)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and the FLOPs per token that training computes, forward and backward.
@@ -43,6 +53,8 @@ class LighthouseModelArgs(TransformerModelArgs):
         S^2/2N in a Lighthouse layer, where torchtitan counts N, and for its scorer.
         """
         nparams, flops = super().get_nparams_and_flops(model, seq_len)
+        if self.enable_weight_tying:  # torchtitan counts the embeddings in neither
+            nparams, flops = nparams + self.vocab_size * self.dim, flops + 6 * self.vocab_size * self.dim
         n_lighthouse = len(self.lighthouse_layers)
         keys = (self.n_layers - n_lighthouse) * seq_len / 2
         if n_lighthouse:
@@ -62,6 +74,13 @@ _530M = LighthouseModelArgs(
     rope_theta=10000,
     dense_layers=(0, 1, 28, 29),
 )
+_LLAMA_32: dict[str, Any] = {
+    "n_kv_heads": 8,
+    "vocab_size": 128256,
+    "ffn_dim_multiplier": 1.0,
+    "enable_weight_tying": True,
+}
+_LLAMA_32 |= {"rope_theta": 500000, "rope_scaling_args": RoPEScalingArgs(scaling_factor=32.0)}
 
 flavors = {
     # Small enough for a laptop's CPU. No layer stays dense: one dense layer of two would do all the
@@ -74,7 +93,12 @@ flavors = {
     # The body of 530M with a byte vocabulary, padded to a multiple of 128.
     "270M": replace(_530M, vocab_size=384),  # type: ignore[call-arg]  # torchtitan has no types
     "530M": _530M,
-    # Llama 3's own, grouped heads and all, with as many dense layers at either end.
+    # Llama 3.2's and 3.1's own, grouped heads and all, with as many dense layers at either end.
+    "1B": LighthouseModelArgs(
+        **_LLAMA_32 | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5},
+        dense_layers=(0, 1, 14, 15),
+    ),
+    "3B": LighthouseModelArgs(**_LLAMA_32, dim=3072, n_layers=28, n_heads=24, dense_layers=(0, 1, 26, 27)),
     "8B": LighthouseModelArgs(**vars(llama3_args["8B"]), dense_layers=(0, 1, 30, 31)),
 }
 

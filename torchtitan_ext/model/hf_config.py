@@ -2,15 +2,23 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .args import LighthouseModelArgs
+from torchtitan.config import JobConfig
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+
+from .args import LighthouseModelArgs, flavors
 from .model import meta_model
 
 # What transformers takes where a config.json leaves the field out.
 DEFAULTS = {
     "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -21,6 +29,10 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "quantization_config": None,
 }
+# its fields by a flavor's
+FIELDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+FIELDS |= {"n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}
+FIELDS |= {"rope_theta": "rope_theta", "enable_weight_tying": "tie_word_embeddings"}
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -31,43 +43,59 @@ def llama_config(args: LighthouseModelArgs) -> dict:
     """
     rope = {"rope_type": "llama3", "factor": args.rope_scaling_args.scaling_factor}
     rope |= {name: getattr(args.rope_scaling_args, name) for name in SCALING[1:]}
-    width = meta_model(args).layers["0"].feed_forward.w1.out_features
-    same = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
-    return {name: DEFAULTS[name] for name in same} | {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.dim,
-        "intermediate_size": width,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads or args.n_heads,
-        "head_dim": args.dim // args.n_heads,
-        "max_position_embeddings": args.max_seq_len,
-        "rms_norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-        "rope_scaling": rope,
-    }
+    one_layer = meta_model(replace(args, n_layers=1))  # type: ignore[call-arg]  # torchtitan has no types
+    same = {name: DEFAULTS[name] for name in ("model_type", "hidden_act", "attention_bias", "mlp_bias")}
+    return (
+        same
+        | {name: getattr(args, field) for field, name in FIELDS.items()}
+        | {
+            "architectures": ["LlamaForCausalLM"],
+            "intermediate_size": one_layer.layers["0"].feed_forward.w1.out_features,
+            "num_key_value_heads": args.n_kv_heads or args.n_heads,
+            "head_dim": args.dim // args.n_heads,
+            "max_position_embeddings": args.max_seq_len,
+            "rope_scaling": rope,
+        }
+    )
 
 
-def config_problems(args: LighthouseModelArgs, flavor: str, field: str, folder: Path) -> Iterator[str]:
-    """How the model of a folder's config.json differs from `args` in what its weights' shapes don't show."""
-    file = folder / "config.json"
+def config_problems(job_config: JobConfig, field: str, folder: Path) -> Iterator[str]:
+    """How the model of a folder's config.json differs from the job's flavor, but for the RoPE that the job sets."""
+    file, flavor = folder / "config.json", job_config.model.flavor
     if not file.exists():
         return
+    given = [name for name, value in vars(job_config.rope).items() if value is not None]
+    chosen = {"rope_theta" if name == "theta" else "rope_scaling" for name in given}
     try:
-        there = _computed(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        there = {name: value for name, value in _computed(json.loads(file.read_text())).items() if name not in chosen}
+        if other := _difference(there, flavors[flavor]):
+            other = f"model.flavor = {flavor!r}: {file}, which {field} leads to, is of another model ({other}); "
+            yield other + _remedy(there)
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         yield f"{field}: {file} can't be read ({error}); fetch it again, or delete it"
-        return
+
+
+def _difference(there: dict[str, Any], args: LighthouseModelArgs) -> str:
     here = _computed(llama_config(args))
-    changed = [name for name, value in here.items() if there[name] != value]
-    if changed:
-        other = "; ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in changed)
-        yield (
-            f"model.flavor = {flavor!r}: {file}, which {field} leads to, is of a model that computes something else "
-            f"({other}); give weights that were trained like this flavor, or add a flavor with their values "
-            "to torchtitan_ext/model/args.py"
-        )
+    return "; ".join(
+        f"{name} is {value!r} there and {here[name]!r} here" for name, value in there.items() if value != here[name]
+    )
+
+
+def _remedy(there: dict[str, Any]) -> str:
+    """How to train the model of a config.json: by a flavor that has its numbers, or by a new one."""
+    if suited := [repr(name) for name, args in flavors.items() if not _difference(there, args)]:
+        return f"set it to {' or '.join(suited)}"
+    values = {name: there[theirs] for name, theirs in FIELDS.items() if theirs in there}
+    width, rope = there["intermediate_size"], there.get("rope_scaling") or {}
+    # llama3 takes this part of 8/3 dim, rounded up to a multiple
+    values |= {"ffn_dim_multiplier": round(3 * width / (8 * there["hidden_size"]), 6), "multiple_of": width & -width}
+    scaling = [rope[name] for name in SCALING] if rope.get("rope_type") == "llama3" else [1.0]
+    values["rope_scaling_args"] = RoPEScalingArgs(*scaling)
+    if impossible := _difference(there, LighthouseModelArgs(**values)):
+        return f"no flavor can be like it ({impossible}): give weights of another model"
+    numbers = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return f"docs/extend.md says where to add its flavor: flavors['mine'] = LighthouseModelArgs({numbers})"
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +103,9 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     given = {name: value for name, value in (config | rope).items() if value is not None}
     computed = {name: given.get(name, default) for name, default in DEFAULTS.items()}
-    computed["num_key_value_heads"] = config.get("num_key_value_heads") or computed["num_attention_heads"]
+    n_heads = computed["num_attention_heads"]
+    computed["num_key_value_heads"] = config.get("num_key_value_heads") or n_heads
+    computed["head_dim"] = config.get("head_dim") or computed["hidden_size"] // n_heads
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = {"rope_type": kind} | {name: rope.get(name) for name in SCALING}
     unscaled = kind == "default" or (kind in ("linear", "llama3") and scaling["factor"] == 1)

@@ -1,7 +1,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.model import Attention
@@ -49,6 +49,25 @@ class LighthouseSelfAttention(Attention):
         return self.wo(output.reshape(bs, seqlen, -1))
 
 
+class TiedProjection(nn.Module):
+    """The output projection by the embeddings' weight, which stays theirs: it is sharded, saved and counted once."""
+
+    def __init__(self, embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self._embeddings = [embeddings]  # in a list, else it would be registered here too
+
+    @property
+    def weight(self) -> Tensor:
+        return self._embeddings[0].weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.weight)
+
+
+class TiedProjectionForLoss(TiedProjection):
+    forward = ProjectionForLoss.forward  # type: ignore[assignment]
+
+
 class LighthouseTransformer(Transformer):
     """torchtitan's llama3 with Lighthouse in `model_args.lighthouse_layers`.
 
@@ -61,7 +80,10 @@ class LighthouseTransformer(Transformer):
             self.layers[str(layer)].attention = LighthouseSelfAttention(model_args)
         for block in self.layers.values():
             block.attention.inner_attention = CausalAttention(model_args.kernel)
-        if model_args.fuse_output:
+        if model_args.enable_weight_tying:
+            tied = TiedProjectionForLoss if model_args.fuse_output else TiedProjection
+            self.output: nn.Module = tied(self.tok_embeddings)
+        elif model_args.fuse_output:
             self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size)
 
 

@@ -36,6 +36,21 @@ class Model:
 
 
 @dataclass
+class Rope:
+    """Frequencies for another length than the flavor's: Llama 3's scaling, a larger theta, or both."""
+
+    theta: float | None = None
+    """Base of the frequencies. None, here and below, is the flavor's"""
+
+    scaling_factor: float | None = None
+    """How many times slower slow rotations become; 1 scales none"""
+
+    original_max_position_embeddings: int | None = None
+    """Tokens per sequence before the extension: rotations that took longer than these are scaled, those that took less
+    than a quarter of them are not, and others in part"""
+
+
+@dataclass
 class Loss:
     fuse_output: bool = False
     """Compute the loss in chunks of tokens from the last hidden states, so that the logits never exist whole."""
@@ -86,4 +101,5 @@ class JobConfig:
     attention: Attention = field(default_factory=Attention)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    rope: Rope = field(default_factory=Rope)
     loss: Loss = field(default_factory=Loss)

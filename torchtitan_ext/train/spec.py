@@ -28,7 +28,7 @@ from torchtitan_ext.lighthouse.kernels import CausalAttention
 from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.loss import build_loss
-from torchtitan_ext.model.model import LighthouseSelfAttention
+from torchtitan_ext.model.model import LighthouseSelfAttention, TiedProjection
 
 from .metrics import LighthouseMetricsProcessor
 from .optimizer import LaunchSchedulers
@@ -61,6 +61,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
             if isinstance(module, LighthouseSelfAttention):
                 module.share_sequence(mesh, load_balance)
     model = parallelize_llama(model, parallel_dims, job_config)
+    if isinstance(model.output, TiedProjection) and isinstance(model.tok_embeddings, FSDPModule):
+        model.tok_embeddings.set_reshard_after_forward(False)  # the output projection takes the gathered weight
     if parallel_dims.cp_enabled:
         method = job_config.parallelism.context_parallel_rotate_method
         if method != "allgather":
