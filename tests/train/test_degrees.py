@@ -1,5 +1,6 @@
 """Ranks train, and validate, what one rank does with all sequences, however they share the work."""
 
+from dataclasses import replace
 from functools import cache
 from unittest.mock import patch
 
@@ -37,9 +38,13 @@ FOUR = {  # ranks that replicate, shard and share sequences, and other settings
     "shards that share sequences": (1, 2, 2, ""),
     "balanced sequences": (1, 2, 2, BALANCED),
     "rings that share sequences": (1, 2, 2, f"{BALANCED} --parallelism.context_parallel_rotate_method alltoall"),
+    "tied replicas": (4, 1, 1, "--model.flavor tied"),
+    "tied shards": (1, 4, 1, "--model.flavor tied --parallelism.fsdp_reshard_after_forward always"),
+    "tied shards with a fused output": (2, 2, 1, "--model.flavor tied --loss.fuse_output --parallelism.fsdp_no_sync"),
+    "tied shards that share sequences": (1, 2, 2, "--model.flavor tied --parallelism.fsdp_reshard_after_forward never"),
 }
 EIGHT = {"eight shards": (1, 8, 1, ""), "eight shards that share sequences": (1, 4, 2, "")}
-GROUPS = {1: {"alone": (1, 1, 1, "")}, 4: FOUR, 8: EIGHT}
+GROUPS = {1: {"alone": (1, 1, 1, ""), "tied": (1, 1, 1, "--model.flavor tied")}, 4: FOUR, 8: EIGHT}
 WAYS = [*FOUR, *(pytest.param(way, marks=pytest.mark.eight) for way in EIGHT)]
 
 
@@ -54,13 +59,15 @@ def batches(step, rank, degree, size=1):
 
 
 def train_each_way(rank, ways, folder):
-    n_ranks, start = torch.distributed.get_world_size(), build(flavors["debug"])
+    n_ranks = torch.distributed.get_world_size()
+    flavors["tied"] = replace(flavors["debug"], n_heads=4, n_kv_heads=2, enable_weight_tying=True)
     degrees = ("data_parallel_replicate", "data_parallel_shard", "context_parallel")
     for name, (*sizes, settings) in ways.items():
         arguments = [f"--parallelism.{degree}_degree={size}" for degree, size in zip(degrees, sizes, strict=True)]
         arguments += [*SETTINGS, *settings.split(), f"--job.dump_folder={folder}"]
         with patch.object(dist_utils, "init_distributed", lambda *_, **__: n_ranks):
             trainer = LighthouseTrainer(parse("configs/text/stage1.toml", *arguments))
+        start = build(flavors[trainer.job_config.model.flavor])
         whole = StateDictOptions(full_state_dict=True)  # shards would start from other random numbers
         set_model_state_dict(trainer.model_parts[0], start.state_dict(), options=whole)
         share, logged, validated = (rank // sizes[2], sizes[0] * sizes[1]), [], []
@@ -92,7 +99,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_all_ways_to_share_the_work_train_the_same(run, way):
-    (alone, _), (logged, _) = run("alone"), run(way)
+    (alone, _), (logged, _) = run("tied" if "tied" in way else "alone"), run(way)
     assert len(alone) == STEPS and all(norm > 0.1 for *_, norm in alone)  # clipped
     for values, expected in zip(logged, alone, strict=True):
         assert values[1] == pytest.approx(expected[1], rel=1e-5)
@@ -102,5 +109,5 @@ def test_all_ways_to_share_the_work_train_the_same(run, way):
 @pytest.mark.parametrize("way", ["alone", *WAYS])
 def test_a_validation_loss_depends_on_the_documents_alone(run, way):
     """In batches of any size on any ranks, where documents have unequally many labels that count."""
-    (_, [loss, *_]), (_, validated) = run("alone"), run(way)
+    (_, [loss, *_]), (_, validated) = run("tied" if "tied" in way else "alone"), run(way)
     assert validated == pytest.approx([loss] * len(validated), rel=1e-6)

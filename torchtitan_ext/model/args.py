@@ -42,9 +42,10 @@ class LighthouseModelArgs(TransformerModelArgs):
 
     def set_rope(self, theta: float | None = None, **scaling: float | None) -> None:
         """Change what isn't None; scaling: fields of `RoPEScalingArgs`."""
-        self.rope_theta = self.rope_theta if theta is None else theta
+        if theta is not None:
+            self.rope_theta = theta
         given = {name: value for name, value in scaling.items() if value is not None}
-        self.rope_scaling_args = replace(self.rope_scaling_args, **given)
+        self.rope_scaling_args: RoPEScalingArgs = replace(self.rope_scaling_args, **given)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and the FLOPs per token that training computes, forward and backward.

@@ -82,7 +82,7 @@ class LighthouseTransformer(Transformer):
             block.attention.inner_attention = CausalAttention(model_args.kernel)
         if model_args.enable_weight_tying:
             tied = TiedProjectionForLoss if model_args.fuse_output else TiedProjection
-            self.output: nn.Module = tied(self.tok_embeddings)
+            self.output: Any = tied(self.tok_embeddings)
         elif model_args.fuse_output:
             self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size)
 
