@@ -90,9 +90,10 @@ def test_a_good_run_is_reported_with_what_it_takes(check):
 
 def is_good(check, file, *overrides, n_gpus):
     """Its data isn't here, if it isn't generated, nor the checkpoint that stage 2 starts from."""
-    here = ["--checkpoint.initial_load_path=None"]
+    here = ["--checkpoint.initial_load_path=None", "--checkpoint.no_initial_load_in_hf"]
+    here.append("--model.hf_assets_path=torchtitan_ext/data/byte_tokenizer")
     if job_of(str(file))[0].training.dataset != "passkey":
-        here.append("--training.dataset=python_source")
+        here += ["--training.dataset=python_source", "--training.dataset_path=None"]
     _, problems, report = check(*here, *overrides, f"--nproc={n_gpus}", "--gpu-memory=139", file=file)
     assert problems == []
     assert ("Lighthouse in" in report) == (Path(file).stem == "stage1")

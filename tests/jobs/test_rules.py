@@ -185,6 +185,8 @@ def test_a_fused_output_needs_its_projection_beside_the_loss(job):
         setting = f"--parallelism.{field}={value}"
         check_job(job(setting))
         only_problem(job(setting, "--loss.fuse_output"), field, value, "loss.fuse_output")
+        if value == 2:
+            only_problem(job(setting, "--model.flavor=1B"), field, value, "the flavor's embeddings")
 
 
 def test_a_rate_that_decays_within_stage_1_is_refused(job):

@@ -6,12 +6,14 @@ import pytest
 import torch
 from helpers.launches import ROOT
 from helpers.models import args, build, parse
+from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.models.llama3 import Transformer, llama3_args
 from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
 
 from torchtitan_ext.jobs.job_file import read_toml
 from torchtitan_ext.lighthouse.scorers import SCORERS, Scorer
 from torchtitan_ext.model import Lighthouse, flavors
+from torchtitan_ext.model.loss import linear_cross_entropy_loss
 
 OTHER = dict(levels=2, pooling_factor=2, top_k=32, scorer="dilated", dilation=8, rope="base", tile_winners=8)
 SMALL = Lighthouse(enable=True, levels=2, top_k=8, tile_winners=4)
@@ -25,6 +27,27 @@ def test_530m_is_the_published_model_and_270m_has_a_byte_vocabulary():
     big, small = (dataclasses.asdict(flavors[name]) for name in ("530M", "270M"))
     assert {key for key in big if big[key] != small[key]} == {"vocab_size"}
     assert small["vocab_size"] == 384
+
+
+def test_1b_and_3b_are_llama_32():
+    sizes = {name: sum(p.numel() for p in build(flavors[name], device="meta").parameters()) for name in ("1B", "3B")}
+    assert sizes == {"1B": 1_235_814_400, "3B": 3_212_749_824}
+
+
+@pytest.mark.parametrize("fuse_output", [False, True])
+def test_a_tied_weight_gets_the_gradients_of_embeddings_and_projection(fuse_output):
+    tied, apart = (build(args(enable_weight_tying=tied, fuse_output=fuse_output)) for tied in (True, False))
+    weights = tied.state_dict()
+    assert "output.weight" not in weights and weights["tok_embeddings.weight"].std() < 0.3  # a projection's
+    apart.load_state_dict(weights | {"output.weight": weights["tok_embeddings.weight"].clone()})
+    tokens, loss_fn = torch.randint(0, 384, (2, 64)), linear_cross_entropy_loss if fuse_output else cross_entropy_loss
+    losses = [loss_fn(model(tokens), tokens.roll(-1, 1)) for model in (tied, apart)]
+    sum(losses).backward()
+    assert losses[0] == losses[1]
+    expected = apart.tok_embeddings.weight.grad + apart.output.weight.grad
+    torch.testing.assert_close(tied.tok_embeddings.weight.grad, expected)
+    counts = [model.model_args.get_nparams_and_flops(model, 64) for model in (tied, apart)]
+    assert counts[0] == (counts[1][0] - 384 * 32, counts[1][1])
 
 
 def test_8b_is_torchtitans():
@@ -123,6 +146,7 @@ def differing(a, b):
 def test_the_stages_differ_only_where_they_must(recipe):
     stage1, stage2, dense = (settings(ROOT / f"configs/{recipe}/{name}.toml") for name in ("stage1", "stage2", "dense"))
     initial_load = {"checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}
+    initial_load |= {"checkpoint.initial_load_in_hf"} & stage1.keys()
     switched = {"lighthouse.enable", "training.steps", "job.dump_folder"}
     switched |= {"activation_checkpoint.mode"} if recipe == "530m-1m" else set()  # dense attention's outputs are longer
     assert differing(stage1, stage2) == initial_load | switched
