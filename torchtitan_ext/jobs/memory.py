@@ -80,8 +80,7 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
     d, f = args.dim, model.layers["0"].feed_forward.w1.out_features
     row = width * tokens
     table = FP32 * training.seq_len * d // args.n_heads  # cosines and sines
-    # the output projection's gradient, on its way to the shards or, tied, waiting for the embeddings'
-    reduced = (width if args.enable_weight_tying else FP32) * n_output
+    reduced = FP32 * n_output  # the output projection's gradient, on its way to the shards (half of it where tied)
     kept, in_block = 0.0, []
     for layer in range(args.n_layers):
         of_layer, without_checkpointing = _kept_by_layer(job_config, args, layer, f)

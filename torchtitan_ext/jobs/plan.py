@@ -191,7 +191,7 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
 
 
 def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
-    job, args, dims, rope = plan.job, plan.args, plan.dims, plan.args.rope_scaling_args
+    job, args, dims, rope = plan.job, plan.args, plan.dims, vars(plan.args.rope_scaling_args)
     seq_len, start = job.training.seq_len, checkpoint_to_load(job)
     tokens = max(0, job.training.steps - plan.first_step) * plan.batch * seq_len
     n_lighthouse = len(args.lighthouse_layers)
@@ -203,8 +203,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     shared = " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1 or name == "dp_shard")
     return {
         "model": f"{job.model.flavor}, {plan.n_params:,} parameters, {plan.flops / 1e9:.3g} GFLOPs per token",
-        "RoPE": f"theta {args.rope_theta:,.0f}; beyond {rope.original_max_position_embeddings:,} tokens slowed down "
-        f"{rope.scaling_factor:g} times",
+        "RoPE": ", ".join(f"{name} {value:g}" for name, value in {"theta": args.rope_theta, **rope}.items()),
         "attention": attention,
         "GPUs": f"{dims.world_size}: {shared}",
         "batch": f"{plan.batch} x {seq_len:,} tokens per step, in {plan.batch // plan.at_once} accumulation steps",

@@ -75,13 +75,8 @@ _530M = LighthouseModelArgs(
     rope_theta=10000,
     dense_layers=(0, 1, 28, 29),
 )
-_LLAMA_32: dict[str, Any] = {
-    "n_kv_heads": 8,
-    "vocab_size": 128256,
-    "ffn_dim_multiplier": 1.0,
-    "enable_weight_tying": True,
-}
-_LLAMA_32 |= {"rope_theta": 500000, "rope_scaling_args": RoPEScalingArgs(scaling_factor=32.0)}
+_LLAMA_32: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000, "enable_weight_tying": True}
+_LLAMA_32["rope_scaling_args"] = RoPEScalingArgs(scaling_factor=32.0)
 
 flavors = {
     # Small enough for a laptop's CPU. No layer stays dense: one dense layer of two would do all the
@@ -96,8 +91,7 @@ flavors = {
     "530M": _530M,
     # Llama 3.2's and 3.1's own, grouped heads and all, with as many dense layers at either end.
     "1B": LighthouseModelArgs(
-        **_LLAMA_32 | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5},
-        dense_layers=(0, 1, 14, 15),
+        **_LLAMA_32, dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, dense_layers=(0, 1, 14, 15)
     ),
     "3B": LighthouseModelArgs(**_LLAMA_32, dim=3072, n_layers=28, n_heads=24, dense_layers=(0, 1, 26, 27)),
     "8B": LighthouseModelArgs(**vars(llama3_args["8B"]), dense_layers=(0, 1, 30, 31)),

@@ -15,10 +15,6 @@ from .model import meta_model
 # What transformers takes where a config.json leaves the field out.
 DEFAULTS = {
     "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -29,6 +25,7 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "quantization_config": None,
 }
+DEFAULTS |= {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 # its fields by a flavor's
 FIELDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 FIELDS |= {"n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}
@@ -44,19 +41,16 @@ def llama_config(args: LighthouseModelArgs) -> dict:
     rope = {"rope_type": "llama3", "factor": args.rope_scaling_args.scaling_factor}
     rope |= {name: getattr(args.rope_scaling_args, name) for name in SCALING[1:]}
     one_layer = meta_model(replace(args, n_layers=1))  # type: ignore[call-arg]  # torchtitan has no types
-    same = {name: DEFAULTS[name] for name in ("model_type", "hidden_act", "attention_bias", "mlp_bias")}
-    return (
-        same
-        | {name: getattr(args, field) for field, name in FIELDS.items()}
-        | {
-            "architectures": ["LlamaForCausalLM"],
-            "intermediate_size": one_layer.layers["0"].feed_forward.w1.out_features,
-            "num_key_value_heads": args.n_kv_heads or args.n_heads,
-            "head_dim": args.dim // args.n_heads,
-            "max_position_embeddings": args.max_seq_len,
-            "rope_scaling": rope,
-        }
-    )
+    config = {name: DEFAULTS[name] for name in ("model_type", "hidden_act", "attention_bias", "mlp_bias")}
+    config |= {name: getattr(args, field) for field, name in FIELDS.items()}
+    return config | {
+        "architectures": ["LlamaForCausalLM"],
+        "intermediate_size": one_layer.layers["0"].feed_forward.w1.out_features,
+        "num_key_value_heads": args.n_kv_heads or args.n_heads,
+        "head_dim": args.dim // args.n_heads,
+        "max_position_embeddings": args.max_seq_len,
+        "rope_scaling": rope,
+    }
 
 
 def config_problems(job_config: JobConfig, field: str, folder: Path) -> Iterator[str]:
@@ -103,9 +97,8 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     given = {name: value for name, value in (config | rope).items() if value is not None}
     computed = {name: given.get(name, default) for name, default in DEFAULTS.items()}
-    n_heads = computed["num_attention_heads"]
-    computed["num_key_value_heads"] = config.get("num_key_value_heads") or n_heads
-    computed["head_dim"] = config.get("head_dim") or computed["hidden_size"] // n_heads
+    computed["num_key_value_heads"] = config.get("num_key_value_heads") or computed["num_attention_heads"]
+    computed["head_dim"] = config.get("head_dim") or computed["hidden_size"] // computed["num_attention_heads"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = {"rope_type": kind} | {name: rope.get(name) for name in SCALING}
     unscaled = kind == "default" or (kind in ("linear", "llama3") and scaling["factor"] == 1)

@@ -29,11 +29,15 @@ class ProjectionForLoss(nn.Module):  # no nn.Linear, which model converters (flo
         self.weight = nn.Linear(dim, vocab_size, bias=False).weight
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, N, dim] -> ([B, N, dim], [vocab_size, dim]), in the dtype that their product would have."""
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            return hidden.to(dtype), self.weight.to(dtype)
-        return hidden, self.weight
+        return as_product(hidden, self.weight)
+
+
+def as_product(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N, dim] and [vocab_size, dim], in the dtype that their product would have."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), weight.to(dtype)
+    return hidden, weight
 
 
 class _ChunkedLoss(torch.autograd.Function):

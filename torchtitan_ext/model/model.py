@@ -12,7 +12,7 @@ from torchtitan_ext.lighthouse.context_parallel import context_parallel_attentio
 from torchtitan_ext.lighthouse.kernels import CausalAttention
 
 from .args import LighthouseModelArgs
-from .loss import ProjectionForLoss
+from .loss import ProjectionForLoss, as_product
 
 
 class LighthouseSelfAttention(Attention):
@@ -52,20 +52,17 @@ class LighthouseSelfAttention(Attention):
 class TiedProjection(nn.Module):
     """The output projection by the embeddings' weight, which stays theirs: it is sharded, saved and counted once."""
 
-    def __init__(self, embeddings: nn.Embedding) -> None:
+    def __init__(self, embeddings: nn.Embedding, fuse_output: bool) -> None:
         super().__init__()
-        self._embeddings = [embeddings]  # in a list, else it would be registered here too
+        self.embeddings = (embeddings,)  # not registered here too, because in a tuple
+        self.project = as_product if fuse_output else nn.functional.linear
 
     @property
     def weight(self) -> Tensor:
-        return self._embeddings[0].weight
+        return self.embeddings[0].weight
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.weight)
-
-
-class TiedProjectionForLoss(TiedProjection):
-    forward = ProjectionForLoss.forward  # type: ignore[assignment]
+    def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.project(hidden, self.weight)
 
 
 class LighthouseTransformer(Transformer):
@@ -81,8 +78,7 @@ class LighthouseTransformer(Transformer):
         for block in self.layers.values():
             block.attention.inner_attention = CausalAttention(model_args.kernel)
         if model_args.enable_weight_tying:
-            tied = TiedProjectionForLoss if model_args.fuse_output else TiedProjection
-            self.output: Any = tied(self.tok_embeddings)
+            self.output: Any = TiedProjection(self.tok_embeddings, model_args.fuse_output)
         elif model_args.fuse_output:
             self.output = ProjectionForLoss(model_args.dim, model_args.vocab_size)
 

@@ -43,11 +43,10 @@ class Rope:
     """Base of the frequencies. None, here and below, is the flavor's"""
 
     scaling_factor: float | None = None
-    """How many times slower slow rotations become; 1 scales none"""
+    """How many times slower the slow rotations become; 1 is no scaling"""
 
     original_max_position_embeddings: int | None = None
-    """Tokens per sequence before the extension: rotations that took longer than these are scaled, those that took less
-    than a quarter of them are not, and others in part"""
+    """Tokens per sequence before the extension. Rotations that took less than a quarter of these are never scaled."""
 
 
 @dataclass
