@@ -203,7 +203,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     shared = " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1 or name == "dp_shard")
     return {
         "model": f"{job.model.flavor}, {plan.n_params:,} parameters, {plan.flops / 1e9:.3g} GFLOPs per token",
-        "RoPE": ", ".join(f"{name} {value:g}" for name, value in {"theta": args.rope_theta, **rope}.items()),
+        "RoPE": ", ".join(f"{name} {value:,}" for name, value in {"theta": args.rope_theta, **rope}.items()),
         "attention": attention,
         "GPUs": f"{dims.world_size}: {shared}",
         "batch": f"{plan.batch} x {seq_len:,} tokens per step, in {plan.batch // plan.at_once} accumulation steps",

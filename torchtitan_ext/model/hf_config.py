@@ -61,32 +61,31 @@ def config_problems(job_config: JobConfig, field: str, folder: Path) -> Iterator
     given = [name for name, value in vars(job_config.rope).items() if value is not None]
     chosen = {"rope_theta" if name == "theta" else "rope_scaling" for name in given}
     try:
-        there = {name: value for name, value in _computed(json.loads(file.read_text())).items() if name not in chosen}
-        if other := _difference(there, flavors[flavor]):
+        there = _computed(json.loads(file.read_text()))
+        if other := _difference(there, flavors[flavor], chosen):
             other = f"model.flavor = {flavor!r}: {file}, which {field} leads to, is of another model ({other}); "
-            yield other + _remedy(there)
+            yield other + _remedy(there, chosen)
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         yield f"{field}: {file} can't be read ({error}); fetch it again, or delete it"
 
 
-def _difference(there: dict[str, Any], args: LighthouseModelArgs) -> str:
+def _difference(there: dict[str, Any], args: LighthouseModelArgs, chosen: set[str]) -> str:
     here = _computed(llama_config(args))
-    return "; ".join(
-        f"{name} is {value!r} there and {here[name]!r} here" for name, value in there.items() if value != here[name]
-    )
+    changed = [name for name, value in there.items() if value != here[name] and name not in chosen]
+    return "; ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in changed)
 
 
-def _remedy(there: dict[str, Any]) -> str:
+def _remedy(there: dict[str, Any], chosen: set[str]) -> str:
     """How to train the model of a config.json: by a flavor that has its numbers, or by a new one."""
-    if suited := [repr(name) for name, args in flavors.items() if not _difference(there, args)]:
+    if suited := [repr(name) for name, args in flavors.items() if not _difference(there, args, chosen)]:
         return f"set it to {' or '.join(suited)}"
-    values = {name: there[theirs] for name, theirs in FIELDS.items() if theirs in there}
-    width, rope = there["intermediate_size"], there.get("rope_scaling") or {}
+    values = {name: there[theirs] for name, theirs in FIELDS.items()}
+    width, rope = there["intermediate_size"], there["rope_scaling"] or {}
     # llama3 takes this part of 8/3 dim, rounded up to a multiple
     values |= {"ffn_dim_multiplier": round(3 * width / (8 * there["hidden_size"]), 6), "multiple_of": width & -width}
     scaling = [rope[name] for name in SCALING] if rope.get("rope_type") == "llama3" else [1.0]
     values["rope_scaling_args"] = RoPEScalingArgs(*scaling)
-    if impossible := _difference(there, LighthouseModelArgs(**values)):
+    if impossible := _difference(there, LighthouseModelArgs(**values), chosen):
         return f"no flavor can be like it ({impossible}): give weights of another model"
     numbers = ", ".join(f"{name}={value!r}" for name, value in values.items())
     return f"docs/extend.md says where to add its flavor: flavors['mine'] = LighthouseModelArgs({numbers})"
