@@ -63,8 +63,8 @@ def config_problems(job_config: JobConfig, field: str, folder: Path) -> Iterator
     try:
         there = _computed(json.loads(file.read_text()))
         if other := _difference(there, flavors[flavor], chosen):
-            other = f"model.flavor = {flavor!r}: {file}, which {field} leads to, is of another model ({other}); "
-            yield other + _remedy(there, chosen)
+            leads_to = f"{file}, which {field} leads to, is of a model that computes something else ({other})"
+            yield f"model.flavor = {flavor!r}: {leads_to}; {_remedy(there, chosen)}"
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         yield f"{field}: {file} can't be read ({error}); fetch it again, or delete it"
 
