@@ -38,14 +38,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 @pytest.fixture(scope="module", params=["debug", "grouped"])
 def exported(request, tmp_path_factory):
-    """A model of ours beside its Hugging Face folder; `grouped` has 2 query heads a KV head, tied embeddings and RoPE
-    that its job changed."""
+    """A model of ours beside its Hugging Face folder; `grouped` has 2 query heads a KV head, tied weights, own RoPE."""
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as monkeypatch:
         grouped = replace(flavors["debug"], n_heads=4, n_kv_heads=2, enable_weight_tying=True)
         monkeypatch.setitem(flavors, "grouped", grouped)
-        rope = {"theta": 5e4, "scaling_factor": 32, "original_max_position_embeddings": 512}
-        rope = rope if request.param == "grouped" else {}
+        rope = {"theta": 5e4, "scaling_factor": 32} if request.param == "grouped" else {}
         model = build(request.param, seq_len=9000, rope=rope)
         export(find_checkpoint(save_run(folder, model, flavor=request.param, rope=rope)), folder / "hf")
     hf = folder / "hf"

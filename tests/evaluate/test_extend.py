@@ -13,11 +13,11 @@ from helpers.models import parse
 from helpers.streams import write_lines
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from torchtitan_ext.evaluate.niah import find_candidate
 
-CONFIGS = "configs/llama3.2-1b-128k"
+CONFIGS, END = "configs/llama3.2-1b-128k", "<|end|>"
 SMALL = ["--training.seq_len=512", "--training.global_batch_size=2", "--training.mixed_precision_param=float32"]
 SMALL += ["--lighthouse.top_k=32", "--lighthouse.tile_winners=8", "--rope.theta=4e6", "--lr_scheduler.warmup_steps=2"]
 SMALL += ["--compile.no_enable", "--metrics.log_freq=1", "--checkpoint.interval=2"]
@@ -25,63 +25,51 @@ MODEL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "n
 MODEL |= {"intermediate_size": 160, "vocab_size": 1024, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
 
 
-@pytest.fixture
-def launch(tmp_path, monkeypatch):
-    """Trains a stage of the recipe on what the team has, with the flavor that the check of its folder says to add."""
-    monkeypatch.chdir(ROOT)
-    text, (bos, eos) = Path(argparse.__file__).read_text(), ("<|begin|>", "<|end|>")
-    tokenizer = Tokenizer(models.BPE())
+@pytest.mark.slow
+def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
+    text, tokenizer, given = Path(argparse.__file__).read_text(), Tokenizer(models.BPE()), tmp_path / "given"
+    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(given)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=[bos, eos], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([text, " 0 1 2 3 4 5 6 7 8 9" * 99], trainer)  # few digits in it are like the others
-    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(tmp_path / "model")
-    tokenizer.save(str(tmp_path / "model/tokenizer.json"))
-    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": eos}))
+    settings = {"vocab_size": 1000, "special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    digits = " 0 1 2 3 4 5 6 7 8 9" * 99  # frequent, so that each is one token
+    tokenizer.train_from_iterator([text, digits], trainers.BpeTrainer(**settings))
+    tokenizer.save(str(given / "tokenizer.json"))
+    (given / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
     write_lines(tmp_path / "text.jsonl.zst", [text[i : i + 2000] for i in range(0, len(text), 2000)])
-    data = [f"--model.hf_assets_path={tmp_path}/model", f"--training.dataset_path={tmp_path}/text.jsonl.zst"]
-    [problem] = problems(parse(f"{CONFIGS}/extend.toml", *SMALL, *data))
-    flavor = problem[problem.index("flavors['mine']") :]
-    imports = "from torchtitan_ext.model import LighthouseModelArgs, RoPEScalingArgs, flavors"
-    (tmp_path / "my_flavor.py").write_text(f"{imports}\n{flavor}\n")
-    monkeypatch.syspath_prepend(tmp_path)
 
-    def run(name, stage, steps, *more):
-        arguments = [f"--job.config_file={CONFIGS}/{stage}.toml", f"--job.dump_folder={tmp_path / name}", *SMALL, *data]
-        arguments += ["--model.flavor=mine", "--experimental.custom_import=my_flavor", f"--training.steps={steps}"]
-        good, output = train(1, [*arguments, *more])
+    monkeypatch.chdir(ROOT)
+    common = [*SMALL, f"--model.hf_assets_path={given}", f"--training.dataset_path={tmp_path}/text.jsonl.zst"]
+    [problem] = problems(parse(f"{CONFIGS}/extend.toml", *common))
+    flavor = problem[problem.index("flavors['mine']") :]
+    (tmp_path / "my_flavor.py").write_text(f"from torchtitan_ext.model import *\n{flavor}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    common += ["--model.flavor=mine", "--experimental.custom_import=my_flavor"]
+
+    def launch(name, stage, steps, *more):
+        files = [f"--job.config_file={CONFIGS}/{stage}.toml", f"--job.dump_folder={tmp_path / name}"]
+        good, output = train(1, [*files, *common, f"--training.steps={steps}", *more])
         assert good, output
         return tmp_path / name
 
-    return run
-
-
-@pytest.mark.slow
-def test_a_llama_is_extended_and_comes_back(launch, tmp_path, monkeypatch):
     def export(run):
-        folder = tmp_path / f"{run.name}_hf"
-        assert run_command(monkeypatch, "export", run, "--output", folder) == 0
-        return folder
+        assert run_command(monkeypatch, "export", run, "--output", f"{run}_hf") == 0
+        return Path(f"{run}_hf")
 
     untrained = export(launch("untrained", "dense", 2, "--optimizer.lr=0"))
-    given, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", untrained))
-    assert given.keys() == kept.keys() and all(torch.equal(kept[name], given[name]) for name in given)
+    before, after = (load_file(folder / "model.safetensors") for folder in (given, untrained))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
-    whole, resumed = launch("whole", "extend", 4), launch("resumed", "extend", 2)
-    launch("resumed", "extend", 4)
+    whole, _, resumed = launch("whole", "extend", 4), launch("resumed", "extend", 2), launch("resumed", "extend", 4)
     assert losses(whole) == losses(resumed) and len(losses(whole)) == 4
-    start = f"--checkpoint.initial_load_path={whole}/checkpoint/step-4"
-    finished = launch("finished", "stage2", 6, start)
-    config = AutoConfig.from_pretrained(export(finished))
-    assert config.max_position_embeddings == 512 and config.rope_parameters["rope_theta"] == 4e6
-    llama, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "finished_hf"), torch.arange(1000)[None, :512]
+    finished = launch("finished", "stage2", 6, f"--checkpoint.initial_load_path={whole}/checkpoint/step-4")
+    llama = AutoModelForCausalLM.from_pretrained(export(finished))
+    assert (llama.config.max_position_embeddings, llama.config.rope_parameters["rope_theta"]) == (512, 4e6)
     with torch.no_grad():
-        ours = find_candidate(finished).load(torch.device("cpu"), torch.float32)(tokens)
+        ours = find_candidate(finished).load(torch.device("cpu"), torch.float32)(tokens := torch.arange(512)[None])
         torch.testing.assert_close(ours, llama(tokens).logits[:, -1], rtol=0, atol=1e-4)
-    for evaluated in (finished, tmp_path / "finished_hf"):
-        out = tmp_path / "niah" / evaluated.name
-        options = ["--contexts", 256, "--depths", 50, "--output", out]
-        assert run_command(monkeypatch, "niah", evaluated, *options) == 0
-    tables = [json.loads(file.read_text())["cells"] for file in sorted(tmp_path.glob("niah/*/niah.json"))]
-    assert len(tables) == 2 and tables[0] == tables[1]
+    cells = []
+    for path in (finished, f"{finished}_hf"):
+        options = ["--contexts", 256, "--depths", 50, "--output", f"{path}_niah"]
+        assert run_command(monkeypatch, "niah", path, *options) == 0
+        cells.append(json.loads(Path(f"{path}_niah/niah.json").read_text())["cells"])
+    assert cells[0] == cells[1]

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
+from torchtitan_ext import model
 from torchtitan_ext.jobs.resume import HF_INDEX, METADATA, checkpoint_to_load, complete_metadata, excluded_states
 from torchtitan_ext.jobs.rules import check_job, parallel_dims
-from torchtitan_ext.model import LighthouseModelArgs, LighthouseTransformer, RoPEScalingArgs, flavors
+from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.hf_config import llama_config
 from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
 
@@ -363,12 +364,14 @@ def rope(**changes):
         (rope(factor=32.0), ["'factor': 32.0", "'factor': 8.0"]),
         ({"rms_norm_eps": 1e-6}, ["rms_norm_eps is 1e-06 there and 1e-05 here"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu' there", "no flavor can be like it (hidden_act is 'gelu'"]),
+        ({"hidden_size": 96, "intermediate_size": 344, "head_dim": 48}, ["hidden_size is 96", "flavors['mine'] = "]),
+        ({"num_hidden_layers": 3, "rope_scaling": None}, ["num_hidden_layers is 3", "flavors['mine'] = "]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings is True there"]),
         ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}, ["_heads is 4"]),
     ],
 )
-def test_weights_of_hugging_face_must_be_of_a_model_that_computes_the_same(job, tmp_path, changes, words, spelling):
-    """Where their config.json says so, in either spelling of RoPE: the shapes are the same."""
+def test_hugging_faces_config_must_be_of_the_flavor(job, tmp_path, monkeypatch, changes, words, spelling):
+    """In either spelling of RoPE; of another model it comes with the flavor to add."""
     start, config = from_hugging_face(tmp_path), llama_config(flavors["debug"]) | changes
     if spelling == "transformers":
         LlamaConfig(**config).save_pretrained(tmp_path)
@@ -377,25 +380,10 @@ def test_weights_of_hugging_face_must_be_of_a_model_that_computes_the_same(job, 
     if words is None:
         check_job(job(*start))
     else:
-        only_problem(job(*start), tmp_path / "config.json", "model.flavor = 'debug'", *words)
-    if "rope" in str(changes):  # on purpose
+        problem = only_problem(job(*start), tmp_path / "config.json", "model.flavor = 'debug'", *words)
+        if "flavors['mine'] = " in problem:
+            monkeypatch.setitem(flavors, "mine", None)
+            exec(problem[problem.index("flavors['mine']") :], vars(model))
+            only_problem(job(*start), "set it to 'mine'")
+    if changes.keys() <= {"rope_theta", "rope_scaling"}:  # on purpose
         check_job(job(*start, "--rope.theta=5e5", "--rope.scaling_factor=4"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"hidden_size": 96, "intermediate_size": 344, "num_attention_heads": 6},
-        {"num_hidden_layers": 3, "num_key_value_heads": 1, "rope_scaling": None},
-    ],
-)
-def test_a_model_that_no_flavor_is_comes_with_the_flavor_to_add(job, tmp_path, monkeypatch, changes):
-    config = llama_config(flavors["debug"]) | {"head_dim": None, "tie_word_embeddings": True} | changes
-    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path)
-    start = f"--checkpoint.initial_load_path={tmp_path}", "--checkpoint.initial_load_in_hf"
-    problem = only_problem(job(*start), *(f"{name} is {value} there" for name, value in changes.items()))
-    monkeypatch.setitem(flavors, "mine", None)
-    names = {"flavors": flavors, "LighthouseModelArgs": LighthouseModelArgs, "RoPEScalingArgs": RoPEScalingArgs}
-    exec(problem[problem.index("flavors['mine']") :], names)
-    only_problem(job(*start), "set it to 'mine'")
-    check_job(job(*start, "--model.flavor=mine"))

@@ -29,11 +29,6 @@ def test_530m_is_the_published_model_and_270m_has_a_byte_vocabulary():
     assert small["vocab_size"] == 384
 
 
-def test_1b_and_3b_are_llama_32():
-    sizes = {name: sum(p.numel() for p in build(flavors[name], device="meta").parameters()) for name in ("1B", "3B")}
-    assert sizes == {"1B": 1_235_814_400, "3B": 3_212_749_824}
-
-
 @pytest.mark.parametrize("fuse_output", [False, True])
 def test_a_tied_weight_gets_the_gradients_of_embeddings_and_projection(fuse_output):
     tied, apart = (build(args(enable_weight_tying=tied, fuse_output=fuse_output)) for tied in (True, False))
@@ -50,7 +45,9 @@ def test_a_tied_weight_gets_the_gradients_of_embeddings_and_projection(fuse_outp
     assert counts[0] == (counts[1][0] - 384 * 32, counts[1][1])
 
 
-def test_8b_is_torchtitans():
+def test_1b_and_3b_are_as_large_as_llama_32_and_8b_is_torchtitans():
+    sizes = [sum(p.numel() for p in build(flavors[name], device="meta").parameters()) for name in ("1B", "3B")]
+    assert sizes == [1_235_814_400, 3_212_749_824]
     ours = build(flavors["8B"], device="meta").state_dict()
     with torch.device("meta"):
         theirs = Transformer(llama3_args["8B"]).state_dict()
