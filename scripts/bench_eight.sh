@@ -16,7 +16,7 @@ n=${NGPU:-8}
 part=${1:-}
 shift
 shared=parallelism.context_parallel_degree=$n
-selective=activation_checkpoint.mode=selective
+selective=activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns=none    # every other product is kept
 recipe=(--run stage1 configs/530m/stage1.toml --run dense configs/530m/dense.toml)
 
 bench() {
