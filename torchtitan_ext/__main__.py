@@ -1,4 +1,4 @@
-"""python -m torchtitan_ext <verb>"""
+"""Run `python -m torchtitan_ext <verb>`."""
 
 import os
 import sys
@@ -7,10 +7,10 @@ from .console import run
 
 
 def entry() -> None:
-    sys.path.insert(1, os.getcwd())  # from which a training imports what a job names
+    sys.path.insert(1, os.getcwd())  # as in training, for modules that a job names
 
     def main() -> int:
-        from .cli import main  # here, so that a missing package is named in one line
+        from .cli import main  # here, so that a missing package ends in one line
 
         return main(sys.argv[1:])
 

@@ -1,4 +1,4 @@
-"""Read a command's arguments with tyro: a dataclass says what they are, one line what is wrong with them."""
+"""Read a command's arguments with tyro: a dataclass defines them, and an error is one line."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ Positives = tuple[Positive, ...]
 
 
 def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:
-    """`arguments` as a `kind`, with options of tyro.cli. Raises ValueError for wrong ones; --help exits."""
+    """Parse `arguments` into a `kind`, with options of tyro.cli. Raises ValueError for wrong ones; --help exits."""
     try:
         with redirect_stderr(StringIO()) as printed:
             parsed = tyro.cli(kind, args=arguments, prog=program, **options)
@@ -41,12 +41,12 @@ def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:
 
 
 def one_line(printed: str) -> str:
-    """What tyro's box says is wrong, without its frame, title, help texts and advice to call --help."""
+    """The error in tyro's box, without frame, title, help texts and the advice to call --help."""
     lines = (line.strip("│ ") for line in printed.splitlines() if not re.match("[╭╰]|│ [─ ]{6}", line))
     return re.sub(r"\.? *(Argument helptext: .*)?For full helptext.*", "", " ".join(lines))
 
 
 def start(kind: Any) -> NoReturn:
-    """Run a script, which its docstring describes: `kind` is a dataclass of its arguments, with a method `run`."""
+    """Run a script: `kind` is a dataclass of its arguments with a method `run`; its docstring is the help text."""
     program, description = f"python scripts/{Path(sys.argv[0]).name}", sys.modules[kind.__module__].__doc__
     run(lambda: parse(kind, sys.argv[1:], program, description=description).run(), program)

@@ -1,4 +1,4 @@
-"""The verbs of `python -m torchtitan_ext <verb>`. Training is `torchrun -m torchtitan_ext.train`."""
+"""Verbs of `python -m torchtitan_ext <verb>`. Training is `torchrun -m torchtitan_ext.train`."""
 
 import os
 import sys
@@ -22,13 +22,13 @@ JobFile = Annotated[Path, arg(name="job.config_file")]
 
 @dataclass
 class Patch:
-    """Patch torchtitan, say whether it is patched, or make it as released again: all patches or none.
+    """Patch torchtitan, check whether it is patched, or restore the release: all patches or none.
 
-    Exit code: 0 done, or so already (check: patched); 1 check found torchtitan as released, 2 it was refused.
+    Exit code: 0 done, now or before (check: patched); 1 check found torchtitan as released; 2 error.
     """
 
     action: Positional[Literal["apply", "check", "revert"]]
-    root: Path | None = None  # folder that holds torchtitan/, as a git checkout does; None for where it is installed
+    root: Path | None = None  # folder that contains torchtitan/, such as a git checkout; None for the installed one
 
     def run(self) -> int:
         from . import patching
@@ -46,15 +46,15 @@ class Patch:
 class Preflight:
     """Check a whole run before it costs anything, in seconds: no training, no GPU, on any machine.
 
-    Lists every problem of versions, patches, settings, data, checkpoint, disk and GPU memory, and what the run
-    will take. Overrides are torchtitan's, as for training: --lighthouse.top_k 2048.
+    Lists every problem of versions, patches, settings, data, checkpoint, disk and GPU memory, and estimates time and
+    resources. Overrides are torchtitan's, as for training: --lighthouse.top_k 2048.
     Exit code: 0 no problem, 1 problems, 2 wrong arguments.
     """
 
     config_file: JobFile  # the job file
     nproc: Positive = 1  # processes of the run on all nodes, one per GPU
     gpu_memory: float | None = None  # GiB of one GPU; None for this machine's, or the 139 of an NVIDIA H200
-    tok_s: float | None = None  # tokens per second per GPU, `tps` in a log; None for what an H200's measured MFU gives
+    tok_s: float | None = None  # tokens per second per GPU, `tps` in a log; None for an estimate from an H200's MFU
 
     def run(self, overrides: list[str]) -> int:
         from .jobs.preflight import report
@@ -69,13 +69,13 @@ class Preflight:
 class Splits:
     """Run a split-point experiment: dense, stage 1, and stage 2 from each split.
 
-    The same command continues what was interrupted. Overrides go to every run: --debug.seed 2.
+    The same command continues an interrupted experiment. Overrides apply to every run: --debug.seed 2.
     """
 
     configs: Path  # folder of dense.toml, stage1.toml and stage2.toml
     output: Path | None = None  # folder of the runs; None for outputs/<name of configs>
     nproc: Positive = 1  # processes, one per device
-    splits: Positives = ()  # steps at which stage 2 takes over; without any, 10, 11 and 12 sixteenths of its steps
+    splits: Positives = ()  # steps at which stage 2 starts; by default 10, 11 and 12 sixteenths of its steps
     only: tuple[Stage, ...] = ("dense", "stage1", "stage2")  # which of the runs
 
     def run(self, overrides: list[str]) -> None:
@@ -88,11 +88,11 @@ class Splits:
 
 @dataclass
 class Table:
-    """Make the split-point table and plot from the records that `splits` left."""
+    """Make the split-point table and plot from the records of `splits`."""
 
     folder: Positional[Path]  # the experiment: dense/, stage1/, stage2-*/
-    output: Path | None = None  # where table and plot go; None for the experiment's folder
-    others: tuple[Path, ...] = ()  # experiments from other seeds or with other settings, as `ablate` leaves them
+    output: Path | None = None  # folder of table and plot; None for the experiment's
+    others: tuple[Path, ...] = ()  # experiments with other seeds or settings, such as those of `ablate`
 
     def run(self) -> None:
         import tomllib
@@ -108,15 +108,15 @@ class Table:
 class Ablate:
     """Run cells of an ablation grid: stage 1 to ten sixteenths of the steps, then stage 2 to the end.
 
-    A cell is its settings in the grid on top of the job files in --configs. Without --cells they are listed.
+    A cell is the job files in --configs with the settings of its entry in the grid. Without --cells, lists them.
     """
 
     cells: tuple[str, ...] = ()  # names, or all
-    grid: Path = PUBLISHED  # TOML with [[ablations]], each a run and its settings
+    grid: Path = PUBLISHED  # TOML with [[ablations]], each with a run's name and settings
     configs: Path = CONFIGS / "530m"  # folder of dense.toml, stage1.toml and stage2.toml
     output: Path = Path("outputs/ablations")  # folder of the cells' runs
     nproc: Positive = 1  # processes, one per device
-    splits: Positives = ()  # steps at which stage 2 takes over; without any, ten sixteenths of its steps
+    splits: Positives = ()  # steps at which stage 2 starts; by default ten sixteenths of its steps
 
     def run(self, overrides: list[str]) -> None:
         from .experiment import ablations, runner
@@ -135,13 +135,13 @@ class Ablate:
 
 @dataclass
 class Niah:
-    """Ask a checkpoint for a digit hidden in random text: table, JSON and heat map of what it retrieves.
+    """Measure whether a checkpoint retrieves a digit hidden in random text: table, JSON and heat map.
 
-    The model attends densely, whatever it was trained with: in bfloat16 on a GPU, in float32 where there is none.
+    The model always attends densely: in bfloat16 on a GPU, in float32 on a CPU.
     """
 
     checkpoint: Positional[Path]  # a step-N folder, a run's folder for its newest step, or a Hugging Face folder
-    contexts: Positives = ()  # tokens; without any, 4096, 8192, 16384, 32768, 65536 and 98304 as far as it was trained
+    contexts: Positives = ()  # tokens; by default 4096, 8192, 16384, 32768, 65536 and 98304, up to its training length
     depths: tuple[int, ...] = (0, 15, 30, 50, 70, 85, 100)  # percent of the filler before the needle
     trials: Positive = 10  # prompts per context and depth, a multiple of 10
     batch_size: Positive = 10  # prompts at once
@@ -177,9 +177,9 @@ class Niah:
 
 @dataclass
 class Export:
-    """Export a checkpoint as a Hugging Face folder, which transformers loads as a plain Llama.
+    """Export a checkpoint as a Hugging Face folder that transformers loads as a plain Llama.
 
-    Needs no GPU. The model is the one that config.json in the run's folder describes.
+    Needs no GPU. Reads the model's shape from config.json in the run's folder.
     """
 
     checkpoint: Positional[Path]  # a step-N folder, or a run's folder for its newest step
@@ -205,15 +205,15 @@ class Export:
 
 @dataclass
 class CheckData:
-    """Check text files: count their documents, find what is damaged, say what is missing of a copy of C4.
+    """Check text files: count documents, find damage, and list the missing files of a copy of C4.
 
-    Reads every file as training reads it, and compares what it holds with what a run reads.
-    Exit code: 0 nothing is damaged (files may be missing), 1 something is, 2 wrong arguments.
+    Reads every file as training does, and compares its size with what a run reads.
+    Exit code: 0 no damage (files may be missing), 1 damage, 2 wrong arguments.
     """
 
     dataset_path: Positional[str]  # a copy of C4, file, folder, glob, data set on the hub, or a job file: all it reads
     workers: Positive = os.cpu_count() or 1  # processes that read
-    config_file: JobFile = CONFIGS / "530m" / "dense.toml"  # of the run; overrides follow: --training.steps 1000
+    config_file: JobFile = CONFIGS / "530m" / "dense.toml"  # the run; overrides follow: --training.steps 1000
 
     def run(self, overrides: list[str]) -> int:
         from .data.c4_check import check_files, files_to_check, report
@@ -251,7 +251,7 @@ def main(arguments: list[str]) -> int:
     verbs: Any = Union[tuple(Annotated[v, subcommand(name, prefix_name=False)] for name, v in VERBS.items())]  # noqa: UP007
     chosen, overrides = parse(verbs, arguments, "python -m torchtitan_ext", return_unknown_args=True)
     if not isinstance(chosen, (Patch, Table)):
-        # what is missing for a preflight, its report names
+        # the preflight's report lists missing packages
         with suppress(ImportError) if isinstance(chosen, Preflight) else nullcontext():
             from .train.spec import register
 

@@ -1,6 +1,6 @@
-"""How a command ends: a user's error prints one line, a bug its traceback.
+"""End a command: user errors print one line, bugs a traceback.
 
-Imports nothing that takes time or may be missing, so that --help and a wrong environment are answered at once.
+Imports nothing that is slow or may be missing, so that --help and errors of the environment appear at once.
 """
 
 import errno
@@ -22,16 +22,16 @@ REMEDIES = {
 
 
 class CommandFailed(Exception):
-    """What a command started has failed. The message says why, and what to do."""
+    """A process that a command started has failed. The message gives cause and remedy."""
 
 
 def is_address(path: str) -> bool:
-    """Whether a path begins with a scheme, as s3://bucket: it would become a folder of that name here."""
+    """Whether a path begins with a scheme, such as s3://bucket, which would become a folder of that name here."""
     return bool(re.match(r"[A-Za-z][\w+.-]+:/", path))
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder, made if need be, before time is spent on its content. Raises OSError if nothing can be written."""
+    """Create the folder if needed, before time is spent on its content. Raises OSError if it is not writable."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
@@ -39,7 +39,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def run(main: Callable[[], int | None], program: str) -> NoReturn:
-    """Exit with what `main` returns, or as `end` says if it raises."""
+    """Exit with the code that `main` returns, or that `end` gives an exception."""
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -49,9 +49,9 @@ def run(main: Callable[[], int | None], program: str) -> NoReturn:
 
 
 def end(error: BaseException, program: str) -> int:
-    """Say on stderr why a command ends; returns its exit code.
+    """Print the error to stderr; return the exit code.
 
-    2 is for bad input and a missing package, 130 for an interruption, 1 for everything else.
+    2 for bad input and missing packages, 130 for Ctrl-C, 1 for everything else.
     """
     code, reason = 2, str(error)
     if isinstance(error, KeyboardInterrupt):

@@ -19,7 +19,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: st
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure that only is saved: outside of pyplot, so no display is needed and nothing has to be closed."""
+    """A figure to save, not to show: it needs no display and no closing, unlike pyplot's."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

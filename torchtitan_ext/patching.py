@@ -1,7 +1,7 @@
-"""Apply this repository's patches to torchtitan, take them back, or say whether they are there.
+"""Apply this repository's patches to torchtitan, revert them, or check for them.
 
 git writes each file's blob ids into a patch (`index OLD..NEW`). A tree is as released when every patched file has its
-first OLD id, patched when every file has its last NEW id; anything else is refused.
+first OLD id, patched when every file has its last NEW id. Any other tree is an error.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ REINSTALL = f"pip install --force-reinstall --no-deps torchtitan=={VERSION}"
 
 
 class PatchingError(ValueError):
-    """The message says why, names the files, and what to do."""
+    """The message gives cause, files and remedy."""
 
 
 def series() -> list[Path]:
@@ -29,7 +29,7 @@ def series() -> list[Path]:
 
 
 def blob_ids() -> dict[str, list[str]]:
-    """For each file that the patches touch, its blob ids: as released, then after each patch."""
+    """Blob ids of each file that the patches touch: as released, then after each patch."""
     ids: dict[str, list[str]] = {}
     for patch in series():
         for name, old, new in re.findall(r"(?m)^diff --git a/(\S+) .*\nindex (\w{40})\.\.(\w{40})", patch.read_text()):
@@ -64,7 +64,7 @@ def is_patched(root: Path) -> bool:
 
 
 def check_patched(changed_is_fine: bool = False) -> None:
-    """Raises PatchingError for a torchtitan as released, or else changed, which its owner may have done on purpose."""
+    """Raise PatchingError for torchtitan as released and, unless `changed_is_fine`, for one changed in another way."""
     root, patched = installed_root(), True
     with suppress(*([PatchingError] if changed_is_fine else [])):
         patched = is_patched(root)
@@ -73,13 +73,13 @@ def check_patched(changed_is_fine: bool = False) -> None:
 
 
 def change(root: Path, patched: bool) -> bool:
-    """Make the torchtitan/ in `root` patched, or as released; False if it was so. A failing patch changes nothing."""
+    """Patch the torchtitan/ in `root` or revert it; False if it was so already. A failing patch changes nothing."""
     if is_patched(root) == patched:
         return False
     modes = {root / name: (root / name).stat().st_mode for name in blob_ids()}
     git = subprocess.run(
         ["git", "apply", "-p2", *([] if patched else ["--reverse"])],
-        input="".join(patch.read_text() for patch in series()),  # as one: git checks all of it before it writes
+        input="".join(patch.read_text() for patch in series()),  # one input: git checks all of it before it writes
         cwd=(root / "torchtitan").resolve(),  # git follows no links
         # Inside a repository, git apply skips files that are not the repository's.
         env=os.environ | {"GIT_DIR": os.devnull},
@@ -88,6 +88,6 @@ def change(root: Path, patched: bool) -> bool:
     )
     if git.returncode or is_patched(root) != patched:
         raise PatchingError(f"git apply failed:\n{git.stderr.strip()}")
-    for path, mode in modes.items():  # git gives each file the umask's
+    for path, mode in modes.items():  # git resets modes to the umask's
         path.chmod(mode)
     return True

@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a live bar on a terminal, elsewhere a plain line now and then."""
+"""Progress of a command on stderr: a live bar on a terminal, else a line every ten seconds."""
 
 import math
 from datetime import timedelta
@@ -10,11 +10,11 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Display(Progress):
-    """One task after another; the bar lives while it is entered."""
+    """Shows one task after another; a context manager."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
-        # a narrow terminal cuts the bar first
+        # the bar comes last: a narrow terminal cuts it first
         columns = (TextColumn("{task.description}  {task.fields[status]}", markup=False), BarColumn(20))
         live = console.is_interactive
         super().__init__(*columns, console=console, disable=not live, speed_estimate_period=math.inf)
@@ -23,7 +23,7 @@ class Display(Progress):
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, title: str, total: float, done: float = 0) -> None:
-        """Begin a task, which the following calls are about."""
+        """Begin a task; `count` and `show` apply to the latest."""
         self.add_task(title, total=total, completed=done, status="")  # type: ignore[arg-type]
         self.last_line = self.get_time()
 
@@ -32,7 +32,7 @@ class Display(Progress):
         self.show(self.tasks[-1].completed + amount, what)
 
     def show(self, done: float, what: str = "") -> None:
-        """Show that `done` of the total is done, and the time left at the mean speed so far."""
+        """Show `done` of the total, and the time left at the mean speed so far."""
         task, now = self.tasks[-1], self.get_time()
         self.update(task.id, completed=done)
         left = "" if task.time_remaining is None else f", left {timedelta(seconds=task.time_remaining)}"

@@ -1,6 +1,6 @@
 """Import this to train with stock torchtitan: `experimental.custom_import = "torchtitan_ext.register"`.
 
-Registers `llama3_lighthouse` and the data sets. Everything else of this package changes nothing when imported.
+Registers `llama3_lighthouse` and the data sets. No other module has side effects when imported.
 
     torchrun --nproc_per_node=8 -m torchtitan.train --job.config_file configs/530m/stage1.toml \\
         --job.custom_config_module torchtitan_ext.model.settings --experimental.custom_import torchtitan_ext.register

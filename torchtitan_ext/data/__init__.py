@@ -1,4 +1,4 @@
-"""What a run reads: the byte tokenizer, the data sets and their loader."""
+"""Data of a run: the byte tokenizer, the data sets and their loader."""
 
 from torchtitan_ext.data.dataloader import build_dataloader
 from torchtitan_ext.data.datasets import check_data, check_dataset, settings_of

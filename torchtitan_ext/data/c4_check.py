@@ -1,4 +1,4 @@
-"""Check files of text: what they hold, what is damaged, what is missing of a copy of C4."""
+"""Check text files: count documents, find damage, list the missing files of a copy of C4."""
 
 import os
 import re
@@ -16,15 +16,15 @@ from torchtitan.config.job_config import Training
 from torchtitan_ext.data.datasets import OF_FILES, pieces_of_document, read_documents, sources, text_files
 
 FILE_NAME = re.compile(r"c4-train\.(\d{5})-of-(\d{5})\.json\.gz")
-PROBLEMS_KEPT = 5  # per file; after a corrupt byte nearly every line is one
+PROBLEMS_KEPT = 5  # per file: a corrupt byte can damage every later line
 
 
 @dataclass
 class Contents:
-    """What one file holds; characters and bytes are those of the texts."""
+    """Counts of one file; characters and bytes of its texts."""
 
     documents: int = 0
-    pieces: int = 0  # of the documents, as training takes them
+    pieces: int = 0  # that training cuts the documents into
     characters: int = 0
     utf8_bytes: int = 0
     n_problems: int = 0
@@ -42,7 +42,7 @@ class Contents:
 
 
 def files_to_check(job_config: JobConfig) -> list[tuple[str, str]]:
-    """The files that a job reads, each with the name of its text. Raises ValueError without any."""
+    """The files that a job reads, each with its `text_field`. Raises ValueError if there are none."""
     parts = sources(job_config)
     of_files = [source for source in parts if source["dataset"] in OF_FILES]
     if not of_files:
@@ -51,7 +51,7 @@ def files_to_check(job_config: JobConfig) -> list[tuple[str, str]]:
 
 
 def check_file(file: str, text_field: str = "text") -> Contents:
-    """Reads one file as training does, and on past what is damaged."""
+    """Read one file as training does, but continue after damage."""
     contents = Contents()
     try:
         for line, sample in enumerate(read_documents(file, text_field), 1):
@@ -73,14 +73,14 @@ def check_file(file: str, text_field: str = "text") -> Contents:
 
 
 def check_files(files: Sequence[str], workers: int, text_fields: Iterable[str] = repeat("text")) -> Iterator[Contents]:
-    """`check_file` of each, in their order, by as many processes."""
+    """Check files in `workers` processes; results come in the order of `files`."""
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # the parent stops them
     with ProcessPoolExecutor(min(workers, len(files)), initializer=signal.signal, initargs=ignore_interrupt) as pool:
         yield from pool.map(check_file, files, text_fields)
 
 
 def check_names(files: list[str]) -> tuple[list[str], list[str]]:
-    """Problems of the copy's file names, and notes on them."""
+    """Problems and notes about the file names of a copy of C4."""
     names = [match for file in files if (match := FILE_NAME.fullmatch(os.path.basename(file)))]
     totals = Counter(match[2] for match in names)
     if len(totals) > 1:
@@ -97,14 +97,14 @@ def check_names(files: list[str]) -> tuple[list[str], list[str]]:
 
 def remedy(file: str) -> str:
     """How to get an intact copy of one file."""
-    # Without --force-download, a file that wasn't changed since it was fetched counts as up to date.
+    # Without --force-download, hf keeps a file that was damaged when it was fetched.
     if download := _download(file, f"en/{os.path.basename(file)}", "--force-download"):
         return f"fetch it again (or write it again, if the data is your own): {download}"
     return "put an intact copy of the file in its place"
 
 
 def report(files: Sequence[str], checked: list[Contents], training: Training) -> tuple[str, bool]:
-    """What `check_file` found in each file, compared with what a run reads; and whether anything is damaged."""
+    """The report on checked files, compared with what a run reads, and whether there is damage."""
     by_folder = [check_names(list(group)) for _, group in groupby(files, os.path.dirname)]
     problems, notes = (list(chain(*found)) for found in zip(*by_folder, strict=True))
     for file, contents in zip(files, checked, strict=True):
@@ -117,7 +117,7 @@ def report(files: Sequence[str], checked: list[Contents], training: Training) ->
     sizes = [(c.documents, c.characters, c.utf8_bytes, c.tokens) for c in checked]
     documents, characters, utf8_bytes, tokens = map(sum, zip(*sizes, strict=True))
     seq_len, batch = training.seq_len, training.global_batch_size
-    # A sequence and its labels are seq_len + 1 tokens, and the next one starts after them.
+    # A sequence with its labels takes seq_len + 1 tokens.
     sequences, wanted = tokens // (seq_len + 1), training.steps * batch * (seq_len + 1)
     left_out = ", damaged lines left out" if problems else ""
     lines = [
@@ -135,13 +135,13 @@ def report(files: Sequence[str], checked: list[Contents], training: Training) ->
 
 
 def _download(file: str, *what: str) -> str | None:
-    """The command that fetches into the copy that `file` belongs to, where that has allenai/c4's layout."""
+    """The command that downloads into the copy of `file`, if its layout is allenai/c4's."""
     root, folder = os.path.split(os.path.dirname(os.path.abspath(file)))
     command = ["hf", "download", "allenai/c4", "--repo-type", "dataset", *what, "--local-dir", root]
     return shlex.join(command) if folder == "en" else None
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers with runs drawn together: 00001, 00005 to 00007."""
+    """Sorted numbers with runs merged: 00001, 00005 to 00007."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]:05d}" + (f" to {run[-1]:05d}" if len(run) > 1 else "") for run in runs)

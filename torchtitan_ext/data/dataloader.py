@@ -1,4 +1,4 @@
-"""torchtitan's text dataloader, exact on resume in every epoch, which can skip damaged data."""
+"""Load text as torchtitan does, with exact resume in every epoch and optional skipping of damaged data."""
 
 import os
 import signal
@@ -26,31 +26,31 @@ from torchtitan_ext.data.unpickling import load_plain
 class TextDataset(HuggingFaceTextDataset):
     """torchtitan's data set, but streams resume after a re-loop, and map-style data has a new order in each pass.
 
-    Of passkey documents only the answers are labels.
+    Only the answers of passkey documents are labels.
 
-    documents: of `load_documents`. skip: go on after what `read_documents` yields as damage.
+    documents: from `load_documents`. skip: leave out the damage that `read_documents` yields.
     """
 
     def __init__(
         self, documents: tuple, tokenizer: Any, seq_len: int, rank: int, n_ranks: int, infinite: bool, skip: bool
     ):
-        # torchtitan's own constructor looks a name up
+        # no super().__init__(), which looks a name up
         self.dataset_name, samples, self._text_processor, self._mixed = documents
         self._data = split_dataset_by_node(samples, rank, n_ranks)
         self._tokenizer, self.seq_len, self.infinite, self._skip_damaged = tokenizer, seq_len, infinite, skip
         self._sample_idx = 0
         self._token_buffer: list[int] = []
         self._drawn = [[0, 0] for _ in self._mixed]  # documents and characters of each source of a mixture
-        self._n_skipped = 0  # since the run started, over all its launches
-        self._n_passes = 0  # that ended
+        self._n_skipped = 0  # over all launches of the run
+        self._n_passes = 0  # completed
         self._named: set[str] = set()  # files whose damage the log has named
-        # A streamed data set that hasn't been read yet says that it stands at its start, wherever it resumes.
+        # Until its first sample, a resumed stream reports its start as its position.
         self._resumed_at: dict[str, Any] | None = None
 
     def _get_data_iter(self) -> Iterator[dict[str, Any]]:
         samples = super()._get_data_iter()
         if self._n_passes and isinstance(self._data, Dataset) and self._sample_idx < len(self._data):
-            # In memory, because a data set on a disk would write its order beside itself.
+            # In memory: the library would write the order into the data set's folder.
             shuffled = self._data.shuffle(seed=self._n_passes, keep_in_memory=True)
             samples = iter(shuffled.skip(self._sample_idx))
         for sample in samples:
@@ -65,15 +65,15 @@ class TextDataset(HuggingFaceTextDataset):
 
     def _skip(self, sample: dict[str, str]) -> None:
         self._n_skipped += 1
-        if sample["file"] not in self._named:  # a corrupt one may have damage in every line
+        if sample["file"] not in self._named:  # a corrupt file may have damage in every line
             self._named.add(sample["file"])
             logger.warning(
-                f"{sample['damage']}: left out, and with it whatever else is damaged in this file "
-                f"(python -m torchtitan_ext check-data names it all); number {self._n_skipped:,} on this rank"
+                f"{sample['damage']}: skipped, with all other damage in this file "
+                f"(python -m torchtitan_ext check-data lists it); number {self._n_skipped:,} on this rank"
             )
 
     def _count(self, sample: dict[str, Any]) -> None:
-        """Note whose a mixture's document is; log the shares at the first, the second, the fourth, the eighth ..."""
+        """Count a document of a mixture's source; log the shares after 1, 2, 4, 8, … documents."""
         of_source = self._drawn[sample["source"]]
         of_source[:] = of_source[0] + 1, of_source[1] + len(sample["text"])
         documents, characters = map(sum, zip(*self._drawn, strict=True))
@@ -91,14 +91,14 @@ class TextDataset(HuggingFaceTextDataset):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        # A copy: a worker's state is pickled by another thread, while the next document is added to it.
+        # A copy: another thread pickles a worker's state while the next document is added.
         state |= {"token_buffer": list(self._token_buffer), "documents": self._documents()}
         state |= {"n_skipped": self._n_skipped, "n_passes": self._n_passes}
         state |= {"drawn": [list(counts) for counts in self._drawn]} if self._mixed else {}
         return state | ({"data": self._resumed_at} if self._resumed_at is not None else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError for a state of another data set, where a position means something else."""
+        """Raises ValueError for the state of another data set, whose positions mean something else."""
         if state_dict.get("documents") != self._documents():
             raise ValueError(
                 f"training.dataset and training.dataset_path give {self._documents()}, but the checkpoint was "
@@ -107,10 +107,10 @@ class TextDataset(HuggingFaceTextDataset):
         super().load_state_dict(state_dict)
         self._n_skipped = state_dict.get("n_skipped", 0)
         self._drawn = state_dict.get("drawn", [])
-        # Checkpoints from before passes were shuffled end theirs in the order that they began it in.
+        # Old checkpoints, from unshuffled passes, finish their pass in order.
         self._n_passes = state_dict.get("n_passes", 0)
         if isinstance(self._data, IterableDataset):
-            # It ignores a saved state in any epoch but that state's, and starts in epoch 0.
+            # The library ignores a state of another epoch.
             self._data.set_epoch(state_dict["data"]["epoch"])
             self._resumed_at = state_dict["data"]
 
@@ -121,37 +121,37 @@ class TextDataset(HuggingFaceTextDataset):
 
 
 class TextDataloader(ParallelAwareDataloader):
-    """torchtitan's, but no data position in a checkpoint can run code."""
+    """torchtitan's loader, but no data position in a checkpoint can run code."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises UnpicklingError where this rank's position is no plain data, ValueError for another `num_workers`."""
+        """Raises UnpicklingError if this rank's position is not plain data, ValueError for another `num_workers`."""
         if self._rank_id in state_dict:
             saved_workers = int("_num_yielded" not in load_plain(state_dict[self._rank_id]))
             if saved_workers != min(self.num_workers, 1):
                 raise ValueError(
                     f"training.dataloader.num_workers = {self.num_workers}: the checkpoint's data position was "
-                    f"saved with {saved_workers}, and holds for no other; set it to that"
+                    f"saved with {saved_workers} and is valid only for that; set it to {saved_workers}"
                 )
         super().load_state_dict(state_dict)
 
 
 @dataclass
 class _OnlyIds:
-    """A tokenizer that leaves out where in the text each token stands: half the byte tokenizer's time."""
+    """A tokenizer without token offsets, which take half of the byte tokenizer's time."""
 
     tokenizer: Tokenizer
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
-        # In a batch, other threads run meanwhile: a worker has one that hands over its batches.
+        # The batch call releases the GIL for the worker's thread that passes batches on.
         return self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
 
 def _end_with_the_trainer(worker_id: int) -> None:
-    # A worker that outlives a killed trainer would wait forever to hand over its batches.
+    # A worker that outlives a killed trainer would wait forever.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
 
     def wait_for_sigterm_of_the_trainer() -> None:
-        # torchrun and schedulers send it to all processes, but the trainer needs its worker to save.
+        # torchrun and schedulers signal all processes, but the trainer still needs its worker to save.
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
@@ -166,10 +166,10 @@ def build_dataloader(
 ) -> ParallelAwareDataloader:
     """torchtitan's loader of ({"input": tokens}, labels), int64 [local_batch_size, seq_len] each, of `TextDataset`.
 
-    From here on the tokenizer takes the strings of special tokens for text. Raises ValueError where there is no
-    document for this data-parallel rank, or its first one is damaged.
+    It encodes the strings of special tokens as text. Raises ValueError if this data-parallel rank has no document or
+    its first one is damaged.
 
-    section: whose data, "training" or "validation". infinite: start over at their end.
+    section: "training" or "validation". infinite: start over when the data ends.
     """
     training, data = job_config.training, getattr(job_config, section)
     tokenizer = copy(tokenizer)
@@ -179,17 +179,17 @@ def build_dataloader(
     documents = load_documents(job_config, section, n_ranks)
     try:
         dataset = TextDataset(documents, tokenizer, data.seq_len, rank, n_ranks, infinite, skip)
-        # A rank without a document would look for one forever. A shallow copy would move the data on.
+        # A rank without a document would search forever. Only a deep copy leaves the data's position.
         probe = copy(dataset)
         probe._data, probe._mixed = deepcopy(dataset._data), []
         probe._text_processor(next(probe._get_data_iter()))
-    except (IndexError, StopIteration) as error:  # of a map-style split, of a streamed one
+    except (IndexError, StopIteration) as error:  # of map-style and streamed splits
         raise ValueError(
             f"{settings_of(job_config, section)}: no document for data-parallel rank {rank}, give at least {n_ranks} "
             f"documents{' that are not damaged' if skip else ''}"
         ) from error
     options = asdict(data.dataloader) | {"worker_init_fn": _end_with_the_trainer}
     if section == "training" and not options["prefetch_factor"]:
-        # all that a step draws before it computes
+        # one step's batches
         options["prefetch_factor"] = max(2, training.global_batch_size // (training.local_batch_size * n_ranks))
     return TextDataloader(dataset, dp_rank=rank, dp_world_size=n_ranks, batch_size=data.local_batch_size, **options)

@@ -1,4 +1,4 @@
-"""The data sets that this package adds to torchtitan's `DATASETS`, and what of them a job reads."""
+"""Data sets added to torchtitan's `DATASETS`, and those that a job reads."""
 
 import codecs
 import glob
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from backports import zstd  # the package zstandard ends a file that is cut short without a word
+from backports import zstd  # the package zstandard reads truncated files without an error
 from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets, load_dataset_builder
 from datasets.data_files import FILES_TO_IGNORE, resolve_pattern
 from datasets.utils.file_utils import xopen
@@ -34,10 +34,10 @@ from torchtitan_ext.data.passkey import passkey_documents, passkey_text
 TEXT_SUFFIXES = (".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh")
 TEXT_SUFFIXES += (".rst", ".md", ".txt", ".toml")
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
-HELD_OUT = 128  # one file of so many is for validation
-# A generated file of megabytes would fill many steps in a row with itself.
+HELD_OUT = 128  # one of this many files is for validation
+# Without pieces a file of megabytes would fill many steps in a row.
 PIECE = 2**17  # bytes
-# What a file may begin with, the encoding that this means, and the bytes at a cut that end the character before it.
+# Byte order marks, their encodings, and the bytes after a cut that complete the character before it.
 MARKS = {
     codecs.BOM_UTF32_LE: ("utf-32-le", rb""),  # begins with UTF-16's
     codecs.BOM_UTF32_BE: ("utf-32-be", rb""),
@@ -45,10 +45,10 @@ MARKS = {
     codecs.BOM_UTF16_BE: ("utf-16-be", rb"(?s:[\xdc-\xdf].)?"),
     b"": ("utf-8", rb"[\x80-\xbf]{0,3}"),
 }
-# A document is held as tokens until it is trained on, in memory and in every checkpoint, and encoding takes some
-# 150 bytes of memory a character: a document of 200 MB would take 30 GB. Pages of C4 were crawled up to 1 MiB.
+# Memory and checkpoints hold a document's tokens until they are trained on, and encoding takes about 150 bytes per
+# character: 30 GB for 200 MB. C4's pages end at 1 MiB.
 LONGEST_DOCUMENT = 2**20  # characters
-# of the files held out for validation: all, without them, only them
+# None: all files; False: without those held out for validation; True: only those
 SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_source_validation": True}
 FROM_THE_HUB = {"c4", "c4_validation"}
 FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
@@ -59,8 +59,8 @@ HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def text_files(dataset_path: str) -> list[str]:
-    """What a file, folder, glob or data set of the hub (its split `train`) holds; of a copy of allenai/c4, given its
-    root or `en`, the files of `en/c4-train`. Raises ValueError without a file."""
+    """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
+    root or `en`, those of `en/c4-train`. Raises ValueError if there are none."""
     files: list[str] = []
     what = _what_lies_in(Path(dataset_path)) if os.path.isdir(dataset_path) else OTHER_FORMATS
     try:
@@ -72,7 +72,7 @@ def text_files(dataset_path: str) -> list[str]:
             root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
             ends = C4_OR_ALL if os.path.isdir(dataset_path) else [""]
             files = sorted(next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), []))
-    except Exception as error:  # whatever the hub and the network raise
+    except Exception as error:  # the hub and the network raise many kinds
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if known := [file for file in files if FORMAT.search(file) and os.path.basename(file) not in FILES_TO_IGNORE]:
         return known
@@ -83,7 +83,7 @@ def text_files(dataset_path: str) -> list[str]:
 
 
 def _is_remote(path: str) -> bool:
-    """Whether a path is none on this machine: an address, or the name of a data set of the hub."""
+    """Whether a path is an address or the name of a data set of the hub."""
     return is_address(path) or bool(HUB_NAME.fullmatch(path) and not os.path.exists(path))
 
 
@@ -104,7 +104,7 @@ def _rows(file: Any, text_field: str) -> Iterator[pa.Scalar]:
 
 
 def _sample(entry: Any, text_field: str) -> dict[str, str]:
-    """Of a line of JSON, a piece of a text or a row of Parquet. Raises an Exception for another than a string."""
+    """The sample of a line of JSON, a piece of text or a row of Parquet. Raises an Exception if it is no string."""
     text = entry.as_py() if isinstance(entry, pa.Scalar) else entry
     if isinstance(entry, bytes):
         if not (line := entry.decode().strip().strip("\ufeff")):
@@ -115,15 +115,14 @@ def _sample(entry: Any, text_field: str) -> dict[str, str]:
 
 
 def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, str]]:
-    """The documents of one file: lines of JSON, each an object with a string `text_field`; a Parquet column of that
-    name; or a text, in pieces of LONGEST_DOCUMENT. All in UTF-8, with or without a mark.
+    """The documents of one file in UTF-8: JSON lines, each an object with a string `text_field`; a Parquet column of
+    that name; or text, in pieces of LONGEST_DOCUMENT.
 
-    Yields {"text": the document}; {} for a blank line, so that a position counts lines; where a line is no document or
-    the file can't be decompressed further, {"damage": what is wrong, with file and line, from 1; "file": the file}.
-    Raises ValueError where the file can't be read at all, which says nothing of what it holds.
+    Yields {"text": document}; {} for a blank line, so that positions count lines; for damage {"damage": message with
+    file and line, from 1; "file": file}. Raises ValueError if the file can't be opened or read, which is no damage.
     """
     number = 0
-    # Looked up now: a program that ends amid a file closes the generator after the module's names are gone.
+    # Bound early: at exit a generator may be closed after the module's names are gone.
     corrupt = (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError, pa.ArrowException, UnicodeError)
     kind, packing = FORMAT.search(file).groups()  # type: ignore[union-attr]
     unit = {None: "row", "txt": "piece"}.get(kind, "line")
@@ -131,7 +130,7 @@ def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, st
     try:
         with xopen(file, "rb") as raw:
             if (packing or not kind) and not raw.read(1):
-                raise EOFError("the file has no bytes")  # gzip takes it for a whole one
+                raise EOFError("the file has no bytes")  # gzip accepts it
             raw.seek(0)
             lines = gzip.GzipFile(fileobj=raw) if packing == "gz" else zstd.ZstdFile(raw) if packing else raw
             entries = _pieces(lines) if kind == "txt" else lines if kind else _rows(raw, text_field)
@@ -144,23 +143,23 @@ def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, st
                 yield sample
     except (*corrupt, OSError) as error:
         what = f"{file}, after {unit} {number}: {error}"
-        # pyarrow calls a corrupt page an OSError too, without a number
+        # pyarrow raises OSError without errno for a corrupt page
         if not isinstance(error, corrupt) and (error.errno or type(error) is not OSError):
             raise ValueError(what) from error
         yield {"damage": what, "file": file}
 
 
 def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
-    """The text files of a tree in pieces of `PIECE` bytes, each a row of the file and its first byte in it.
+    """The text files of a tree in pieces of `PIECE` bytes, one row each: file and offset of the first byte.
 
-    Their mixed order depends only on the names inside. Left out: other suffixes than TEXT_SUFFIXES, SKIPPED_FOLDERS,
-    hidden files and folders, symbolic links. Raises ValueError where nothing is left.
+    The shuffled order depends only on names inside the tree. Skips suffixes outside TEXT_SUFFIXES, SKIPPED_FOLDERS,
+    hidden files and folders, symbolic links. Raises ValueError if nothing is left.
 
-    held_out: only the files held out for validation, only the others, or (None) all.
+    held_out: True for the files held out for validation, False for the rest, None for all.
     """
     if not os.path.isdir(dataset_path):
         raise ValueError(f"training.dataset_path = {dataset_path!r} is not a folder: give one that exists")
-    # A name need not be UTF-8. Only names and places are held, so a tree of any size loads at once.
+    # Names are bytes: they need not be UTF-8.
     tree = _pieces_of_tree(Path(dataset_path))
     pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
@@ -173,7 +172,7 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     return Dataset.from_dict({"path": files, "start": starts})
 
 
-@cache  # a job asks several times, and large trees take seconds
+@cache  # large trees take seconds, and a job asks several times
 def _pieces_of_tree(root: Path) -> list[tuple[bytes, str, int, bool]]:
     """Digest, file, start and whether the file is held out, by digest."""
     pieces = []
@@ -192,7 +191,7 @@ def _pieces_of_tree(root: Path) -> list[tuple[bytes, str, int, bool]]:
 
 
 def check_dataset(dataset: str, dataset_path: str | None, text_field: str = "text") -> None:
-    """Raises ValueError for an unknown data set, or no files where they should be; doesn't ask the Hugging Face hub."""
+    """Raise ValueError for an unknown data set or missing files; doesn't ask the Hugging Face hub."""
     name = dataset.lower()  # as torchtitan reads it
     if name not in DATASETS:
         known = ", ".join(sorted(DATASETS))
@@ -216,24 +215,24 @@ def is_mixture(job_config: JobConfig, section: str) -> bool:
 
 
 def sources(job_config: JobConfig, section: str = "training") -> list[dict[str, Any]]:
-    """The dataset, path, text_field and weight of all that a section reads."""
+    """The dataset, path, text_field and weight of each source that a section reads."""
     data, training = getattr(job_config, section), job_config.training
     alone = {"dataset": data.dataset, "path": data.dataset_path}
     entries = training.mixture if is_mixture(job_config, section) else [alone]
     default = {"dataset": "text", "path": None, "text_field": training.text_field, "weight": 1.0}
-    # as torchtitan reads a name
+    # torchtitan lowers names too
     return [entry | {"dataset": entry["dataset"].lower()} for entry in (default | entry for entry in entries)]
 
 
 def settings_of(job_config: JobConfig, section: str) -> str:
-    """The settings that say what a section reads, for messages."""
+    """The settings that choose a section's data, for messages."""
     data = getattr(job_config, section)
     alone = f"{section}.dataset = {data.dataset!r}, {section}.dataset_path = {data.dataset_path!r}"
     return "training.mixture" if is_mixture(job_config, section) else alone
 
 
 def check_data(job_config: JobConfig, section: str) -> None:
-    """`check_dataset` of all that a section reads. Raises its ValueError, and one for what can't be mixed."""
+    """Check every source of a section. Raises ValueError as `check_dataset` does, and for illegal mixtures."""
     mixed = is_mixture(job_config, section)
     for source in sources(job_config, section):
         if not 0 < source["weight"] < inf:
@@ -248,8 +247,8 @@ def check_data(job_config: JobConfig, section: str) -> None:
 
 
 def load_documents(job_config: JobConfig, section: str, n_ranks: int) -> tuple:
-    """What a section reads, of all ranks: a name, the samples, the function that gives a sample's text, and the names
-    of a mixture's sources. Raises ValueError where there are no documents."""
+    """A section's data for all ranks: name, samples, the function that returns a sample's text, and the names of a
+    mixture's sources. Raises ValueError if there are no documents."""
     parts, mixed = sources(job_config, section), []
     for number, source in enumerate(parts):
         samples = _load(source["dataset"], source["path"], source["text_field"])
@@ -258,7 +257,7 @@ def load_documents(job_config: JobConfig, section: str, n_ranks: int) -> tuple:
             return source["dataset"], samples, text_of, []
         if isinstance(samples, Dataset):
             samples = samples.to_iterable_dataset(num_shards=min(n_ranks, len(samples)))
-        # Features are declared, or the library would read ahead for them.
+        # Without declared features the library reads ahead.
         features = Features({"text": Value("string"), "source": Value("int64")})
         mixed.append(samples.map(partial(_mark, source=number, text_of=text_of), features=features))
     total, seed = sum(source["weight"] for source in parts), job_config.debug.seed or 0
@@ -270,7 +269,7 @@ def load_documents(job_config: JobConfig, section: str, n_ranks: int) -> tuple:
 
 
 def _mark(sample: dict[str, Any], source: int, text_of: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
-    """Of a mixture's sample, the text and the source."""
+    """The text and the source of a mixture's sample."""
     return {"text": text_of(sample), "source": source} if sample and "damage" not in sample else {}
 
 
@@ -283,12 +282,12 @@ def _what_lies_in(root: Path) -> str:
 
 
 def pieces_of_document(text: str) -> list[str]:
-    """The text in pieces of LONGEST_DOCUMENT, each of which training takes for a document."""
+    """The text in pieces of LONGEST_DOCUMENT, which training treats as documents."""
     return [text[at : at + LONGEST_DOCUMENT] for at in range(0, max(1, len(text)), LONGEST_DOCUMENT)]
 
 
 def _read_files(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
-    # Damage is a sample of its own, so that a position means the same whether damage is skipped or repaired.
+    # Damage counts as a sample, so that skipping or repairing it moves no position.
     for sample in chain.from_iterable(read_documents(file, text_field) for file in files):
         if "text" in sample:
             yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
@@ -326,7 +325,7 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
         file.seek(sample["start"])
         data = file.read(PIECE + 3)
     encoding, tail = next(of_mark for mark, of_mark in MARKS.items() if beginning.startswith(mark))
-    # A character that is cut belongs to the piece that it begins in.
+    # A character belongs to the piece in which it begins.
     begin, end = (at + len(re.findall(tail, data[at : at + 3])[0]) for at in (0, PIECE))
     data = data[begin if sample["start"] else 0 : end]
     text, unfit = data.decode(encoding, errors="replace"), ""
@@ -340,7 +339,7 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
     return text if sample["start"] else text.removeprefix("\ufeff")
 
 
-# load_dataset gives up a chunk of megabytes, or the file, for one corrupt line, and guesses the type of each column.
+# Not by load_dataset, which drops megabytes for one corrupt line and guesses column types.
 OF_FILES = ("text", "c4_local")  # two names of one data set
 OWN_DATASETS = {
     "passkey": DatasetConfig(path="", loader=passkey_documents, sample_processor=passkey_text),

@@ -1,4 +1,4 @@
-"""Documents that hide a digit in random letters and digits, and ask for it: what retrieval is trained on."""
+"""Documents to train retrieval on: they hide a digit in random letters and digits and ask for it."""
 
 import random
 import string
@@ -23,27 +23,27 @@ MIN_LENGTH = 2 * len(needle("0"))
 
 
 def encode(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
-    """The tokens of `text`, without the bos that some tokenizers begin every text with."""
+    """The tokens of `text`, without the bos that some tokenizers add."""
     return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def question_and_answers(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
-    """The tokens of `QUESTION` and each digit's after them; the last space may belong to either.
+    """The tokens of `QUESTION` and the token of each digit after it; the last space may belong to either.
 
-    Raises ValueError where a digit is not one token.
+    Raises ValueError if a digit is not one token.
     """
     asked = [encode(tokenizer, QUESTION + digit) for digit in DIGITS]
     question, answers = asked[0][:-1], [tokens[-1] for tokens in asked]
     if any(tokens[:-1] != question for tokens in asked) or len(set(answers)) < len(DIGITS):
         raise ValueError(
             f"the tokenizer does not end {QUESTION + DIGITS[0]!r} to '... {DIGITS[-1]}' with one token per "
-            "digit, as the answer has to be: retrieval can't be trained or evaluated with it"
+            "digit, as retrieval needs; use another tokenizer"
         )
     return question, answers
 
 
 def passkey_documents(dataset_path: str) -> Dataset:
-    """`N_DOCUMENTS` rows for `passkey_text`; `dataset_path` is the documents' length in characters, in digits."""
+    """`N_DOCUMENTS` rows for `passkey_text`; `dataset_path` is the documents' length in characters, as digits."""
     if not dataset_path.isdecimal() or int(dataset_path) < MIN_LENGTH:
         raise ValueError(
             f"training.dataset_path = {dataset_path!r}: passkey takes its documents' length in characters here, "
@@ -53,10 +53,10 @@ def passkey_documents(dataset_path: str) -> Dataset:
 
 
 def passkey_text(sample: dict[str, int]) -> str:
-    """The document of a row: the same needle again and again in filler, the last at its end.
+    """The document of a row: one needle, repeated in filler and at the end.
 
-    Every needle after the first asks and answers. Their number is drawn log-uniformly from 2 to as many as fit, so some
-    are near enough to learn from early, and some at opposite ends.
+    Every needle after the first asks and answers. Their number is log-uniform from 2 to as many as fit: near ones are
+    learned early, distant ones late.
     """
     rng = random.Random(f"passkey {sample['index']}")
     hidden = needle(rng.choice(DIGITS))
@@ -69,9 +69,9 @@ def passkey_text(sample: dict[str, int]) -> str:
 
 
 def only_answers(tokens: torch.Tensor, labels: torch.Tensor, question: list[int]) -> torch.Tensor:
-    """The labels that follow a question, `IGNORE_INDEX` elsewhere: noise of random filler would drown the few digits.
+    """The labels that follow a question, `IGNORE_INDEX` elsewhere: random filler would drown the few digits.
 
-    tokens, labels: [N], int64. All labels where no question is asked, because a mean over none is not a number.
+    tokens, labels: [N], int64. All labels if there is no question, because the mean over none is nan.
     """
     before = torch.nn.functional.pad(tokens, (len(question) - 1, 0), value=-1)
     is_answer = (before.unfold(0, len(question), 1) == torch.tensor(question)).all(-1)

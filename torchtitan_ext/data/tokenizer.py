@@ -1,6 +1,6 @@
 """Load a tokenizer. `byte_tokenizer/` holds one of 256 bytes, then <bos>, <eos> and <pad>.
 
-No text encodes to those: every "<" is matched first, as byte 60, because its token isn't `normalized`.
+No text encodes to the last three: every "<" is matched first, as byte 60, because its token isn't `normalized`.
 """
 
 import os
@@ -10,7 +10,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 
 def load_tokenizer(folder: str | Path, named: str = "", remedy: str = "") -> HuggingFaceTokenizer:
-    """The tokenizer in a folder. Raises ValueError, with what `named` the folder, where its files don't make one."""
+    """The tokenizer in a folder. Raises ValueError, beginning with `named`, if its files don't make one."""
     try:
         return HuggingFaceTokenizer(str(folder))
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Limit what a resumed run unpickles to plain data, tensors and the classes of a checkpoint's metadata.
+"""Limit unpickling on resume to plain data, tensors and the classes of a checkpoint's metadata.
 
 Loading a pickle calls the functions that it names. torch unpickles without a limit in two places: `.metadata`, and
 `torch.load(..., weights_only=False)`; torchtitan in a third, the data position, which `load_plain` reads first.
@@ -33,28 +33,28 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it would call {module}.{name}, which has no place there")
+            raise pickle.UnpicklingError(f"it would call {module}.{name}, which is not plain data")
         return super().find_class(module, name)
 
 
 def load_plain(data: bytes) -> Any:
-    """Unpickles numbers, text, bytes, None and containers of them. Raises UnpicklingError for a class or function."""
+    """Unpickle numbers, text, bytes, None and containers of them. Raises UnpicklingError for a class or function."""
     return _Unpickler(io.BytesIO(data), ()).load()
 
 
 def load_object(saved: bytes) -> Any:
-    """What torch.save made of plain data and tensors. Raises UnpicklingError for anything else, without a call."""
+    """Load plain data and tensors that torch.save wrote. Raises UnpicklingError for anything else, before any call."""
     try:
         return torch.load(io.BytesIO(saved), weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's message is of many lines, and advises to load it without this check.
+        # torch's long message advises loading without this check.
         named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would call {named[1]}, which has no place there" if named else "no plain data"
+        reason = f"it would call {named[1]}, which is not plain data" if named else "not plain data"
         raise pickle.UnpicklingError(reason) from None
 
 
 def restrict_unpickling() -> None:
-    """Limit, in this process, the two places where torch unpickles a checkpoint without a limit."""
+    """Limit torch's two unlimited unpicklers of checkpoints in this process."""
 
     def load_metadata(file: IO[bytes]) -> metadata.Metadata:
         return _Unpickler(file, NAMES_OF_METADATA).load()

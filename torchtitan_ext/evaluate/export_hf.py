@@ -1,6 +1,6 @@
 """Export a checkpoint as a Hugging Face folder that loads as a plain Llama.
 
-The job config that a run leaves in its dump folder says which model its checkpoints hold.
+The job config in a run's dump folder names the model of its checkpoints.
 """
 
 import json
@@ -34,7 +34,7 @@ from torchtitan_ext.model.hf_config import llama_config
 from torchtitan_ext.model.model import meta_model
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# of its fields, those that change no encoding, beside the tokens that it names
+# its fields that change no encoding, apart from named tokens
 NAMES_AND_TEMPLATES = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "chat_template"}
 NAMES_AND_TEMPLATES |= {"clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side"}
 TEXTS = (
@@ -44,17 +44,17 @@ TEXTS = (
 )
 JOB_FIELDS = [("model", "flavor"), ("model", "hf_assets_path"), ("training", "seq_len")]
 JOB_FIELDS += [("checkpoint", "folder"), ("lighthouse", "enable")]
-Advance = Callable[[int], None]  # gets the number done since the last call
+Advance = Callable[[int], None]  # gets the amount done since the last call
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint and what its run's job config says of it."""
+    """A complete checkpoint, as its run's job config describes it."""
 
     path: Path  # the step-N folder
-    model_args: LighthouseModelArgs  # under dense attention, max_seq_len that of the training
+    model_args: LighthouseModelArgs  # dense, with the training's max_seq_len
     tokenizer: HuggingFaceTokenizer
-    lighthouse: bool  # whether the run had it on
+    lighthouse: bool  # whether the run trained with it
 
     @property
     def adapter(self) -> BaseStateDictAdapter:
@@ -70,27 +70,27 @@ class Checkpoint:
         return self.adapter.get_hf_storage_reader(str(path)) if self.in_hugging_face else FileSystemReader(path)
 
     def as_saved(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors in the checkpoint's names and shapes."""
+        """The tensors with the checkpoint's names and shapes."""
         return self.adapter.to_hf(state) if self.in_hugging_face else state
 
     def metadata(self) -> Metadata:
-        """Raises ValueError where the checkpoint isn't complete."""
+        """The checkpoint's metadata. Raises ValueError if it isn't complete."""
         if not self.in_hugging_face:
             return resume.complete_metadata(self.path)
         try:
             return self._reader.read_metadata()
-        except Exception as error:  # of safetensors
+        except Exception as error:  # safetensors raises many kinds
             incomplete = f"{self.path} is not a complete checkpoint"
             raise ValueError(f"{incomplete} ({error}); restore it, or use another") from error
 
     def n_bytes(self, dtype: torch.dtype) -> int:
-        """Of all weights in `dtype`."""
+        """Size of all weights in `dtype`."""
         return sum(t.numel() for t in meta_model(self.model_args).parameters()) * dtype.itemsize
 
     def load_state(
         self, dtype: torch.dtype = torch.float32, advance: Advance = lambda n_bytes: None
     ) -> dict[str, torch.Tensor]:
-        """The model's state dict on the CPU, without reading the rest. `advance` gets the bytes of each part."""
+        """The model's state dict on the CPU; reads only weights. `advance` gets the bytes of each part."""
         weights = meta_model(self.model_args).state_dict()
         state = {key: torch.empty_like(weight, dtype=dtype, device="cpu") for key, weight in weights.items()}
         with warnings.catch_warnings():
@@ -106,8 +106,8 @@ class Checkpoint:
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a step-N folder, or a run's dump folder for its newest complete step.
 
-    Raises ValueError where there is none that is complete, or the run's job config or tokenizer doesn't fit the
-    checkpoint; FileNotFoundError where it has no job config.
+    Raises ValueError if none is complete, or the run's job config or tokenizer doesn't fit the checkpoint;
+    FileNotFoundError if there is no job config.
     """
     path = path.resolve()
     is_run = (path / CONFIG_FILE).is_file()
@@ -153,8 +153,8 @@ def export(
 ) -> None:
     """Write config.json, model.safetensors (weights in `dtype`) and the tokenizer's files to `folder`.
 
-    Raises ValueError where `folder` isn't empty. `advance` gets the bytes read and written, `n_bytes` of the
-    checkpoint each.
+    Raises ValueError if `folder` isn't empty. `advance` gets the bytes read and written, the checkpoint's `n_bytes`
+    each.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
@@ -164,7 +164,7 @@ def export(
         state = checkpoint.adapter.to_hf(checkpoint.load_state(dtype, advance))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         advance(checkpoint.n_bytes(dtype))
-        # The config last, so that a folder that lacks something doesn't load.
+        # The config last, so that an incomplete folder doesn't load.
         for file in sorted(Path(small_files).iterdir(), key=lambda file: file.name == CONFIG_FILE):
             shutil.copy(file, folder)
 
@@ -172,7 +172,7 @@ def export(
 def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> None:
     tokenizer, source = checkpoint.tokenizer, Path(checkpoint.tokenizer.tokenizer_path)
     _save_tokenizer(tokenizer, source, folder)
-    # A tokenizer with one token for both has it between documents.
+    # Some tokenizers have one token for both.
     end = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     config = llama_config(checkpoint.model_args) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": end}
@@ -181,7 +181,7 @@ def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) 
         from transformers import AutoTokenizer, logging
     except ImportError:
         return  # not needed to export
-    logging.set_verbosity_error()  # it warns of a RoPE that a short training doesn't reach the end of
+    logging.set_verbosity_error()  # it warns when training is shorter than RoPE's range
     exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in TEXTS:
         theirs, ids = exported(text).input_ids, tokenizer.encode(text, add_bos=True, add_eos=False)
@@ -194,9 +194,9 @@ def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) 
 
 
 def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> None:
-    """The training's tokenizer, which begins a text with bos as the training's documents do.
+    """Save the training's tokenizer, which adds bos as training does.
 
-    The class that the source names may build another from the vocabulary: the one saved reads tokenizer.json as it is.
+    Its class reads tokenizer.json unchanged, which the source's class may not.
     """
     saved = Tokenizer.from_str(tokenizer.tokenizer.to_str())
     if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos:
@@ -206,7 +206,7 @@ def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, value in (tokenizer.config or {}).items():
         if re.fullmatch(r"(?!add_)\w+_token", name):
-            token = isinstance(value, dict)  # which transformers knows by its type
+            token = isinstance(value, dict)  # transformers needs its type
             config[name] = value | {"__type": "AddedToken"} if token else value
         elif name in NAMES_AND_TEMPLATES:
             config[name] = value

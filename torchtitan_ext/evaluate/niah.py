@@ -1,17 +1,16 @@
-"""Retrieve a needle from a haystack: a digit hidden at a depth of a context, asked for at its end.
+"""Measure needle-in-a-haystack retrieval: a digit hidden in a context is asked for at the end.
 
 Protocol (the retrieval experiment of the paper). A prompt is
 
     <bos> filler[:a] needle filler[a:] question
 
 with the needle " The pass key is 7.", the question " The pass key is " and 62 equally likely letters and digits,
-without spaces, as filler. The whole prompt is exactly `context` tokens of the model's own tokenizer, a is `depth`
-percent of the filler's. The question's tokens are those that " The pass key is 0" to "... 9" share, before the
-answer's one token each.
+without spaces, as filler. The prompt has exactly `context` tokens of the model's own tokenizer, and a is `depth`
+percent of the filler. The question's tokens are the common prefix of " The pass key is 0" to "... 9"; each answer is
+one more token.
 
-The model answers with the likeliest of these ten tokens, under dense attention whatever it was trained with. Trial t
-asks for the digit t mod 10, and trials come in tens: a constant answer scores exactly 0.1. A prompt depends only on
-seed, context, depth and trial.
+The answer is the likeliest of these ten tokens, always under dense attention. Trial t asks for the digit t mod 10, and
+trials come in tens: a constant answer scores exactly 0.1. A prompt depends only on seed, context, depth and trial.
 """
 
 import json
@@ -44,26 +43,26 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to evaluate, its weights not read yet."""
+    """A checkpoint to evaluate; `load` reads its weights."""
 
     path: Path
-    name: str  # a short one, for a folder
+    name: str  # for a folder
     tokenizer: HuggingFaceTokenizer
     max_context: int  # tokens that it was trained for
-    lighthouse: bool  # whether its run had Lighthouse on
+    lighthouse: bool  # whether its run trained with Lighthouse
     load: Callable[[torch.device, torch.dtype], Logits]
 
 
 def find_candidate(path: Path) -> Candidate:
-    """The checkpoint at `path`: torchtitan's, as `find_checkpoint` takes it, or a Hugging Face folder.
+    """The checkpoint at `path`: torchtitan's, as for `find_checkpoint`, or a Hugging Face folder.
 
-    Raises ValueError where there is none, or what it needs is missing.
+    Raises ValueError if there is none, or a part is missing.
     """
     path = path.resolve()
     try:
         config = json.loads((path / CONFIG_FILE).read_text())
     except (OSError, ValueError):
-        config = {}  # for find_checkpoint to judge
+        config = {}  # find_checkpoint reports it
     if "model_type" in config:
         return _hugging_face(path)
 
@@ -74,7 +73,7 @@ def find_candidate(path: Path) -> Candidate:
         with torch.device(device):
             model = LighthouseTransformer(args)
         state = {key: value.to(device) for key, value in checkpoint.load_state(dtype).items()}
-        # Assigned, not copied: so the parameters take on dtype, and RoPE's table keeps its own.
+        # assign gives parameters `dtype`, while RoPE's table keeps its own.
         model.load_state_dict(state, assign=True)
         _only_last(model.output)
         return lambda tokens: model(tokens.to(device))[:, -1]
@@ -99,14 +98,14 @@ def _hugging_face(path: Path) -> Candidate:
 
 
 def _only_last(projection: torch.nn.Module) -> None:
-    """Logits only of the last position: those of a long context would be its largest tensor by far."""
+    """Compute logits only at the last position: a long context's would be the largest tensor by far."""
     projection.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, -1:],))
 
 
 class Prompts:
-    """Builds prompts in a tokenizer's tokens. Raises ValueError where a digit after the question is not one token.
+    """Builds prompts in a tokenizer's tokens. Raises ValueError if a digit after the question is not one token.
 
-    answers: the ids of the ten digits' tokens. shortest: tokens of a prompt without filler.
+    answers: ids of the ten digits' tokens. shortest: tokens of a prompt without filler.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer):
@@ -117,7 +116,7 @@ class Prompts:
         self.shortest = len(self._start) + 2 * len(self._question) + 1 + len(self._needle_end)
 
     def __call__(self, context: int, depth: int, trial: int, seed: int) -> list[int]:
-        """The prompt's `context` tokens; `context` must be `shortest` at least."""
+        """The prompt's `context` tokens; `context` must be at least `shortest`."""
         rng = random.Random(f"{seed} {context} {depth} {trial}")
         n_filler = context - self.shortest
         filler: list[int] = []
@@ -130,7 +129,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to evaluate: contexts in tokens, depths in percent of the filler, trials per context and depth."""
+    """Settings of an evaluation: contexts in tokens, depths in percent of the filler, trials per context and depth."""
 
     contexts: tuple[int, ...]
     depths: tuple[int, ...] = DEPTHS
@@ -156,7 +155,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """The trials of a context and a depth; answers: the digit given in each, in the trials' order."""
+    """The trials of a context and a depth; answers: the model's digits, in the trials' order."""
 
     context: int
     depth: int
@@ -171,12 +170,12 @@ class Cell:
 def evaluate(
     logits: Logits, prompts: Prompts, settings: Settings, advance: Advance = lambda n_tokens: None
 ) -> list[Cell]:
-    """Every cell, by context and depth as `settings` has them. `advance` gets the tokens of each batch.
+    """All cells, in the order of the settings' contexts and depths. `advance` gets the tokens of each batch.
 
-    Raises ValueError where the device's memory doesn't hold a batch, or the logits aren't finite.
+    Raises ValueError if a batch exceeds the device's memory, or logits aren't finite.
     """
     cells = {}
-    # The longest first: if it is too long for the device, that shows at once.
+    # Longest first, so that running out of memory shows at once.
     for context, depth in product(sorted(settings.contexts, reverse=True), settings.depths):
         answers = ""
         for start in range(0, settings.trials, settings.batch_size):
@@ -201,7 +200,7 @@ def evaluate(
 def write(
     folder: Path, candidate: Candidate, settings: Settings, cells: Sequence[Cell], dtype: torch.dtype
 ) -> tuple[str, list[Path]]:
-    """table.md, niah.json and heatmap.png in `folder`; returns the table and the paths written."""
+    """Write table.md, niah.json and heatmap.png to `folder`; return the table and the paths."""
     n_trials = len(cells) * settings.trials
     mean = sum(cell.correct for cell in cells) / n_trials
     error = math.sqrt(mean * (1 - mean) / n_trials)

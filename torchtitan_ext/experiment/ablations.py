@@ -1,4 +1,4 @@
-"""Ablation grids: cells, each a stage 1 and a stage 2 with settings of its own."""
+"""Ablation grids: each cell is a stage 1 and a stage 2 with its own settings."""
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from . import runner
 
 
 def read_grid(file: Path) -> dict[str, list[str]]:
-    """The torchtitan arguments of each cell by its name. Raises ValueError if the file is no grid."""
+    """torchtitan arguments of each cell, by name. Raises ValueError if the file is no grid."""
     try:
         return {cell["run"]: [*_arguments(cell["settings"])] for cell in tomllib.loads(file.read_text())["ablations"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -31,7 +31,7 @@ def _arguments(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
 def plan(
     cells: Mapping[str, list[str]], configs: Path, output: Path, splits: Sequence[int], overrides: Sequence[str]
 ) -> list[runner.PlannedRun]:
-    """The runs of each cell, into a folder of its name: the job files in `configs`, its settings and the overrides."""
+    """The runs of each cell, in a folder of its name: job files in `configs`, the cell's settings, overrides."""
     splits = splits or [parse_job(configs / "stage2.toml", overrides).training.steps * 10 // 16]
     runs = []
     for name, settings in cells.items():

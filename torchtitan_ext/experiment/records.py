@@ -1,7 +1,6 @@
-"""Read a run's records: its TensorBoard events and the job that it leaves behind.
+"""Read a run's records: its TensorBoard events and its job.
 
-torchtitan opens a new event file at each process start, so a run that was killed and resumed has several; `read_run`
-makes one curve of them.
+torchtitan opens a new event file at each process start; `read_run` merges them into one curve.
 """
 
 from dataclasses import dataclass
@@ -18,21 +17,21 @@ LOSS = "loss_metrics/global_avg_loss"
 TOKENS_PER_SECOND = "throughput(tps)"
 SECONDS = "time_metrics/end_to_end(s)"
 VALIDATION_LOSS = "validation_metrics/loss"
-# of each logged point, by field of Run
+# tags by field of Run
 TAGS = {"loss": LOSS, "tokens_per_second": TOKENS_PER_SECOND, "seconds": SECONDS}
 TAGS |= {"n_devices": N_DEVICES, "log_freqs": LOG_FREQ}
-# what is read of the job
+# required settings of the job
 CONFIG_FIELDS = (("training", "steps"), ("training", "seq_len"), ("model", "flavor"), ("debug", "seed"))
 
 
 @dataclass(frozen=True)
 class Run:
-    """One curve, a value per logged step: every array has shape [n_logged], those of validation [n_validated].
+    """One curve: arrays of shape [n_logged], those of validation [n_validated].
 
-    step: strictly increasing. loss: nats per token. tokens_per_second: of one device. seconds: wall time since the
-    point logged before (or since the process start). n_devices: devices at work. log_freqs: `metrics.log_freq`, which
-    a later start may have changed. starts: True at the first point of each process start, whose time includes loading
-    and compilation. validation_loss: under the run's own attention; the time of validation is in none of the others.
+    step: strictly increasing. loss: nats per token. tokens_per_second: per device. seconds: wall time since the
+    previous logged point, or since the process start. log_freqs: `metrics.log_freq`, which a later start may change.
+    starts: True at the first point of each process start, whose time includes loading and compilation.
+    validation_loss: under the run's own attention; no other field includes the time of validation.
     """
 
     folder: Path
@@ -53,7 +52,7 @@ class Run:
 
     @property
     def log_freq(self) -> int:
-        """The largest of any start."""
+        """The largest of all starts."""
         return int(self.log_freqs.max())
 
     @property
@@ -62,23 +61,21 @@ class Run:
 
     @property
     def device_hours(self) -> np.ndarray:
-        """Device-hours spent up to and with each logged step, [n_logged].
-
-        Work that a kill threw away is left out: only the steps that led to the result count.
+        """Device-hours up to each logged step, inclusive, [n_logged], without work that a kill lost.
         """
         return np.cumsum(self.seconds * self.n_devices) / 3600
 
     def gaps(self, start: int) -> list[tuple[int, int]]:
-        """Pairs of steps, from `start` on, between which a kill lost what TensorBoard had not written yet."""
+        """Pairs of steps, from `start` on, between which a kill lost unwritten events."""
         pairs = zip(pairwise([start, *self.step.tolist()]), self.log_freqs, strict=True)
         return [(a, b) for (a, b), log_freq in pairs if b - a > log_freq]
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run dumped into `folder` (its `job.dump_folder`), or None if nothing is logged yet.
+    """The run in `folder`, its `job.dump_folder`; None if nothing is logged yet.
 
-    Where a resumed process repeats steps, the later process's points replace every older one from its first step on.
-    Raises FileNotFoundError if the records lack the job, ValueError if they lack a scalar.
+    A resumed process's points replace all older ones from its first step on. Raises FileNotFoundError if the job is
+    missing, ValueError if a scalar is.
     """
     starts = [points for file in folder.glob("**/events.out.tfevents.*") if (points := _read_start(file))]
     if not starts:
@@ -93,7 +90,7 @@ def read_run(folder: Path) -> Run | None:
             older = merged[name][validation_valid if name.startswith("validation") else valid]
             merged[name] = np.concatenate([older, later])
     del merged["wall_time"]
-    # torchtitan divides by log_freq whatever the number of steps since the last point
+    # torchtitan divides by log_freq, for any number of steps since the last point
     merged["seconds"] = merged["seconds"] * merged["log_freqs"]
     return Run(folder=folder, config=config, **merged)
 
@@ -105,10 +102,10 @@ def read_scalars(file: Path) -> dict[str, list[Any]]:
 
 
 def _read_start(file: Path) -> dict[str, np.ndarray] | None:
-    """The points of one process start by field of Run, or None if it was killed before it logged any."""
+    """The points of one process start by field of Run; None if it logged none."""
     logged = read_scalars(file)
     losses, validated = logged.get(LOSS, []), logged.get(VALIDATION_LOSS, [])
-    # a kill can cut the last point short: some of its scalars are written, some are not
+    # a kill can leave the last point incomplete
     n_logged = min(len(logged.get(tag, [])) for tag in TAGS.values())
     if n_logged == 0:
         if len(losses) > 1:

@@ -1,9 +1,7 @@
-"""Report a split-point experiment: its table and its plot, made from the runs' own records.
+"""Report a split-point experiment: table and plot from the runs' records.
 
-An experiment is a folder that holds one run each for `dense` (from scratch), `stage1` (Lighthouse) and
-`stage2-<split>` (dense, from stage 1's checkpoint at step <split>).
-
-docs/running.md defines what the table holds: "What the table says".
+An experiment is a folder with the runs `dense` (from scratch), `stage1` (Lighthouse) and `stage2-<split>` (dense, from
+stage 1's checkpoint at step <split>). docs/running.md, "What the table says", defines the columns.
 """
 
 import csv
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILES = ("table.md", "table.csv", "curves.csv", "loss.png")
-# columns of curves.csv, the logged points that everything is made of
+# columns of curves.csv
 CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
 TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
 
@@ -36,7 +34,7 @@ def _number(x: float) -> str:
 
 
 _loss, _signed, _count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
-# title and form of each column of the table
+# title and format of each column
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "run": ("run", str),
     "device_hours": ("device-hours", _number),
@@ -51,7 +49,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-# A row of the table lacks what the records don't (yet) say; a value that was published as a range is a string.
+# A row lacks values that are not recorded yet; a published range is a string.
 Row = dict[str, Any]
 
 
@@ -63,14 +61,13 @@ def cell(row: Row, column: str) -> str:
 
 
 def compare(row: Row, dense: Row) -> None:
-    """Add the row's differences from dense."""
     for loss, difference in (("final_loss", "difference"), ("validation_loss", "validation_difference")):
         if loss in row and loss in dense:
             row[difference] = row[loss] - dense[loss]
 
 
 def markdown_rows(rows: Sequence[Row]) -> str:
-    """The columns in which any row has a value."""
+    """A Markdown table of the columns in which any row has a value."""
     shown = [c for c in COLUMNS if any(cell(row, c) != "-" for row in rows)]
     return markdown_table([COLUMNS[c][0] for c in shown], [[cell(row, c) for c in shown] for row in rows])
 
@@ -83,14 +80,14 @@ class Experiment:
 
     @property
     def runs(self) -> list[Run]:
-        """Those that have records, in the table's order."""
+        """Runs with records, in the table's order."""
         return [run for run in (self.dense, self.stage1, *self.tails.values()) if run]
 
 
 def read_experiment(folder: Path) -> Experiment:
     """The experiment in `folder`; a run without logged steps is None.
 
-    Raises FileNotFoundError if no run of the experiment is there.
+    Raises FileNotFoundError if no run has logged a step.
     """
     splits = [int(m[1]) for p in folder.glob("*") if (m := re.fullmatch(r"stage2-(\d+)", p.name))]
     tails = {split: read_run(folder / f"stage2-{split}") for split in sorted(splits, reverse=True)}
@@ -108,7 +105,7 @@ def window(total_steps: int, log_freq: int) -> int:
 
 
 def mean_loss(step: np.ndarray, loss: np.ndarray, end: int, window: int) -> float:
-    """Mean of the losses [n_logged] logged at the steps in (end - window, end]; NaN for none."""
+    """Mean of the losses [n_logged] at steps in (end - window, end]; NaN if there are none."""
     inside = (step > end - window) & (step <= end)
     return float(loss[inside].mean()) if inside.any() else float("nan")
 
@@ -122,13 +119,13 @@ def recovery(step: np.ndarray, loss: np.ndarray, split: int, before: float, wind
 
 
 def batch_noise(run: Run) -> float:
-    """Standard deviation of the loss between batches, from neighbours in the later half; NaN if too few are logged."""
+    """Standard deviation of the loss between batches, from neighbors in the later half; NaN for too few."""
     steps = np.diff(run.loss[len(run.loss) // 2 :])
     return float(steps.std() / np.sqrt(2)) if steps.size else float("nan")
 
 
 def hours_at(run: Run, step: int) -> float:
-    """Device-hours that `run` had spent at `step`; linear between two logged steps."""
+    """Device-hours of `run` at `step`, interpolated linearly."""
     return float(np.interp(step, [0, *run.step], [0.0, *run.device_hours]))
 
 
@@ -176,7 +173,7 @@ def _final_losses(run: Run) -> Row:
 
 
 def _at_equal_hours(dense: Run | None, hours: float) -> Row:
-    """Nothing if dense has not (yet) spent so many device-hours, or isn't validated."""
+    """Empty if dense has spent fewer device-hours, or isn't validated."""
     if dense is None or hours > dense.device_hours[-1] or not dense.validation_step.size:
         return {}
     spent = [hours_at(dense, end) for end in dense.validation_step]
@@ -198,10 +195,10 @@ def _label(split: int, tail: Run | None) -> str:
 
 
 def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = ()) -> tuple[str, list[Path]]:
-    """Make FILES of the experiment in `folder` in `output`; returns the Markdown and the paths written.
+    """Write FILES of the experiment in `folder` to `output`; return the Markdown and the paths.
 
-    published: what configs/published.toml holds. others: folders of the same experiment, or parts of it, from other
-    seeds or with other settings of Lighthouse.
+    published: configs/published.toml. others: folders of the experiment, or parts of it, with other seeds or Lighthouse
+    settings.
     """
     experiment = read_experiment(folder)
     paths = [make_folder(output) / name for name in FILES]
@@ -226,7 +223,7 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
 
 
 def markdown(experiment: Experiment, published: dict) -> str:
-    """Our table, then the published rows, each labelled for what it is."""
+    """Our table, then the published rows, both labelled."""
     run = experiment.runs[0]
     n_devices, w = int(run.n_devices[-1]), window(run.total_steps, run.log_freq)
     status = {"dense": _status(experiment.dense), "stage1": _status(experiment.stage1)}
@@ -253,7 +250,7 @@ seen against that.
 
 
 def comparison(experiments: Sequence[Experiment]) -> str:
-    """The runs that another experiment has too, each with how far its loss is from the first one's.
+    """The runs that experiments share, each with its loss's difference from the first experiment's.
 
     Raises ValueError for an experiment of the same seed and settings as the first.
     """
@@ -279,8 +276,7 @@ def comparison(experiments: Sequence[Experiment]) -> str:
 def draw(experiment: Experiment) -> "Figure":
     """Loss against steps and against device-hours.
 
-    Raw points are pale, their trailing mean over the window on top; crosses are validation, a ring is where stage 1
-    hands over and a dotted line the jump.
+    Pale: logged points. Solid: trailing mean over the window. Crosses: validation. Ring: switch. Dotted: jump.
     """
     stage1, runs = experiment.stage1, experiment.runs
     w = max(window(run.total_steps, run.log_freq) for run in runs)
@@ -311,7 +307,7 @@ def draw(experiment: Experiment) -> "Figure":
     if any(run.validation_loss.size for run in runs):
         panels[1].plot([], [], "x", color="0.4", markersize=5, label="validation")
 
-    # the fall of the first steps would flatten all that follows
+    # the first steps' fall would flatten the rest
     later = np.concatenate([run.loss[run.step > run.total_steps / 10] for run in runs])
     if (later := later[np.isfinite(later)]).size:
         margin = 0.05 * np.ptp(later) or 0.1

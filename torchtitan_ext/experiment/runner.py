@@ -1,7 +1,7 @@
 """Run a split-point experiment: dense from scratch, stage 1, and stage 2 from each split.
 
-Each run is one torchrun of torchtitan_ext.train with one of the folder's three TOMLs. What is done is skipped; what was
-interrupted continues from its own newest checkpoint.
+Each run is one torchrun of torchtitan_ext.train with one of the folder's three TOML files. Finished runs are skipped;
+interrupted ones continue from their newest checkpoint.
 """
 
 import json
@@ -61,11 +61,11 @@ def plan(
 ) -> list[PlannedRun]:
     """The runs of the experiment that `configs` describes, in order.
 
-    configs: folder of dense.toml, stage1.toml and stage2.toml. splits: steps at which stage 2 takes over; by default
-    10, 11 and 12 sixteenths of stage 2's training.steps. only: which of STAGES. overrides: torchtitan arguments added
-    to every run. Raises ValueError, naming field, value and remedy, for anything that would stop or spoil a later run.
+    configs: folder of dense.toml, stage1.toml and stage2.toml. splits: steps at which stage 2 starts; by default 10, 11
+    and 12 sixteenths of stage 2's training.steps. only: which of STAGES. overrides: torchtitan arguments of every run.
+    Raises ValueError, with field, value and remedy, for anything that would stop or spoil a later run.
     """
-    # what is to run first: a message names its file, not one that is only compared with
+    # runs first, so that messages name their files
     order = sorted(STAGES, key=lambda stage: stage not in only)
     files = {stage: configs / f"{stage}.toml" for stage in STAGES}
     loaded = {stage: load_job(files[stage], overrides) for stage in order}
@@ -89,7 +89,7 @@ def plan(
 
 
 def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
-    """The job config, checked as the job itself will check it, its checkpoints left out. Raises ValueError."""
+    """The job config, checked as at launch, except for checkpoints. Raises ValueError."""
     config = parse_job(file, overrides)
     checked = deepcopy(config)
     checked.checkpoint.enable, checked.checkpoint.initial_load_path = False, None
@@ -139,7 +139,7 @@ def _missing_starts(stage1: PlannedRun, tails: list[PlannedRun], stage1_runs: bo
 
 
 def _changed(run: PlannedRun) -> Iterator[str]:
-    """What `run` already has was made with other settings: going on would mix the two."""
+    """Settings that differ from those of the run's checkpoints: continuing would mix them."""
     saved_file = run.folder / CONFIG_FILE
     if run.newest == run.start or not saved_file.is_file():
         return
@@ -154,10 +154,10 @@ def _changed(run: PlannedRun) -> Iterator[str]:
 
 
 def train_command(run: PlannedRun, nproc: int) -> list[str]:
-    # the later of two arguments holds, so ours come last
+    # the last of repeated arguments wins
     command = [*torchrun(nproc, run.config_file), *run.overrides]
     command += ["--job.dump_folder", str(run.folder), "--training.steps", str(run.steps)]
-    # what the table, and the next run, are made from
+    # the table and the next run need these
     command += ["--metrics.enable_tensorboard", "--checkpoint.enable"]
     if run.load:
         command += ["--checkpoint.initial_load_path", str(run.load)]
@@ -165,11 +165,11 @@ def train_command(run: PlannedRun, nproc: int) -> list[str]:
 
 
 def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
-    """Run what isn't done yet, one after the other, and show how far it is.
+    """Run the unfinished runs in order, with progress.
 
-    Raises CommandFailed for the first run that fails. On Ctrl-C, SIGTERM or a closed terminal, ends the
-    training processes and raises KeyboardInterrupt."""
-    # a table of an experiment that stopped halfway names the runs that these folders await
+    Raises CommandFailed for the first run that fails. Ctrl-C, SIGTERM and a closed terminal end the training processes
+    and raise KeyboardInterrupt."""
+    # the table of an unfinished experiment lists runs by their folders
     for run in runs:
         make_folder(run.folder)
     try:
@@ -189,8 +189,7 @@ def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
 
 def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
     if run.newest == run.start:
-        # what a kill left half-saved: torchtitan would take its folder for the run's own
-        # checkpoints and pass over the one to start from
+        # torchtitan would load from a folder of half-saved checkpoints and ignore initial_load_path
         folder = run.checkpoint(0).parent
         with lock("--output", run.folder / LOCK):
             remove_half_saved(folder)
@@ -203,5 +202,5 @@ def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
     code = child.process.returncode
     if code or not run.has(run.steps):
         ending = f"exit code {code}" if code else f"ended without its checkpoint of step {run.steps}"
-        reason = f"{run.name} failed ({ending}), as said above and in {log_file}"
+        reason = f"{run.name} failed ({ending}), see above and {log_file}"
         raise CommandFailed(f"{child.output}\n{reason}: correct that, and the same command continues")

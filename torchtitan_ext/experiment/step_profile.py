@@ -1,7 +1,7 @@
-"""Split a training step's time into parts, from torch.profiler's trace, each beside its limit.
+"""Split a training step's time into parts, from torch.profiler's trace, and compare each with its limit.
 
-A part's limit is the bytes that it has to move over the bandwidth of a copy, its FLOPs over the rate of a large matrix
-product, or, for attention, the time of the kernel alone: all measured on the same device.
+A part's limit is its bytes over the bandwidth of a copy, its FLOPs over the rate of a large matrix product, or, for
+attention, the time of its kernel, all measured on the same device.
 """
 
 import json
@@ -44,17 +44,17 @@ PARTS += (ELEMENTWISE, EMBEDDING, SHARDING, OPTIMIZER, OTHER, IDLE)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of a trace: times in microseconds, and what launched it, innermost last."""
+    """One kernel of a trace: times in microseconds, and the operators that launched it, innermost last."""
 
     name: str
     start: float
     end: float
     stack: tuple[str, ...]
-    shapes: list  # of the inputs of the innermost operator that recorded any
+    shapes: list  # inputs of the innermost operator with recorded shapes
 
     @property
     def dims(self) -> set[int]:
-        # a list of tensors is recorded as a list of their shapes
+        # a list of tensors is a nested list of shapes
         return {d for shape in self.shapes for d in shape if isinstance(d, int)}
 
     @property
@@ -66,7 +66,7 @@ def read_kernels(trace: Path) -> list[Kernel]:
     """The kernels, copies and fills of a Chrome trace, by start, with the operators around their launches."""
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if "dur" in event]
     events.sort(key=lambda event: (event["ts"], event.get("cat") in LAUNCHES, -event["dur"]))
-    stacks: dict[int | None, list[dict]] = {}  # by launch: the ranges of its thread that are open, outermost first
+    stacks: dict[int | None, list[dict]] = {}  # open ranges by launch, outermost first
     open_ranges: defaultdict[int, list[dict]] = defaultdict(list)  # by thread
     for event in events:
         if event.get("cat") in (*LAUNCHES, *RANGES):
@@ -112,10 +112,10 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
 
 
 def breakdown(kernels: list[Kernel], seq_len: int, vocab_size: int) -> tuple[dict[str, float], list[dict]]:
-    """Milliseconds of each of PARTS in a trace's last step, and a row per kernel name, the longest first.
+    """Milliseconds of each of PARTS in a trace's last step, and a row per kernel name, longest first.
 
-    The step lies between the ends of two optimizer steps. Where several kernels run at once the time belongs to the one
-    that started first, so that the parts add up to the step. Raises ValueError if there are fewer than two.
+    A step is the time between the ends of two optimizer steps. Overlapping kernels' time counts for the one that started
+    first, so parts add up to the step. Raises ValueError for fewer than two optimizer steps.
     """
     adam = [k.end for k in kernels if k.in_optimizer]
     gaps = [i for i in range(1, len(adam)) if adam[i] - adam[i - 1] > (adam[-1] - adam[0]) / 5]
@@ -139,7 +139,7 @@ def breakdown(kernels: list[Kernel], seq_len: int, vocab_size: int) -> tuple[dic
 def measure_rates() -> dict[str, float]:
     """This GPU's best: `tflops`, a bf16 product of 8,192-square matrices; `gb_s`, a copy of 2 GiB, read and written.
 
-    A GPU at rest is cooler, and faster for some milliseconds than it stays.
+    Sleeps first: a cool GPU is faster for some milliseconds.
     """
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     torch.cuda.synchronize()
@@ -148,7 +148,7 @@ def measure_rates() -> dict[str, float]:
 
 
 def attention_ms(rows: int, args: LighthouseModelArgs) -> float:
-    """Milliseconds of causal attention alone by the model's kernel, bf16, batch 1, forward and backward."""
+    """Milliseconds of causal attention by the model's kernel, bf16, batch 1, forward and backward."""
     heads, kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
     shapes = [(1, rows, n, args.dim // heads) for n in (heads, kv_heads, kv_heads)]  # in memory as in the model
     qkv = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
@@ -164,8 +164,8 @@ def attention_ms(rows: int, args: LighthouseModelArgs) -> float:
 def limits(seq_len: int, batch: int, args: LighthouseModelArgs, rates: dict[str, float]) -> dict[str, float]:
     """Milliseconds that each part of a step on one device takes at least, with no activation recomputed.
 
-    Every kernel reads its inputs and writes its outputs once, in bf16. What stands between two GEMMs or attention
-    calls counts as one kernel; a sum of gradients counts as done by the GEMM that makes one of them.
+    Every kernel reads its inputs and writes its outputs once, in bf16. Operations between two GEMMs or attention calls
+    count as one kernel; sums of gradients count as part of a GEMM.
     """
     tokens, n, dim = seq_len * batch, args.n_layers, args.dim
     n_lighthouse = len(args.lighthouse_layers)

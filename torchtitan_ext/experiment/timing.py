@@ -1,4 +1,4 @@
-"""Time functions on a GPU by its own clock, on a CPU by the host's."""
+"""Time functions: by events on a GPU, by the host's clock on a CPU."""
 
 import platform
 import time
@@ -9,14 +9,14 @@ import torch
 
 
 def this_machine() -> dict[str, str | int | None]:
-    """What a timing depends on."""
+    """The device and versions that a timing depends on."""
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     return {"device": device, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version() if on_gpu else None}
 
 
 def _record() -> Any:
-    """A moment: on a GPU an event, which is reached when the kernels before it are done; else milliseconds."""
+    """A point in time: an event on a GPU, milliseconds on a CPU."""
     if not torch.cuda.is_available():
         return 1e3 * time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -27,7 +27,7 @@ def _record() -> Any:
 def interleaved_times_ms(
     functions: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call of each function, the repeats of all interleaved after some calls to warm up."""
+    """Milliseconds of each call of each function; repeats are interleaved, after `warm_up` calls."""
     calls: dict[str, list] = {name: [] for name in functions}
     for _ in range(warm_up + repeats):
         for name, function in functions.items():
@@ -45,7 +45,7 @@ def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3) -> 
 
 
 def kernels_ms(function: Callable[[], object], repeats: int) -> float:
-    """Mean milliseconds that the function's kernels take on the GPU, the gaps between their launches left out."""
+    """Mean milliseconds of the function's kernels on the GPU, without gaps between launches."""
     function()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -56,7 +56,7 @@ def kernels_ms(function: Callable[[], object], repeats: int) -> float:
 
 
 def copy_gb_s() -> float:
-    """The best of 20 large copies, bytes read and written."""
+    """GB/s, read and written, of the best of 20 large copies."""
     device, n = ("cuda", 2**29) if torch.cuda.is_available() else ("cpu", 2**25)
     source = torch.randn(n, device=device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Compare what is installed with what this package supports."""
+"""Compare installed versions with those that this package supports."""
 
 import importlib.metadata
 import os
@@ -14,19 +14,19 @@ PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def supported() -> tuple[str, list[str]]:
-    """The versions of Python and the requirements: a clone's pyproject.toml, which an older installation may lag."""
+    """Python versions and requirements, from a clone's pyproject.toml or else the installed package."""
     if PROJECT.is_file():
         project = tomllib.loads(PROJECT.read_text())["project"]
         return project["requires-python"], project["dependencies"] + project["optional-dependencies"]["train"]
     try:
         own = importlib.metadata.metadata(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:  # the package's folder, copied
+    except importlib.metadata.PackageNotFoundError:  # a copied folder
         return "", []
     return own["Requires-Python"], own.get_all("Requires-Dist", [])
 
 
 def environment_problems() -> Iterator[str]:
-    """What is not supported here, each with a remedy: versions, missing patches, restarts by torchrun."""
+    """Problems with remedies: versions, missing patches, restarts by torchrun."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -51,6 +51,6 @@ def environment_problems() -> Iterator[str]:
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         yield (
-            f"torchrun --max_restarts={restarts}: a restart may hang, on addresses of the ranks before it; set "
+            f"torchrun --max_restarts={restarts}: a restart may hang on addresses of earlier ranks; set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as scripts/train.sh does"
         )

@@ -1,4 +1,4 @@
-"""Keep a second launch out of the folders that a run writes to."""
+"""Lock a run's folders against a second launch."""
 
 import fcntl
 import os
@@ -17,19 +17,19 @@ _held: list[IO[str]] = []
 
 
 def lock_folders(job_config: JobConfig) -> None:
-    """Lock what this launch writes to until this process ends, however it does. Raises ValueError, as below."""
+    """Lock the folders of this launch until this process ends. Raises ValueError as `lock` does."""
     dump, folder = job_config.job.dump_folder, job_config.checkpoint.folder
     _held.append(lock(f"job.dump_folder = {dump!r}", Path(dump, LOCK)))
     if job_config.checkpoint.enable:
-        # Another dump folder may lead there too. Beside it: a folder that exists counts as one to load from.
+        # Another dump folder may share it. Beside it, because an existing folder counts as one to load from.
         path = checkpoint_folder(job_config).resolve()
         _held.append(lock(f"checkpoint.folder = {folder!r}", path.with_name(f"{path.name}.lock")))
 
 
 def lock(field: str, path: Path) -> IO[str]:
-    """The locked file `path`, until it is closed or this process ends; no child inherits the lock.
+    """Lock the file `path` until it is closed or this process ends; no child inherits the lock.
 
-    Raises ValueError where another process holds it, naming that and `field`, which led there.
+    Raises ValueError, naming the holder and `field`, if another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")

@@ -1,4 +1,4 @@
-"""Read a job file: torchtitan's TOML, which may extend another, and torchtitan's arguments."""
+"""Read a job: torchtitan's TOML file, which may extend another, and torchtitan's arguments."""
 
 import importlib
 import tomllib
@@ -15,13 +15,13 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan_ext.arguments import one_line
 from torchtitan_ext.model.settings import JobConfig as OwnSections
 
-# What our entry point knows, so that no job file needs to say it.
+# Settings that no job file needs to repeat.
 DEFAULTS = {"job": {"custom_config_module": OwnSections.__module__}}
 RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
 
 
 def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The sections of a TOML file, over those of the file beside it that it `extends`. Raises ValueError, naming it."""
+    """The sections of a TOML file, merged over those of the file that it `extends`. Raises ValueError."""
     file = Path(file)
     if file.resolve() in extending:
         raise ValueError(f"{file}: extends itself, by way of {', '.join(map(str, extending))}; break that circle")
@@ -41,7 +41,7 @@ def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, A
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, section by section; a list is replaced whole."""
+    """`base` with `changes`, section by section; lists are replaced."""
     both = base | changes
     for name in base.keys() & changes.keys():
         if isinstance(base[name], dict) and isinstance(changes[name], dict):
@@ -50,14 +50,14 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job of a TOML file and torchtitan arguments, not checked, and what it imports imported. Raises ValueError."""
+    """Parse the job of a TOML file and torchtitan arguments, without checks; imports its modules. Raises ValueError."""
     sections = merged(DEFAULTS, read_toml(config_file))
     where = " ".join([str(config_file), *overrides])
     if module := sections.get("experimental", {}).get("custom_import"):
-        import_extension(module, where)  # before a scorer's name is looked up
+        import_extension(module, where)  # before scorers' names are checked
     try:
         with warnings.catch_warnings(), redirect_stderr(StringIO()) as by_parser:
-            # a value of another type than the field's, which the checks name
+            # the checks report wrong types
             warnings.filterwarnings("ignore", category=UserWarning, message="The field")
             manager = ConfigManager()
             manager._maybe_load_toml = lambda args: sections  # type: ignore[method-assign]
@@ -65,7 +65,7 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
     except ImportError as error:
         raise ValueError(f"{where}: {error}; drop job.custom_config_module") from error
     except (AssertionError, TypeError, ValueError) as error:
-        # torchtitan's next lines are about its own launcher
+        # the rest is about torchtitan's launcher
         said = str(error).splitlines()[0].partition(" We'll try")[0]
         raise ValueError(f"{where}: {said.rstrip('.')}; correct that in the file or argument") from error
     except SystemExit as error:
@@ -81,16 +81,16 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
 
 
 def import_extension(module: str, where: str | Path) -> None:
-    """Import what a job imports, which registers its data sets and flavors. Raises ValueError, naming `where`."""
+    """Import a job's module, which registers data sets and flavors. Raises ValueError, naming `where`."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # whatever a user's module does
+    except Exception as error:  # from a user's module
         named = f"experimental.custom_import = {module!r} in {where}"
         raise ValueError(f"{named}: {error}; call from the folder that holds it, or drop the setting") from error
 
 
 def as_toml(job: JobConfig) -> str:
-    """The whole job as a TOML file that gives it again; a setting that is None is left out."""
+    """The whole job as TOML; settings that are None are left out."""
 
     def without_none(values: dict) -> dict:
         given = {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Start a training on this machine, follow its steps, and leave no process of it behind."""
+"""Start a training on this machine, follow its steps, and end all its processes."""
 
 import os
 import re
@@ -16,7 +16,7 @@ STEP_LINE = re.compile(r"- step:\s*(\d+)\s+loss:\s*(\S+).*\btps:\s*([\d,]+)")
 
 
 class Step(NamedTuple):
-    """What a training logs of a step."""
+    """A logged step."""
 
     number: int
     loss: float
@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
 
 class Training:
-    """A training that was started; its output goes to the end of a log file."""
+    """A started training; its output is appended to a log file."""
 
     def __init__(self, process: subprocess.Popen[str], log: IO[str]) -> None:
         self.process, self.log = process, log
@@ -32,12 +32,12 @@ class Training:
 
     @property
     def output(self) -> str:
-        """The end of what it printed."""
+        """Its last lines of output."""
         return "".join(self.last_lines)
 
     def steps(self) -> Iterator[Step]:
-        """Each logged step, once, as it is logged; ends with the training."""
-        assert self.process.stdout is not None  # it is a pipe
+        """Each logged step once, until the training ends."""
+        assert self.process.stdout is not None  # a pipe
         last = 0
         for line in self.process.stdout:
             line = ANSI_COLOR.sub("", line)
@@ -57,23 +57,23 @@ def torchrun(nproc: int, config_file: str | Path) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment for a training, with what is better set unless its user has."""
+    """This process's environment, with better defaults for a training."""
     ours = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow down others of a shared CPU
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed ones leave gaps that no long activation fits into
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else restarted ranks wait for addresses of the killed
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down others on a shared CPU
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed segments leave gaps too small for long activations
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted ranks wait for killed ones
     }
     return {**ours, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 @contextmanager
 def training(command: list[str], log_file: Path, **environment: str) -> Iterator[Training]:
-    """Start a training. However the body ends, none of its processes is left; SIGTERM and SIGHUP end it like Ctrl-C."""
+    """Start a training; end its processes when the body ends. SIGTERM and SIGHUP act like Ctrl-C."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # as nohup sets it
+    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {s: signal.signal(s, interrupt) for s in ends}
     try:
         with (
@@ -93,7 +93,7 @@ def training(command: list[str], log_file: Path, **environment: str) -> Iterator
                 child.wait()
             finally:
                 if child.poll() is None:
-                    child.terminate()  # torchrun ends its workers, after 30 s by force
+                    child.terminate()  # torchrun ends its workers, and kills them after 30 s
                     log.write(child.communicate()[0])
     finally:
         for s, handler in before.items():

@@ -1,22 +1,22 @@
-"""Estimate a training step's peak of GPU memory from what is kept, for how long: no constant in it is fitted.
+"""Estimate a training step's peak GPU memory from the tensors that are alive; no constant is fitted.
 
-Widths are elements per token, `d` the model's, `f` the SwiGLU's, `kv` of the key and value heads; `r` is the gathered
-rows over the tokens in a Lighthouse layer, 1 in a dense one. What a compiled block keeps for its backward pass:
+Widths are elements per token: `d` of the model, `f` of SwiGLU, `kv` of the key and value heads. `r` is gathered rows
+per token in a Lighthouse layer, 1 in a dense one. A compiled block keeps for its backward pass:
 
     none       input, both norms' outputs, the sum of the first residual; 4 d
                q and the attention's output, k, v; r (2 d + 2 kv)
                the scattered output in a Lighthouse layer; d
                both SwiGLU projections and their product; 3 f
     selective  input, wq's and wv's output, attention's output, w1's output; (2 + r) d + kv + f;
-               of these products only every other one of those that the job lets it keep
+               of these products, every other one that the job does not force it to recompute
     full       input; d
 
-With context parallelism none also keeps the dense layers' attention output twice, as it was and as it was exchanged; d.
+With context parallelism, `none` also keeps the dense layers' attention output after the exchange; d.
 
-The peak is reached in the loss, or in the backward pass of a block, which makes what the block didn't keep, and where
-it is widest the gradients of the block's output, of the product and of both projections: d + 3 f.
+The peak is in the loss, or in a block's backward pass, which recomputes what the block didn't keep and adds at its
+widest the gradients of the block's output, the product and both projections: d + 3 f.
 
-Left out, as less than 1 %: slots, log-sum-exp, norms' deviations, tokens, cuBLAS's workspace.
+Omitted, less than 1 %: slots, log-sum-exp, norms' deviations, tokens, cuBLAS's workspace.
 dev/LOG.md compares the estimates with measured peaks.
 """
 
@@ -34,7 +34,7 @@ GIB = 2**30
 
 
 def no_estimate_reason(job_config: JobConfig, dims: ParallelDims) -> str | None:
-    """The setting for which `peak_memory` doesn't know what is kept; None if it knows."""
+    """The setting that `peak_memory` does not cover; None if it covers the job."""
     checkpointing, compiled = job_config.activation_checkpoint, job_config.compile
     mode, option = checkpointing.mode, checkpointing.selective_ac_option
     reasons = {
@@ -52,9 +52,9 @@ def no_estimate_reason(job_config: JobConfig, dims: ParallelDims) -> str | None:
 
 
 def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: ParallelDims) -> dict[str, float]:
-    """GiB that the allocator of one GPU reserves at a step's peak, by what takes them; the sum is the estimate.
+    """GiB that one GPU's allocator reserves at a step's peak, by use; the sum is the estimate.
 
-    Of a job without a `no_estimate_reason`, with FSDP's mixed precision, AdamW, Liger-Kernel's loss and expandable
+    For jobs without a `no_estimate_reason`, with FSDP's mixed precision, AdamW, Liger-Kernel's loss and expandable
     segments. args: the model's, with the job's settings.
     """
     training = job_config.training
@@ -66,8 +66,7 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
     shards = dims.dp_shard * dims.cp
     tokens = training.local_batch_size * training.seq_len // dims.cp
 
-    # FSDP's streams have pools of their own: neither gradients, which the reduction writes, nor gathered
-    # parameters ever take the room of freed activations, so at the peak all are counted.
+    # FSDP's streams have their own pools: gradients and gathered parameters never reuse freed activations.
     weights = 4 * n_params * master / shards  # with gradients and two moments
     on_hand = n_params
     if job_config.parallelism.fsdp_reshard_after_forward != "never":
@@ -109,15 +108,15 @@ def _kept_by_layer(job_config: JobConfig, args: LighthouseModelArgs, layer: int,
     if layer in args.lighthouse_layers:
         r, scattered = args.lighthouse.gathered_len(seq_len) / seq_len, d
     elif job_config.parallelism.context_parallel_degree > 1:
-        scattered = d  # attention's output again, as it was exchanged
+        scattered = d  # attention's output after the exchange
     everything = 4 * d + r * (2 * d + 2 * kv) + scattered + 3 * f
     if mode == "selective" and option == "op":
-        # torchtitan keeps every other product, in this order, but none of a named shape; w2's is not needed
+        # torchtitan keeps every other product in this order, except named shapes; w2's is not needed
         products = {"attention.wq": (d, d), "attention.wk": (d, kv), "attention.wv": (d, kv), "attention.wo": (d, d)}
         products |= {"feed_forward.w1": (d, f), "feed_forward.w3": (d, f)}
         recomputed_fqns = checkpointing.per_op_sac_force_recompute_mm_shapes_by_fqns
         recomputed = {shape for name, shape in products.items() if any(part in name for part in recomputed_fqns)}
         return (1 + r) * d + sum([shape[1] for shape in products.values() if shape not in recomputed][::2]), everything
-    # of so many blocks, one is recomputed
+    # every `option`-th block is recomputed
     recomputes = mode == "full" or (mode == "selective" and (not int(option) or (layer + 1) % int(option) == 0))
     return d if recomputes else everything, everything

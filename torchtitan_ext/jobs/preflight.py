@@ -1,4 +1,4 @@
-"""Print the preflight: what a run will take, and every problem of its environment and its job."""
+"""Print the preflight: a run's estimated resources, and every problem of its environment and job."""
 
 import logging
 import warnings
@@ -9,13 +9,13 @@ from .environment import environment_problems
 
 def report(config_file: Path, overrides: list[str], n_gpus: int, gpu_memory: float | None, tok_s: float | None) -> int:
     """Print the facts and the problems of a run; returns 1 if there are problems. Arguments as in `plan_report`."""
-    # What libraries warn of on the way is no problem of the run.
+    # Libraries' warnings are no problems of the run.
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     problems = list(environment_problems())
     facts: dict[str, str] = {}
     try:
-        # Not before: it needs what has just been looked for.
+        # It needs the packages checked above.
         from .plan import plan_report
     except ImportError as error:
         problems.append(f"the job can't be checked before this environment is complete: {error}")

@@ -1,4 +1,4 @@
-"""What a run records of itself, and what reads it: the names, and the job in its folder."""
+"""Record a run's job in its folder, and read it."""
 
 import json
 from collections.abc import Iterable
@@ -7,13 +7,13 @@ from pathlib import Path
 from torchtitan.config import JobConfig
 
 CONFIG_FILE = "config.json"  # the job of a run's last start
-# logged with every point, beside torchtitan's own
+# metrics logged beside torchtitan's
 N_DEVICES = "n_devices"
 LOG_FREQ = "log_freq"
 
 
 def write_config(job_config: JobConfig) -> None:
-    """Record the job in its dump folder; a kill leaves the record before it whole."""
+    """Record the job in its dump folder, atomically."""
     file = Path(job_config.job.dump_folder, CONFIG_FILE)
     new = file.with_suffix(".tmp")
     new.write_text(json.dumps(job_config.to_dict(), indent=2) + "\n")
@@ -21,7 +21,7 @@ def write_config(job_config: JobConfig) -> None:
 
 
 def read_config(file: Path, fields: Iterable[tuple[str, str]]) -> dict:
-    """The job that a run left in `file`. Raises ValueError without one of the `fields`, each a section and a name."""
+    """The job recorded in `file`. Raises ValueError if one of `fields`, pairs of section and name, is missing."""
     try:
         config = json.loads(file.read_text())
         _ = [config[section][field] for section, field in fields]
@@ -34,11 +34,11 @@ def read_config(file: Path, fields: Iterable[tuple[str, str]]) -> dict:
 
 
 def recorded_start(job_config: JobConfig) -> str | None:
-    """The `checkpoint.initial_load_path` with which the run in the job's folder began. Raises ValueError for damage."""
+    """The `checkpoint.initial_load_path` of the run in the job's folder. Raises ValueError if its record is damaged."""
     file = Path(job_config.job.dump_folder, CONFIG_FILE)
     try:
         recorded = read_config(file, [("checkpoint", "enable"), ("checkpoint", "initial_load_path")])["checkpoint"]
     except FileNotFoundError:
         return None
-    # a launch without checkpoints recorded none: any start may be the run's
+    # a launch without checkpoints recorded no start, so any is legal
     return (recorded if recorded["enable"] else vars(job_config.checkpoint))["initial_load_path"]

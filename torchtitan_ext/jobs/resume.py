@@ -1,4 +1,4 @@
-"""Find the checkpoint that a launch continues from, and what is wrong with it."""
+"""Find the checkpoint that a launch continues from, and its problems."""
 
 import os
 import re
@@ -27,7 +27,7 @@ from torchtitan_ext.model.model import meta_model
 from .recorded import recorded_start
 from .schedule import resume_problems
 
-INTERRUPTED = ".interrupted"  # a file in the folder of a checkpoint that an interrupted process saved
+INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM
 METADATA, HF_INDEX = ".metadata", "model.safetensors.index.json"  # each is written last
 Weights = Mapping[str, torch.Tensor]
 Shapes = Mapping[str, Sequence[int]]
@@ -43,7 +43,7 @@ def checkpoint_folder(job_config: JobConfig) -> Path:
 
 
 def checkpoint_to_load(job_config: JobConfig) -> Path | None:
-    """What a launch without problems starts from; None from scratch."""
+    """The checkpoint that a launch starts from; None from scratch."""
     checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
     if not checkpoint.enable:
         return None
@@ -55,33 +55,33 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
 
 
 def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[str]:
-    """What of `checkpoint.exclude_from_loading` a launch leaves out of the checkpoint that it loads.
+    """The states in `checkpoint.exclude_from_loading` that a launch does not load.
 
-    The run's own checkpoints are loaded whole, or the same command, launched again after a crash, would start its data
-    over each time. Only a data position of another data-parallel degree is left out of those too.
+    A run's own checkpoints are loaded whole, or a relaunch after a crash would start the data over each time. Only the
+    data position of another data-parallel degree is excluded from those too.
     """
     excluded, path = job_config.checkpoint.exclude_from_loading, checkpoint_to_load(job_config)
     if path is None or path.parent != checkpoint_folder(job_config):
         return excluded
     if dims and DATALOADER in excluded:
-        with suppress(ValueError):  # an incomplete one, named by checkpoint_problems
+        with suppress(ValueError):  # checkpoint_problems reports it
             if data_parallel_degree(dims) != _saved_degree(complete_metadata(path)):
                 return [DATALOADER]
     return []
 
 
 def data_position(job_config: JobConfig, dims: ParallelDims) -> dict[str, Any]:
-    """Where the data-parallel ranks continue in the data, as their loaders take it; empty at the data's start."""
+    """The data positions of the data-parallel ranks, as their loaders take them; empty at the data's start."""
     path = checkpoint_to_load(job_config)
     if path and DATALOADER not in excluded_states(job_config, dims):
-        with suppress(ValueError):  # named by checkpoint_problems
+        with suppress(ValueError):  # checkpoint_problems reports it
             objects = _checked_objects(path, complete_metadata(path), {OPTIMIZER, LR_SCHEDULER, TRAIN_STATE})
             return {key.removeprefix(f"{DATALOADER}."): position for key, position in objects.items()}
     return {}
 
 
 def data_parallel_degree(dims: ParallelDims) -> int:
-    """How many ranks, or groups that share sequences, read data of their own."""
+    """Number of ranks, or of groups that share sequences, with their own data."""
     return dims.dp_replicate * dims.dp_shard
 
 
@@ -90,7 +90,7 @@ def _saved_degree(metadata: Metadata) -> int:
 
 
 def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
-    """What keeps a launch from its checkpoint: field, value and remedy. Without dims, not what depends on ranks."""
+    """Problems of a launch with its checkpoint; without dims, not those that depend on ranks."""
     checkpoint, dump = job_config.checkpoint, job_config.job.dump_folder
     folder, initial = checkpoint_folder(job_config), checkpoint.initial_load_path
     if not checkpoint.enable:
@@ -113,7 +113,7 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
 
 
 def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
-    """Of a run without a folder of checkpoints."""
+    """Problems of a run without a folder of checkpoints."""
     checkpoint, steps = job_config.checkpoint, job_config.training.steps
     initial = checkpoint.initial_load_path
     if checkpoint.load_step != -1:
@@ -123,13 +123,13 @@ def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterato
         yield from _hf_problems(job_config)
     elif initial:
         yield from _state_problems(job_config, dims, "checkpoint.initial_load_path", Path(initial))
-        counted = TRAIN_STATE not in checkpoint.exclude_from_loading  # else from 0 again
+        counted = TRAIN_STATE not in checkpoint.exclude_from_loading  # else steps count from 0
         if counted and step_of(initial) >= steps:
             yield f"training.steps = {steps}: {initial} has done as many; count from the start of the first stage"
 
 
 def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
-    """Of a run with a folder of checkpoints, from which torchtitan loads, ignoring initial_load_path."""
+    """Problems of a run with a folder of checkpoints: torchtitan loads from it and ignores initial_load_path."""
     initial, folder = job_config.checkpoint.initial_load_path, checkpoint_folder(job_config)
     total, load_step = job_config.training.steps, job_config.checkpoint.load_step
     ignored, steps = f"checkpoint.initial_load_path = {initial!r} would be ignored, because", complete_steps(folder)
@@ -160,7 +160,7 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
 
 
 def _same_checkpoint(recorded: str | None, now: str | None) -> bool:
-    """Whether a run that started from `recorded` started from `now`: there, or in a folder that was moved."""
+    """Whether `recorded` and `now` are the same checkpoint, perhaps in a folder that was moved."""
     if not recorded or not now:
         return not recorded and not now
     n_parts = 3 if not os.path.exists(recorded) else None  # the run, checkpoint/, step-N
@@ -168,7 +168,7 @@ def _same_checkpoint(recorded: str | None, now: str | None) -> bool:
 
 
 def _hf_problems(job_config: JobConfig) -> Iterator[str]:
-    """What the Hugging Face folder that a new run starts from lacks."""
+    """Problems of the Hugging Face folder that a new run starts from."""
     path, field = job_config.checkpoint.initial_load_path, "checkpoint.initial_load_path"
     if not path:
         path, field = job_config.model.hf_assets_path, "model.hf_assets_path"
@@ -189,7 +189,7 @@ def _hf_problems(job_config: JobConfig) -> Iterator[str]:
 
 
 def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
-    """That a launch from the run's own `step` would write over later checkpoints."""
+    """The problem that a launch from the run's own `step` would overwrite later checkpoints."""
     checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
     cause = f"checkpoint.load_step = {checkpoint.load_step}"
     if checkpoint.create_seed_checkpoint:
@@ -210,7 +210,7 @@ def _put_aside(folder: Path, checkpoints: list[Path]) -> str:
 
 
 def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str, path: Path) -> Iterator[str]:
-    """What the checkpoint at `path`, which `field` leads to, lacks to be resumed by this launch."""
+    """Problems of resuming from the checkpoint at `path`, which `field` names."""
     excluded = excluded_states(job_config, dims)
     try:
         metadata = complete_metadata(path)
@@ -238,7 +238,7 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
 
 
 def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
-    """How to go on where the checkpoint at `path`, which `field` leads to, can't be loaded."""
+    """How to continue if the checkpoint at `path`, which `field` names, can't be loaded."""
     folder = path.parent
     own = folder == checkpoint_folder(job_config)
     # an initial_load_path may name a run, or its folder of checkpoints
@@ -258,7 +258,7 @@ def saved_shapes(metadata: Metadata) -> Shapes:
 
 
 def shape_mismatches(weights: Weights, shapes: Shapes) -> list[str]:
-    """The model's weights that a checkpoint with tensors of these shapes lacks, or has in another shape."""
+    """The model's weights that are missing or differ in shape in a checkpoint of these shapes."""
     return [
         f"{name} is {list(shapes[name])} there and {list(weight.shape)} here"
         if name in shapes
@@ -277,7 +277,7 @@ def _shape_problems(job: JobConfig, field: str, path: str | Path, weights: Weigh
 
 
 def _checked_objects(path: Path, metadata: Metadata, excluded: Collection[str]) -> dict[str, Any]:
-    """Loads what is no tensor, as torch will, because here an error can name it. Raises ValueError."""
+    """Load all objects but tensors, as torch will. Raises ValueError that names a damaged one."""
     loaded = {}
     for index, stored in metadata.storage_data.items():
         key, file = index.fqn, path / stored.relative_path
@@ -290,19 +290,19 @@ def _checked_objects(path: Path, metadata: Metadata, excluded: Collection[str]) 
                 loaded[key] = load_object(data.read(stored.length))
             if key.startswith(f"{DATALOADER}.dp_rank_"):
                 load_plain(loaded[key])
-        except Exception as error:  # whatever the bytes happen to spell
+        except Exception as error:  # from any bytes
             raise ValueError(f"{key} in {file} is damaged or was made to run code ({error})") from error
     return loaded
 
 
 def step_of(path: str | Path) -> int:
-    """The steps that the checkpoint in a folder has done; 0 where the name doesn't tell."""
+    """The step of the checkpoint in a folder step-N; 0 for other names."""
     match = re.fullmatch(r"step-(\d+)", Path(path).name)
     return int(match[1]) if match else 0
 
 
 def complete_metadata(path: Path) -> Metadata:
-    """The metadata of the checkpoint in the step-N folder `path`; ValueError where it isn't complete."""
+    """The metadata of the checkpoint in the step-N folder `path`. Raises ValueError if it isn't complete."""
     incomplete = f"{path} is not a complete checkpoint:"
     if not path.exists():
         raise ValueError(f"{incomplete} it does not exist; train it first, or give the step-N folder of another")
@@ -312,7 +312,7 @@ def complete_metadata(path: Path) -> Metadata:
         for stored in metadata.storage_data.values():
             end = stored.offset + stored.length
             sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
-    except Exception as error:  # whatever the bytes happen to spell
+    except Exception as error:  # from any bytes
         raise ValueError(f"{incomplete} no .metadata that can be read ({error}); give another step-N folder") from error
     held = {name: (path / name).stat().st_size if (path / name).is_file() else 0 for name in sizes}
     if broken := [f"{n} holds {held[n]:,} of {sizes[n]:,} bytes" for n in sizes if held[n] < sizes[n]]:
@@ -321,21 +321,21 @@ def complete_metadata(path: Path) -> Metadata:
 
 
 def _step_folders(folder: Path) -> dict[int, Path]:
-    """What is named step-N, from the first character to the last, in a folder of checkpoints."""
+    """The folders named exactly step-N in a folder of checkpoints."""
     paths = {path.name[5:]: path for path in folder.glob("step-*") if path.is_dir()}
     numbers = sorted(int(name) for name in paths if re.fullmatch("0|[1-9][0-9]*", name))
     return {number: paths[str(number)] for number in numbers}
 
 
 def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
-    """Steps of the checkpoints that a run can go on from; with HF_INDEX, of those in Hugging Face's format."""
+    """Steps of the checkpoints that a run can continue from; with HF_INDEX, of those in Hugging Face's format."""
     return [step for step, path in _step_folders(folder).items() if (path / written_last).is_file()]
 
 
 def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
     """The complete checkpoints to delete after a save.
 
-    What SIGTERM saved bridges to the next interval: it pushes out none to be kept, and goes when a later is complete.
+    A checkpoint saved on SIGTERM does not count for `keep_latest_k`, and goes once a later one is complete.
     """
     steps = complete_steps(folder)
     bridges = [step for step in steps if (folder / f"step-{step}" / INTERRUPTED).exists()]
@@ -345,7 +345,7 @@ def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
 
 
 def _is_half_saved(path: Path) -> bool:
-    """Whether a step's folder holds what a save that was killed leaves, and nothing else."""
+    """Whether a step's folder contains only what a killed save leaves."""
     try:
         names = os.listdir(path)
     except FileNotFoundError:  # rank 0 is deleting it
@@ -355,7 +355,7 @@ def _is_half_saved(path: Path) -> bool:
 
 
 def remove_half_saved(folder: Path) -> None:
-    """Deletes what killed saves left, whose shards would lie among those of the next save of that step."""
+    """Delete what killed saves left: their shards would mix with those of the next save."""
     for path in _step_folders(folder).values():
         if _is_half_saved(path):
             shutil.rmtree(path)

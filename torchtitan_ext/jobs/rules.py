@@ -1,4 +1,4 @@
-"""Validate a job before anything is built: what would lose state or time in silence, or fail without saying why."""
+"""Validate a job before anything is built: silent loss of state or time, and failures without a clear message."""
 
 import os
 from collections.abc import Iterator
@@ -35,9 +35,9 @@ DEGREES = {
 
 
 def check_job(job_config: JobConfig) -> tuple[str, list[str]]:
-    """What `choose_kernel` says; or one ValueError that lists every problem of this launch: field, value and remedy.
+    """The result of `choose_kernel`. Raises one ValueError that lists every problem of this launch.
 
-    Every rank reads the same files and comes to the same answer.
+    Every rank reads the same files and gets the same answer.
     """
     if problems := job_problems(job_config, launched_ranks()):
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
@@ -45,7 +45,7 @@ def check_job(job_config: JobConfig) -> tuple[str, list[str]]:
 
 
 def launched_ranks() -> int | None:
-    """The number of processes that this one was launched with; None where no launcher says."""
+    """The number of launched processes; None without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
@@ -77,7 +77,7 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
 
 
 def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
-    """The fields of a dataclass, and of those in it, with a value of another type, or a path that is an address."""
+    """Fields of a dataclass and of nested ones with a value of the wrong type, or a path that is an address."""
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         name, value, hint = f"{section}{field.name}", getattr(settings, field.name), hints[field.name]
@@ -96,7 +96,7 @@ def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
 
 
 def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
-    """How `n_ranks` processes share the work, as torchtitan will have it. Raises ValueError if they can't."""
+    """torchtitan's dimensions of `n_ranks` processes. Raises ValueError if the degrees don't fit."""
     parallelism = job_config.parallelism
     degrees = {name: getattr(parallelism, field) for name, field in DEGREES.items()}
     experts = {"ep": parallelism.expert_parallel_degree, "etp": parallelism.expert_tensor_parallel_degree}
@@ -111,7 +111,7 @@ def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
 
 
 def sequences_at_once(job_config: JobConfig, dims: ParallelDims) -> int:
-    """How many sequences a microbatch of all ranks holds; a step may accumulate several."""
+    """Sequences in one microbatch of all ranks; a step may accumulate several."""
     return job_config.training.local_batch_size * data_parallel_degree(dims)
 
 
@@ -128,14 +128,14 @@ def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
 
 
 def data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
-    """The sections that say what sequences this job reads, by name."""
+    """The sections that configure data, by name."""
     yield "training", job_config.training
     if job_config.validation.enable:
         yield "validation", job_config.validation
 
 
 def _number_problems(job_config: JobConfig) -> Iterator[str]:
-    """Numbers that training divides by or allocates, and would trip over."""
+    """Numbers that training divides by or allocates."""
     positive = ["metrics.log_freq", "training.seq_len", "training.local_batch_size"]
     if job_config.validation.enable:
         positive += ["validation.seq_len", "validation.local_batch_size", "validation.freq"]
@@ -205,7 +205,7 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
 
 
 def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
-    """Why W&B couldn't start, without which torchtitan trains on. Rank 0 speaks for all."""
+    """Why W&B couldn't start; torchtitan would train without it. Only on rank 0."""
     if not job_config.metrics.enable_wandb or int(os.environ.get("RANK", 0)):
         return
     import wandb
@@ -218,9 +218,9 @@ def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
             return
         with suppress(FileNotFoundError):
             logins = netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).hosts.values()
-            if any(name == "user" for name, *_ in logins):  # as W&B's are called
+            if any(name == "user" for name, *_ in logins):  # W&B's logins
                 return
-    except Exception as error:  # whatever its settings spell
+    except Exception as error:  # W&B raises many kinds
         reason = str(error)
     finally:
         wandb.teardown()
@@ -248,7 +248,7 @@ def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArg
     for change in ("truncation", "padding"):
         if setting := getattr(library, change):
             return f"its tokenizer.json sets {change}, {setting}, which would change every document; set it to null"
-    # Ids may leave gaps, and beyond the embeddings a GPU fails amid a step.
+    # Ids may have gaps; beyond the embeddings a GPU fails in the middle of a step.
     last_id = max(tokenizer.get_vocab().values(), default=-1)
     if args and last_id >= args.vocab_size:
         beyond = f"beyond the {args.vocab_size} embeddings of model.flavor"
@@ -259,7 +259,7 @@ def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArg
             "as bos_token or eos_token in tokenizer_config.json there"
         )
     library.encode_special_tokens = True  # as documents are encoded
-    unk_token = (tokenizer.config or {}).get("unk_token")  # which any text may be
+    unk_token = (tokenizer.config or {}).get("unk_token")  # any text may become it
     spelled = [
         token.content
         for index, token in library.get_added_tokens_decoder().items()

@@ -1,4 +1,4 @@
-"""Refuse an optimizer or a schedule that differs from what a checkpoint was trained with."""
+"""Check the optimizer and the schedule, and compare them with a checkpoint's."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,13 +13,13 @@ from torchtitan.config import JobConfig
 
 
 def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
-    """What would bend the schedule, now or where another run continues."""
+    """Settings that would distort the schedule, in this run or in one that continues it."""
     schedule, steps = job_config.lr_scheduler, job_config.training.steps
     total = steps if schedule.total_steps is None else schedule.total_steps
     if total < steps:
         yield f"lr_scheduler.total_steps = {total}: ends before training.steps = {steps}; set it to {steps} or more"
     if not job_config.checkpoint.enable:
-        return  # nothing continues from here, under another schedule
+        return  # no run continues this one
     if 0 < total < schedule.warmup_steps:
         yield (
             f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: would shrink to {total}, and a longer run's rate "
@@ -33,7 +33,7 @@ def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
 
 
 def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[str, Any]) -> Iterator[str]:
-    """Where this launch differs from the one that saved these objects in the checkpoint `path`, which `field` names."""
+    """Differences from the launch that saved these objects in the checkpoint `path`, which `field` names."""
     if job_config.optimizer.override_checkpoint:
         return
     on_purpose = "; or, to change that from here on, set optimizer.override_checkpoint to true"
@@ -49,7 +49,7 @@ def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[s
             yield f"optimizer.{name} = {now!r}: {before}; set it to that{on_purpose}"
     if base and (rates := saved.get("lr_scheduler._last_lr")):
         step, rate = saved.get("lr_scheduler.last_epoch", 0), rates[0]
-        with suppress(Exception):  # torchtitan will refuse these settings
+        with suppress(Exception):  # torchtitan rejects these settings itself
             optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
             schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, max(0, job_config.training.steps))
             rate = base * schedulers.schedulers[0].lr_lambdas[0](step)

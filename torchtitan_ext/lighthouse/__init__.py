@@ -1,4 +1,4 @@
-"""Lighthouse Attention for any PyTorch code."""
+"""Lighthouse Attention for any PyTorch model."""
 
 from .attention import LighthouseAttention, lighthouse_attention, select_entries
 from .config import LighthouseConfig

@@ -14,7 +14,7 @@ from .torch_ops import Selection, entries, gathered_rows
 
 try:
     from . import triton_ops
-except ImportError:  # no Triton on this platform: the torch path serves it
+except ImportError:  # no Triton on this platform
     triton_ops = None  # type: ignore[assignment]
 
 Attention = Callable[..., Tensor]
@@ -22,14 +22,14 @@ Rotary = Tensor | tuple[Tensor, Tensor] | None
 
 
 def ops_for(x: Tensor) -> ModuleType:
-    """The Triton operators where they run, else the torch ones."""
+    """The Triton operators where they run, else torch's."""
     return triton_ops if triton_ops and x.is_cuda and x.dtype != torch.float64 else torch_ops
 
 
 def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None, degree: int = 1
 ) -> None:
-    """Raise ValueError unless the inputs of one of `degree` ranks fit each other and `config`."""
+    """Raise ValueError unless one rank's inputs, of `degree`, fit each other and `config`."""
     fit = q.ndim == 4 and k.shape == v.shape and k.shape == (*q.shape[:2], *k.shape[2:3], q.shape[3])
     if not fit or 0 in (*q.shape[2:], k.shape[2]):
         raise ValueError(
@@ -60,12 +60,12 @@ def checked_inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """q, k and the complex table that rotates their adjacent pairs, checked by `check_inputs`.
 
-    For a tuple (cos, sin), which rotates channels i and i + D/2, these become adjacent in q and k alike: no product of
-    a query and a key and no norm changes."""
+    A tuple (cos, sin) rotates channels i and i + D/2. These become adjacent in both q and k, which changes no score and
+    no norm."""
     if not isinstance(freqs_cis, tuple):
         check_inputs(q, k, v, config, freqs_cis, degree)
         return q, k, freqs_cis
-    cos, sin = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in freqs_cis)  # transformers' have a batch of one
+    cos, sin = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in freqs_cis)  # transformers adds a batch of one
     if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[1] != q.shape[-1] or cos.is_complex():
         given = f"{tuple(cos.shape)} and {tuple(sin.shape)} of {cos.dtype}"
         raise ValueError(f"freqs_cis = (cos, sin), {given}: must be two real [at least N, D = {q.shape[-1]}]")
@@ -86,10 +86,10 @@ def select_slots(
     attention: Attention = causal_attention,
     starts: Sequence[int] = (0,),
 ) -> Tensor:
-    """Slots [B, H_kv, M] of the pyramid's entries. The scores see what is pooled, rotated or raw.
+    """Slots [B, H_kv, M] of the pyramid's entries. With RoPE placement `base`, scorers see rotated q and k.
 
-    The scorer `dilated` attends by the kernel that `attention.kernel` names, else by the first of torch's that can.
-    Only a `per_token` scorer can score chunks of a sequence, where `starts` is as in `torch_ops`."""
+    The scorer `dilated` attends with the kernel `attention.kernel`, by default torch's choice. Only a `per_token`
+    scorer can score chunks of a sequence; `starts` is as in `torch_ops`."""
     ops = ops_for(q)
     if freqs_cis is not None and config.rope == "base" and not SCORERS[config.scorer].per_token:
         table = freqs_cis[: q.shape[1]].unsqueeze(1)
@@ -103,13 +103,13 @@ def call_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
 
     Raises ValueError if `attention` returns another shape."""
     shape, dtype = q.shape, q.dtype
-    # A branch, because under dynamic shapes the comparison alone is no bool.
+    # Under dynamic shapes the comparison is no bool.
     enable_gqa = True if q.shape[1] > k.shape[1] else False  # noqa: SIM210
     out = attention(q, k, v, enable_gqa=enable_gqa)
     returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if returned != tuple(shape):
         raise ValueError(f"attention returned {returned}: must return [B, H, S, D] = {tuple(shape)}, as q")
-    return out.to(dtype)  # autocast's, or another of attention's own
+    return out.to(dtype)  # autocast or attention may change it
 
 
 def select_entries(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, *, freqs_cis: Rotary = None) -> Selection:
@@ -130,8 +130,8 @@ def lighthouse_attention(
 ) -> Tensor:
     """Hierarchical attention over an adaptively gathered short sequence; for training only.
 
-    With the selection held fixed, output t depends on inputs up to t alone. The selection itself looks
-    at whole tiles, the future included: finish training under dense attention.
+    For a fixed selection, output t depends only on inputs up to t. The selection itself sees whole tiles, including the
+    future: finish training under dense attention.
 
     Args:
         q: [B, N, H, D] query projections, not rotated; any float dtype.
@@ -139,13 +139,13 @@ def lighthouse_attention(
         config: the layer's settings; they must be legal for N.
         freqs_cis: complex [at least N, D/2] rotary table of adjacent pairs, or transformers' (cos, sin), each real
             [at least N, D] or [1, at least N, D], for the pairs i, i + D/2; without a gradient. None for no rotation.
-        attention: what attends on the gathered rows, causally: `attention(q, k, v, enable_gqa=...)` on [B, H, S, D]
-            and twice [B, H_kv, S, D]; it returns [B, H, S, D].
+        attention: causal attention on the gathered rows: `attention(q, k, v, enable_gqa=...)` takes [B, H, S, D] and
+            twice [B, H_kv, S, D] and returns [B, H, S, D].
 
     Returns: [B, N, H, D] in q's dtype.
 
-    Raises ValueError for shapes that don't fit each other or the settings, saying what would be right, and
-    NotImplementedError for inputs with tangents of forward-mode differentiation, on a GPU.
+    Raises ValueError, with legal values, for shapes that don't fit each other or the settings, and NotImplementedError
+    for forward-mode differentiation on a GPU.
     """
     q, k, freqs_cis = checked_inputs(q, k, v, config, freqs_cis)
     ops = ops_for(q)
@@ -155,7 +155,7 @@ def lighthouse_attention(
 
 
 class LighthouseAttention(nn.Module):
-    """`lighthouse_attention` as a module without parameters: the settings and `attention` are as there."""
+    """`lighthouse_attention` as a module without parameters."""
 
     def __init__(self, config: LighthouseConfig, attention: Attention = causal_attention) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The settings of a Lighthouse layer, their rules, and every length derived from them."""
+"""Settings of a Lighthouse layer, their rules, and every length derived from them."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ ROPE_PLACEMENTS = ("selected", "base")
 class LighthouseConfig:
     """Settings of one Lighthouse Attention layer (paper, section 3).
 
-    Raises ValueError, naming what would be right, for a setting that no sequence length could make legal.
+    Raises ValueError, with legal values, for a setting that is illegal at every sequence length.
     """
 
     levels: int = 3
@@ -54,7 +54,7 @@ class LighthouseConfig:
         require(self.scorer in SCORERS, "scorer", f"must be one of {', '.join(SCORERS)}")
         require(self.dilation >= 1, "dilation", "must be at least 1")
         require(self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}")
-        # The last rule, so that what it proposes is legal.
+        # The last rule: its proposal keeps the others.
         nearest = max(m, (self.top_k + m // 2) // m * m)
         rule = f"must be a multiple of tile_winners = {m}, for example {nearest}"
         require(self.top_k >= m and self.top_k % m == 0, "top_k", rule)
@@ -83,7 +83,7 @@ class LighthouseConfig:
         return coarsest + (self.levels - 1) * self.pooling_factor * self.top_k
 
     def allows(self, seq_len: int, n_chunks: int = 1) -> bool:
-        """Whether sequences of `seq_len` are legal, `n_chunks` of which end where tiles do."""
+        """Whether `seq_len` is legal for sequences in `n_chunks` chunks that end where tiles do."""
         return self._broken_rule(seq_len, n_chunks) is None
 
     def _broken_rule(self, seq_len: int, n_chunks: int) -> str | None:
@@ -107,8 +107,8 @@ class LighthouseConfig:
         return None
 
     def check_seq_len(self, seq_len: int, n_chunks: int = 1) -> None:
-        """Raise ValueError unless `allows` is true, naming the nearest values, each of which alone makes it so; of
-        top_k also the nearest to seq_len / 64, the published recipe's."""
+        """Raise ValueError unless `allows` is true. It lists, per field, the nearest legal values if only that changes;
+        for top_k also the one nearest to seq_len / 64, the recipe's."""
         problem = self._broken_rule(seq_len, n_chunks)
         if problem is None:
             return

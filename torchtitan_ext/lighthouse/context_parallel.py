@@ -1,8 +1,8 @@
-"""The layer over a sequence whose chunks lie on several ranks: the same function as on one.
+"""Lighthouse attention over a sequence whose chunks lie on several ranks: the same function as on one.
 
-Tiles end at the chunks' borders, so pooling, scoring and selection need no other rank. The gathered rows of all
-ranks, chunk after chunk, are the gathered sequence, which `attention` attends to in the layout of the sequence
-itself. One thing crosses a border: what the last entries of a chunk add to the positions of the next one.
+Tiles end at the chunks' borders, so pooling, scoring and selection are local. The gathered sequence is the gathered
+rows of all chunks, in the layout of the sequence. Only the output of a chunk's last entries crosses a border: it
+belongs to positions of the next chunk.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .ulysses import chunk_order, chunks_of_ranks
 
 
 def check_context_parallel(config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool) -> None:
-    """Raise ValueError, naming what would be right, unless `degree` ranks can share `seq_len` tokens."""
+    """Raise ValueError, with legal values, unless `degree` ranks can share `seq_len` tokens."""
 
     try:
         config.check_seq_len(seq_len, len(chunk_order(degree, load_balance)))
@@ -57,10 +57,9 @@ def context_parallel_attention(
 ) -> Tensor:
     """`lighthouse_attention` of a sequence of N x ranks tokens that the ranks of `mesh` share.
 
-    Each calls it with q [B, N, H, D], k and v [B, N, H_kv, D] of its chunks (see `chunks_of_ranks`), one after
-    another, and gets their output. Arguments, result and errors are those of `lighthouse_attention`, but `config` and
-    `freqs_cis` are of the whole sequence, and `attention` gets the gathered rows of this rank's chunks and attends,
-    causally, to those of all ranks.
+    Each rank passes q [B, N, H, D], k and v [B, N, H_kv, D] of its chunks (see `chunks_of_ranks`), concatenated, and
+    gets their output. Arguments, result and errors are those of `lighthouse_attention`, but `config` and `freqs_cis`
+    belong to the whole sequence, and `attention` gets this rank's gathered rows and attends causally to all ranks'.
 
     mesh: the ranks, in one dimension. load_balance: whether a rank holds two chunks, from head and tail, or one.
     """
@@ -79,7 +78,7 @@ def context_parallel_attention(
 
     spill = DTensor.from_local(_spill(out, slots, config, per_rank), mesh, [Shard(0)])
     spill = spill.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    # What nothing spills to takes a row of zeros: a rank that used no row would be missing in backward.
+    # The first chunk takes zeros: a rank that used no row would be missing in backward.
     spill = torch.cat([spill, torch.zeros_like(spill[:1])])
     before = [order.index(chunk - 1) if chunk else -1 for chunk in chunks]
     out = ops.scatter(out, slots, config, torch.stack([spill[i] for i in before], 1))

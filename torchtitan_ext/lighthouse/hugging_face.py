@@ -1,6 +1,6 @@
-"""`attn_implementation = "lighthouse"` for the models of transformers, after `register()`.
+"""Lighthouse for transformers: `register()` enables `attn_implementation = "lighthouse"`.
 
-They rotate queries and keys before they attend: RoPE placement `base`.
+These models rotate queries and keys before attention: RoPE placement `base`.
 """
 
 from dataclasses import fields
@@ -16,9 +16,9 @@ FIELDS = [field.name for field in fields(LighthouseConfig) if field.name != "rop
 
 
 def settings_of(config: Any) -> tuple[LighthouseConfig, list[int]]:
-    """The dict `config.lighthouse` of a model: the settings, and the layers that train with them.
+    """Settings from the dict `config.lighthouse` of a model, and the layers that train with them.
 
-    Raises ValueError where it is missing, for an unknown key or layer, and as `LighthouseConfig` does."""
+    Raises ValueError if it is missing, for an unknown key or layer, and as `LighthouseConfig` does."""
     given = getattr(config, "lighthouse", None)
     if given is None:
         raise ValueError("the model's config has no `lighthouse`: set it to a dict, as {'levels': 3, 'top_k': 1536}")
@@ -45,11 +45,11 @@ def attend(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: [B, H, N, D] and 2 x [B, H_kv, N, D] -> [B, N, H, D].
 
-    A module in training mode attends with Lighthouse, unless `config.lighthouse["dense_layers"]` has its layer. All
-    others attend as "sdpa" does. Raises ValueError for what neither can do, and for illegal settings."""
+    A module in training mode uses Lighthouse, unless `config.lighthouse["dense_layers"]` has its layer; all others use
+    "sdpa". Raises ValueError for unsupported arguments and illegal settings."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    for name in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q"):  # sdpa itself would ignore some
+    for name in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q"):  # sdpa ignores some
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} has no effect under attn_implementation = 'lighthouse': take another")
     config, layers = settings_of(module.config) if module.training else (None, [])
@@ -57,7 +57,7 @@ def attend(
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal} | kwargs
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
-    # Beside a mask or a cache, transformers doesn't look for packed documents. Here one layer looks for all.
+    # The first Lighthouse layer looks for packed documents, which transformers does only without a mask or cache.
     look = module.layer_idx == layers[0] and not torch.compiler.is_compiling()
     positions = kwargs.get("position_ids") if look else None
     restart = positions is not None and bool((positions.diff() != 1).any())
@@ -80,9 +80,9 @@ def attend(
 
 
 def register() -> None:
-    """Make `attn_implementation = "lighthouse"` known to transformers, 5.0 or later."""
+    """Register `attn_implementation = "lighthouse"` with transformers, 5.0 or later."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register("lighthouse", attend)
-    AttentionMaskInterface.register("lighthouse", sdpa_mask)  # None where tokens see all of the past
+    AttentionMaskInterface.register("lighthouse", sdpa_mask)  # None if tokens see all of the past

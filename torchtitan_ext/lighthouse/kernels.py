@@ -1,4 +1,4 @@
-"""Causal attention by a kernel of a given name: torch's own, or FlashAttention-4 as one operator."""
+"""Causal attention by named kernels: torch's own, or FlashAttention-4 as one operator."""
 
 from importlib import import_module
 
@@ -10,17 +10,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BACKENDS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
     "flash": [SDPBackend.FLASH_ATTENTION],
-    # efficient: fp32 on a GPU
+    # EFFICIENT_ATTENTION serves fp32 on a GPU
     "sdpa": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
-KERNELS = ("fa4", *BACKENDS)  # fastest first; the last is the first of torch's that can run, and one always can
+KERNELS = ("fa4", *BACKENDS)  # fastest first; `sdpa` always runs
 _FA4 = "flash_attn.cute.interface"
 
 
 def unusable_reason(
     kernel: str, dtype: torch.dtype, head_dim: int, deterministic: bool = False, device: str = "cuda"
 ) -> str | None:
-    """Why a kernel can't train heads of `head_dim` channels in `dtype` on a CUDA device, None if it can."""
+    """Why a kernel can't train heads of `head_dim` channels in `dtype` on a CUDA device; None if it can."""
     if kernel == "sdpa":
         return None
     if not torch.cuda.is_available():
@@ -46,9 +46,9 @@ def unusable_reason(
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "sdpa", enable_gqa: bool = False) -> Tensor:
-    """[B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D], by a kernel of KERNELS; H > H_kv with enable_gqa only.
+    """[B, H, S, D] and 2 x [B, H_kv, S, D] -> [B, H, S, D], by a kernel of KERNELS; H > H_kv needs enable_gqa.
 
-    Under torch.use_deterministic_algorithms the backward pass repeats bitwise, or `cudnn` is refused.
+    Under torch.use_deterministic_algorithms the backward pass repeats bitwise; `cudnn` raises.
     """
     if kernel == "fa4":
         return flash_attention_4(*(x.transpose(1, 2) for x in (q, k, v)))[0].transpose(1, 2)
@@ -67,7 +67,7 @@ class CausalAttention(nn.Module):
         return causal_attention(q, k, v, kernel=self.kernel, enable_gqa=enable_gqa)
 
 
-# The package's functions return more with each version, and none of the public ones is a backward pass.
+# Private functions: no public one is a backward pass.
 @torch.library.custom_op("lighthouse::flash_attention_4", mutates_args=())
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of q [B, S, H, D] over k and v [B, S, H_kv, D]: the output [B, S, H, D] and, for the

@@ -1,4 +1,4 @@
-"""The method as loops and plain indexing: slow, obviously right, the reference of the tests."""
+"""Reference implementation of the method for the tests: loops and plain indexing."""
 
 import math
 from itertools import product
@@ -41,7 +41,7 @@ def naive_select(q_score: Tensor, k_score: Tensor, config: LighthouseConfig) -> 
 
 
 def naive_scores(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> tuple[Tensor, Tensor]:
-    """Query and key score, each [N], of one KV head: q [N, group, D], k and v [N, D]."""
+    """Query and key scores, each [N], of one KV head: q [N, group, D], k and v [N, D]."""
     if config.scorer == "norm":
         return q.norm(dim=-1).amax(-1), k.norm(dim=-1)
 

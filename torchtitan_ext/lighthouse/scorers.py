@@ -1,4 +1,4 @@
-"""The scorers: one query score and one key score per token and KV head, without parameters (paper, section 3).
+"""Scorers: one query score and one key score per token and KV head, without parameters (paper, section 3).
 
 With grouped queries a KV head's score is the largest of its group. No score carries a gradient.
 """
@@ -15,19 +15,19 @@ from torch import Tensor
 from .kernels import causal_attention
 
 LOG_GATE = math.log(0.5) / 16
-"""Log of what `gla` keeps of its state per token: log(sigmoid(0)) / 16, for every head."""
+"""Log of `gla`'s decay per token: log(sigmoid(0)) / 16, in every head."""
 
-_GLA_CHUNK = 128  # tokens; about head_dim, where pairs in a chunk and states take equal memory
+_GLA_CHUNK = 128  # tokens; near head_dim, where chunks' pairs and states take equal memory
 _HAS_FLA = find_spec("fla") is not None
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """What sums over `x` are taken in: fp64 for fp64, else fp32."""
+    """Dtype of sums over `x`: fp64 for fp64, else fp32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def norm_scores(of_query: Tensor, of_key: Tensor, n_kv_heads: int) -> Tensor:
-    """L2 norms, fp32, of rows [B, N, H or H_kv, D], the largest of each group: [2, B, H_kv, N]."""
+    """Largest L2 norm of each group, fp32, of rows [B, N, H or H_kv, D]: [2, B, H_kv, N]."""
     norms = (torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x)) for x in (of_query, of_key))
     return torch.stack([x.unflatten(2, (n_kv_heads, -1)).amax(-1) for x in norms]).transpose(2, 3)
 
@@ -35,7 +35,7 @@ def norm_scores(of_query: Tensor, of_key: Tensor, n_kv_heads: int) -> Tensor:
 def output_scores(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Norms of the outputs of A(q, k, v) and of A(k, q, v): q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N].
 
-    Each query head meets the key and the value of its KV head, in either role.
+    Each query head uses the key and the value of its KV head.
     """
     n_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
     k, v = (x.unsqueeze(3).expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (k, v))
@@ -45,8 +45,8 @@ def output_scores(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 def chunked_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal linear attention under the constant gate: three [B, N, H, D] -> [B, N, H, D], fp32 (fp64).
 
-    Row t is the sum over s <= t of exp(LOG_GATE * (t - s)) * (q_t . k_s) / sqrt(D) * v_s. Pairs within a
-    chunk are multiplied out; what came before it is a state [D, D].
+    Row t is the sum over s <= t of exp(LOG_GATE * (t - s)) * (q_t . k_s) / sqrt(D) * v_s: all pairs within a chunk,
+    and a state [D, D] for the chunks before it.
     """
     seq_len, scale = q.shape[1], q.shape[3] ** -0.5
     q, k, v = (
@@ -57,9 +57,9 @@ def chunked_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
     place = torch.arange(_GLA_CHUNK, device=q.device, dtype=q.dtype).unsqueeze(-1)
     out = (q @ k.mT * torch.exp(LOG_GATE * (place - place.mT)).tril()) @ v
-    state = (k * torch.exp(LOG_GATE * (_GLA_CHUNK - 1 - place))).mT @ v  # of each chunk, at its end
+    state = (k * torch.exp(LOG_GATE * (_GLA_CHUNK - 1 - place))).mT @ v  # at each chunk's end
     reach = 1
-    while reach < state.shape[2]:  # and of as many chunks before it, doubling
+    while reach < state.shape[2]:  # adds the chunks before it, doubling their number
         decay = math.exp(LOG_GATE * _GLA_CHUNK * reach)
         state[:, :, reach:] += decay * state[:, :, :-reach]
         reach *= 2
@@ -68,8 +68,8 @@ def chunked_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`chunked_linear_attention`; on a GPU, for 16-bit dtypes, by the kernels of flash-linear-attention
-    where that package is installed. For fp32 these would multiply in tf32."""
+    """`chunked_linear_attention`, by flash-linear-attention's kernels if installed, on a GPU and in 16 bits; in fp32
+    they would multiply in tf32."""
     if _HAS_FLA and q.is_cuda and q.element_size() == 2:
         from fla.ops.simple_gla import chunk_simple_gla
 
@@ -79,7 +79,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int, kernel: str) -> Tensor:
-    """Norms of causal attention's outputs, by the kernel of that name, within each residue class of the positions.
+    """Norms of causal attention's outputs within each residue class of the positions.
 
     q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N], fp32; N is a multiple of `dilation`.
     """
@@ -96,24 +96,24 @@ def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int, kernel: str) 
 class Scorer(NamedTuple):
     """A way to score tokens."""
 
-    # q [B, N, H, D], k and v [B, N, H_kv, D], dilation, the kernel that attends -> [2, B, H_kv, N], fp32 (fp64)
+    # q [B, N, H, D], k and v [B, N, H_kv, D], dilation, attention kernel -> [2, B, H_kv, N], fp32 (fp64)
     scores: Callable[[Tensor, Tensor, Tensor, int, str], Tensor]
     flops: Callable[[int, int, int], float]  # N, D, dilation -> FLOPs per token and query head
-    per_token: bool = False  # needs a token's own rows only, rotated or not: ranks can share a sequence
+    per_token: bool = False  # uses only a token's own rows: ranks can share a sequence
 
 
 SCORERS = {
     "norm": Scorer(lambda q, k, *_: norm_scores(q, k, k.shape[2]), lambda *_: 0, per_token=True),
-    # each attends twice: to half of a residue class, or to a state as large as D keys
+    # two passes: over half of a residue class, or over a state as large as D keys
     "dilated": Scorer(dilated_scores, lambda n, d, dilation: 8 * d * n / dilation / 2),
     "gla": Scorer(lambda q, k, v, *_: output_scores(linear_attention, q, k, v), lambda n, d, _: 8 * d * d),
 }
 
 
-# One operator, so that torch.compile sees no graph break and activation checkpointing one output to keep.
+# One operator: no graph break in torch.compile, and one output that activation checkpointing can keep.
 @torch.library.custom_op("lighthouse::base_scores", mutates_args=())
 def base_scores(q: Tensor, k: Tensor, v: Tensor, scorer: str, dilation: int, kernel: str) -> Tensor:
-    """Each token's scores, without a gradient: see `Scorer.scores`."""
+    """Scores of each token without a gradient; see `Scorer.scores`."""
     with torch.autocast(q.device.type, enabled=False):
         return SCORERS[scorer].scores(q, k, v, dilation, kernel).contiguous()
 

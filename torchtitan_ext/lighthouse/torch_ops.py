@@ -1,11 +1,10 @@
-"""The layer's four operators in vectorised torch, for any device and float dtype (paper, section 3).
+"""Score, select, gather and scatter in vectorised torch, for any device and float dtype (paper, section 3).
 
-They share two arrays over the pyramid, whose M entries are stored level after level: scores [2, B, H_kv, M],
-query scores then key scores, and slots [B, H_kv, M], each entry's row in the gathered sequence or -1.
+They share two arrays over the pyramid's M entries, level after level: scores [2, B, H_kv, M], query scores then key
+scores, and slots [B, H_kv, M], each entry's row in the gathered sequence or -1.
 
-If only some chunks of a sequence are here, each is an item of the batch, with N positions and S gathered rows. `starts`
-are the positions of the whole sequence at which they begin. B then counts chunks, except for the gathered rows,
-[batch, H, chunks x S, D].
+With context parallelism, each of a rank's chunks is an item of the batch with N positions and S gathered rows. `starts`
+are the chunks' first positions in the sequence. B counts chunks, except for gathered rows, [batch, H, chunks x S, D].
 """
 
 from collections.abc import Sequence
@@ -23,11 +22,11 @@ class Selection(NamedTuple):
     """The gathered entries of each (batch, KV head), in gathered order; both int64 [B, H_kv, S]."""
 
     level: Tensor  # 0 for the base
-    index: Tensor  # type: ignore[assignment]  # in the level, from index * p**level on; hides tuple.index
+    index: Tensor  # type: ignore[assignment]  # spans positions from index * p**level on; hides tuple.index
 
 
 def score_pyramid(base: Tensor, config: LighthouseConfig) -> Tensor:
-    """Scores of every entry, the maximum over its span: [2, B, H_kv, N] -> [2, B, H_kv, M]."""
+    """Maximum score over every entry's span: [2, B, H_kv, N] -> [2, B, H_kv, M]."""
     levels = [base]
     for _ in range(config.levels - 1):
         levels.append(levels[-1].unflatten(-1, (-1, config.pooling_factor)).amax(-1))
@@ -43,7 +42,7 @@ def score(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, kernel: str
 def _tile_winners(q_score: Tensor, k_score: Tensor, m: int, starts: Sequence[int]) -> Tensor:
     """Positions of each tile's m winners, ascending: [B, H, T, C] scores -> [B, H, T, m].
 
-    Candidates are in ascending order, so a stable sort gives ties to the lower index.
+    Candidates ascend, so a stable sort gives ties to the lower index.
     """
     by_query = q_score.sort(dim=-1, descending=True, stable=True).indices[..., : m // 2]
     won = torch.zeros_like(q_score, dtype=torch.bool).scatter_(-1, by_query, True)
@@ -51,7 +50,7 @@ def _tile_winners(q_score: Tensor, k_score: Tensor, m: int, starts: Sequence[int
     rest_first = won.gather(-1, by_key).sort(dim=-1, stable=True).indices[..., : m // 2]
     won.scatter_(-1, by_key.gather(-1, rest_first), True)
     if starts[0] == 0:
-        # The sequence's first entry always wins, else its first positions could have no contributor.
+        # The sequence's first entry always wins, or its first positions might get no output.
         first, weakest = won[:: len(starts), :, 0], by_query[:: len(starts), :, 0, -1:]
         first.scatter_(-1, weakest, first.gather(-1, weakest) & first[..., :1])
         first[..., 0] = True
@@ -60,9 +59,9 @@ def _tile_winners(q_score: Tensor, k_score: Tensor, m: int, starts: Sequence[int
 
 @torch.no_grad()
 def select(scores: Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,)) -> Tensor:
-    """The coarse-to-fine cascade and its order: scores [2, B, H_kv, M] -> slots [B, H_kv, M], int32.
+    """The coarse-to-fine cascade: scores [2, B, H_kv, M] -> slots [B, H_kv, M], int32.
 
-    Every candidate joins the gathered sequence; winners only decide whose children are candidates.
+    Every candidate is gathered; winners decide whose children are candidates at the next level.
     Sorting by end, finer first, puts children before their parent.
     """
     _, batch, heads, n_entries = scores.shape
@@ -112,7 +111,7 @@ def pool(x: Tensor, config: LighthouseConfig) -> Tensor:
 
 
 def _batch_and_head(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices [B, 1, 1] and [H, 1] beside those of rows [B, H, S]."""
+    """Indices [B, 1, 1] and [H, 1], which broadcast with rows [B, H, S]."""
     return torch.arange(batch, device=device).view(-1, 1, 1), torch.arange(heads, device=device).view(-1, 1)
 
 
@@ -149,7 +148,7 @@ def gather(
 
 
 def with_carry(out: Tensor, carry: Tensor) -> Tensor:
-    """`carry`, as in `scatter`, behind the gathered rows of each chunk of `out` [batch, H, chunks x S, D]."""
+    """`out` [batch, H, chunks x S, D] with `carry`, as in `scatter`, after the gathered rows of each chunk."""
     out = out.transpose(1, 2).unflatten(1, (carry.shape[1], -1))
     return torch.cat([out, carry], 2).flatten(1, 2).transpose(1, 2)
 
@@ -157,9 +156,9 @@ def with_carry(out: Tensor, carry: Tensor) -> Tensor:
 def scatter(out: Tensor, slots: Tensor, config: LighthouseConfig, carry: Tensor | None = None) -> Tensor:
     """Add each entry's output to the positions `end ... end + p**level - 1`: [B, H, S, D] -> [B, N, H, D].
 
-    Read as a gather: position t looks up, at each level, the one entry that can reach it. For the first positions of a
-    chunk these are the last entries of the previous chunk. Where only part of a sequence is here, `carry`
-    [batch, chunks, L - 1, H, D] has their rows for each chunk, level 1 first.
+    Computed as a gather: position t looks up the one entry per level that reaches it. For a chunk's first positions
+    that is the previous chunk's last entry. With context parallelism, `carry` [batch, chunks, L - 1, H, D] has those
+    entries' rows, level 1 first.
     """
     if carry is not None:
         out = with_carry(out, carry).unflatten(2, (carry.shape[1], -1)).transpose(1, 2).flatten(0, 1)

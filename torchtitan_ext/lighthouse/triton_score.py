@@ -9,14 +9,14 @@ from torch import Tensor
 
 _ROWS = 64  # base positions that a program reads
 
-# What a launch passes (`key_scores` is the distance from the query scores), and what the kernel is compiled for.
+# Run-time arguments (`key_scores`: offset from query to key scores) and compile-time constants.
 Sizes = namedtuple("Sizes", "N M D n_kv_heads q_stride_b q_stride_n k_stride_b k_stride_n key_scores")
 Spec = namedtuple("Spec", "p levels group rows block_d")
 
 
 @triton.jit
 def _norms(x, row, ok, D, SPEC: tl.constexpr):
-    """L2 norms of rows of one head, the bits of fp32 [rows]: as integers they keep their order, a NaN the greatest."""
+    """L2 norms of rows of one head as the bits of fp32 [rows], whose integer order is theirs, NaN greatest."""
     d = tl.arange(0, SPEC.block_d)
     values = tl.load(x + row[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
     values = values.to(tl.float32)
@@ -25,7 +25,7 @@ def _norms(x, row, ok, D, SPEC: tl.constexpr):
 
 @triton.jit
 def _store_levels(out, score, block, N, SPEC: tl.constexpr):
-    """Write base scores, given as bits, and the maxima over their spans, level after level."""
+    """Write base scores, given as bits, and the maxima over spans, level after level."""
     LEVELS: tl.constexpr = SPEC.levels
     offset = 0
     length = N
@@ -40,7 +40,7 @@ def _store_levels(out, score, block, N, SPEC: tl.constexpr):
 
 @triton.jit
 def _score_kernel(q, k, scores, sizes, SPEC: tl.constexpr):
-    """Scores of some positions, and of the entries they make, of one KV head."""
+    """Scores of SPEC.rows positions of one KV head, and of the entries above them."""
     head = tl.program_id(0) % sizes.n_kv_heads
     n_blocks = tl.cdiv(sizes.N, SPEC.rows)
     block = tl.program_id(0) // sizes.n_kv_heads % n_blocks
@@ -63,7 +63,7 @@ def n_entries(seq_len: int, p: int, levels: int) -> int:
 
 
 def heads_together(x: Tensor) -> Tensor:
-    """`x` [B, N, H, D] itself where heads stand next to each other in memory, else a copy."""
+    """`x` [B, N, H, D] if its heads are adjacent in memory, else a copy."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
@@ -78,7 +78,7 @@ def score(q: Tensor, k: Tensor, levels: int, p: int) -> Tensor:
     spec = Spec(p, fit, q.shape[2] // n_kv_heads, _ROWS, triton.next_power_of_2(head_dim))
     grid = (batch * triton.cdiv(seq_len, _ROWS) * n_kv_heads,)
     with torch.cuda.device_of(q):  # the current device may be another
-        # Fused, a * a + b * b depends on the lane, and a level's maxima would not be among the scores below it.
+        # Fused multiply-adds depend on the lane: a level's maxima would differ from the scores below.
         _score_kernel[grid](q, k, scores, sizes, spec, enable_fp_fusion=False)
     for level in range(fit, levels):
         start, length = n_entries(seq_len, p, level), seq_len // p**level

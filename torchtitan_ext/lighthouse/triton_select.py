@@ -1,4 +1,4 @@
-"""The cascade of a tile, in Triton: it selects by counting, and writes every entry's slot."""
+"""Select a tile's entries by counting instead of sorting, in Triton, and write every entry's slot."""
 
 from collections import namedtuple
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# What a launch passes; `key_scores` is the distance from the query scores to the key scores.
+# Run-time arguments; `key_scores` is the offset from query to key scores.
 Sizes = namedtuple("Sizes", "N M n_kv_heads key_scores")
 
 
 class Spec(NamedTuple):
-    """What the kernel is compiled for."""
+    """Compile-time constants."""
 
     p: int
     levels: int
@@ -29,22 +29,22 @@ class Spec(NamedTuple):
 
 @triton.jit
 def _scratch_of(scratch, LEVEL: tl.constexpr, SPEC: tl.constexpr):
-    """A level's winners [winners], their ranks among its candidates [winners], and how many of its first n
-    candidates won [block + 1]."""
+    """Pointers to a level's winners [winners], their ranks among its candidates [winners], and the number of winners
+    among its first n candidates [block + 1]."""
     winners = scratch + LEVEL * SPEC.scratch_len
     return winners, winners + SPEC.winners, winners + 2 * SPEC.winners
 
 
 @triton.jit
 def _sortable(score):
-    """fp32 scores as uint32 of the same order; -0 equals 0 and every NaN comes first."""
+    """fp32 scores as uint32 in the same order; -0 equals 0, NaN is greatest."""
     bits = tl.where(score != score, float("nan"), score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _top(key, eligible, COUNT: tl.constexpr):
-    """The COUNT greatest eligible keys, ties to the lower position: (chosen, those that tie for last)."""
+    """The COUNT greatest eligible keys, ties to the lower position: (chosen, chosen at the threshold)."""
     threshold = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 31, tl.uint32)
     for _ in range(32):
@@ -59,7 +59,7 @@ def _top(key, eligible, COUNT: tl.constexpr):
 
 @triton.jit
 def _candidates(scratch, r, tile, LEVEL: tl.constexpr, SPEC: tl.constexpr):
-    """Indices of a level's candidates, all entries of the tile or the children of the coarser level's winners."""
+    """Indices of a level's candidates: the tile's entries, or the children of the coarser level's winners."""
     if SPEC.levels - 1 == LEVEL:
         ok = r < SPEC.coarsest
         index = tile * SPEC.coarsest + r
@@ -72,7 +72,7 @@ def _candidates(scratch, r, tile, LEVEL: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def _select_kernel(scores, slots, scratch, sizes, SPEC: tl.constexpr):
-    """The cascade of one tile, coarse to fine, and then every entry's slot."""
+    """One tile's cascade, coarse to fine, then every entry's slot."""
     LEVELS: tl.constexpr = SPEC.levels
     tile = tl.program_id(0) % SPEC.tiles
     head = (tl.program_id(0) // SPEC.tiles).to(tl.int64)
@@ -93,7 +93,7 @@ def _select_kernel(scores, slots, scratch, sizes, SPEC: tl.constexpr):
         by_key, _ = _top(k_key, ok & ~by_query, SPEC.winners // 2)
         won = by_query | by_key
         if SPEC.starts_sequence:
-            # The sequence's first entry always wins, else its first positions could have no contributor.
+            # The sequence's first entry always wins, or its first positions might get no output.
             dropped = tl.max(tl.where(weakest, r, -1))
             first_tile = (tile == 0) & (head // sizes.n_kv_heads % SPEC.chunks == 0)
             missing = first_tile & (tl.sum((won & (r == 0)).to(tl.int32)) == 0)
@@ -106,7 +106,7 @@ def _select_kernel(scores, slots, scratch, sizes, SPEC: tl.constexpr):
         tl.debug_barrier()
         length = length * SPEC.p
 
-    # An entry's slot counts what stands before it: at its own level the candidates before it, at each coarser
+    # An entry's slot is the number of rows before it: at its own level the candidates before it, at each coarser
     # level those before its ancestor, at each finer level the children of the winners before its end.
     first_slot = tile * (SPEC.coarsest + (LEVELS - 1) * SPEC.p * SPEC.winners)
     offset = sizes.M

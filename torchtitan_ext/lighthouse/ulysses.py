@@ -1,8 +1,8 @@
 """Dense causal attention over a sequence whose chunks lie on several ranks, as in DeepSpeed-Ulysses.
 
-The ranks exchange rows for heads: each gets all rows of its share of the heads, attends to them as one device would,
-and sends every row of the output back to where its chunk lies (arXiv 2309.14509). Whatever the number of ranks, a row
-travels there and back once, and every head's attention is one call of the stock kernel.
+Ranks exchange rows for heads: each gets all rows of its share of the heads, attends as one device would, and sends the
+output rows back (arXiv 2309.14509). A row travels there and back once for any number of ranks, and each head's
+attention is one call of the stock kernel.
 """
 
 import torch
@@ -14,9 +14,9 @@ from .attention import Attention, call_attention
 
 
 def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
-    """Places in the sequence of the chunks that each of `degree` ranks holds.
+    """Positions in the sequence of the chunks of each of `degree` ranks.
 
-    One chunk per rank. With `load_balance` and several ranks two: one from the head, its mirror from the tail.
+    One chunk per rank; with `load_balance` and several ranks two, one from the head and its mirror from the tail.
     """
     if not load_balance or degree == 1:
         return [[rank] for rank in range(degree)]
@@ -24,12 +24,12 @@ def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
 
 
 def chunk_order(degree: int, load_balance: bool) -> list[int]:
-    """The places of `chunks_of_ranks`, rank after rank."""
+    """The chunks of all ranks, rank after rank."""
     return [chunk for chunks in chunks_of_ranks(degree, load_balance) for chunk in chunks]
 
 
 def check_heads(n_heads: int, n_kv_heads: int, degree: int) -> None:
-    """Raise ValueError, naming what would be right, unless `degree` ranks can share these heads out."""
+    """Raise ValueError, with legal degrees, unless `degree` ranks can divide these heads."""
 
     def fits(degree: int) -> bool:
         return n_heads % degree == 0 and max(n_kv_heads, degree) % min(n_kv_heads, degree) == 0
@@ -49,10 +49,10 @@ def _in_order(rows: Tensor, order: list[int]) -> Tensor:
 
 
 class UlyssesAttention(nn.Module):
-    """Causal attention of a sequence that the ranks of `mesh`, of one dimension, share; each calls it with its rows.
+    """Causal attention over a sequence that the ranks of a one-dimensional `mesh` share; each passes its rows.
 
-    `attention` attends to whole sequences, as in `lighthouse_attention`. The heads must divide among the ranks, see
-    `check_heads`. With `load_balance` (see `chunks_of_ranks`) rows are put in order; the work is balanced anyway.
+    `attention` gets whole sequences, as in `lighthouse_attention`. For legal numbers of heads see `check_heads`, for
+    `load_balance` see `chunks_of_ranks`; the work is balanced with either.
     """
 
     def __init__(self, attention: Attention, mesh: DeviceMesh, load_balance: bool) -> None:
@@ -64,12 +64,12 @@ class UlyssesAttention(nn.Module):
         self.places = sorted(range(len(self.order)), key=self.order.__getitem__)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
-        """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, one after another -> [B, H, S, D]."""
+        """[B, H, S, D] and 2 x [B, H_kv, S, D] of this rank's chunks, concatenated -> [B, H, S, D]."""
         check_heads(q.shape[1], k.shape[1], self.degree)
         return self._heads_for_rows(call_attention(self.attention, *self._rows_for_heads(q, k, v)))
 
     def _all_to_all(self, x: Tensor) -> Tensor:
-        """Send the i-th part of dimension 0 to rank i; return what the ranks sent, in their order."""
+        """Send the i-th part of dimension 0 to rank i; return the received parts by rank."""
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
     def _rows_for_heads(self, *tensors: Tensor) -> list[Tensor]:
@@ -79,13 +79,13 @@ class UlyssesAttention(nn.Module):
             if x.shape[1] < self.degree:
                 x = x.repeat_interleave(self.degree // x.shape[1], 1)
             parts.append(x.transpose(1, 2).unflatten(2, (self.degree, -1)).movedim(2, 0))
-        # [ranks, B, S, heads of all tensors / ranks, D] to be sent, [B, ranks x S, ...] as it came
+        # sent [ranks, B, S, heads of all tensors / ranks, D], received [B, ranks x S, ...]
         rows = self._all_to_all(torch.cat(parts, 3)).movedim(0, 1).flatten(1, 2)
         rows = _in_order(rows, self.places)
         return [x.transpose(1, 2) for x in rows.split([x.shape[3] for x in parts], 2)]
 
     def _heads_for_rows(self, out: Tensor) -> Tensor:
-        """The way back: [B, H / ranks, S x ranks, D] -> [B, H, S, D]."""
+        """The inverse: [B, H / ranks, S x ranks, D] -> [B, H, S, D]."""
         rows = _in_order(out.transpose(1, 2), self.order)
         rows = rows.unflatten(1, (self.degree, -1)).movedim(1, 0)  # [ranks, B, S, H / ranks, D]
         heads = self._all_to_all(rows).movedim(0, 2)  # [B, S, ranks, H / ranks, D]

@@ -1,4 +1,4 @@
-"""Save and load checkpoints: torchtitan's manager, with failures explained and interruptions bridged."""
+"""Save and load checkpoints: torchtitan's manager, with clear errors and checkpoints on SIGTERM."""
 
 import traceback
 from pathlib import Path
@@ -12,24 +12,24 @@ from torchtitan_ext.jobs.resume import INTERRUPTED, complete_steps, stale_checkp
 
 
 class LighthouseCheckpointManager(CheckpointManager):
-    """torchtitan's checkpoint manager for runs that may be interrupted; see `stale_checkpoints`."""
+    """torchtitan's checkpoint manager for interruptible runs; see `stale_checkpoints`."""
 
     interrupting = False
     bridging = False
-    saving = ""  # the checkpoint that was begun last
+    saving = ""  # the latest checkpoint begun
 
     def describe_latest(self) -> str:
-        """Which checkpoint the next start would load, as part of a sentence."""
+        """The checkpoint that the next start would load, as a clause for messages."""
         if not self.enable or (step := self._find_load_step()) == -1:
             return "there is no checkpoint to continue from"
         return f"the newest checkpoint is {self._create_checkpoint_id(step)}"
 
     def due(self, step: int) -> bool:
-        """Whether `save` would save a step that is not the last."""
+        """Whether `save` saves this step if it is not the last."""
         return self._should_save(step)
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """Save a checkpoint if this step is to have one. Raises RuntimeError where it, or the one before, can't be."""
+        """Save a checkpoint if due. Raises RuntimeError if it, or the previous asynchronous one, can't be saved."""
         try:
             super().save(curr_step, last_step)
         except (Exception, CheckpointException) as error:
@@ -38,11 +38,11 @@ class LighthouseCheckpointManager(CheckpointManager):
             causes = "; ".join(f"{cause} (rank {rank})" for rank, cause in said.items())
             raise RuntimeError(
                 f"{self.saving} could not be saved: {causes}. Training stops after step {curr_step}; "
-                f"{self.describe_latest()}. Make space, or remove what else is the cause, and launch again."
+                f"{self.describe_latest()}. Make space, or remove another cause, and launch again."
             ) from error
 
     def save_interrupted(self, step: int) -> None:
-        """Save a full checkpoint in the foreground, whatever the interval and `async_mode` say."""
+        """Save a full checkpoint in the foreground, regardless of interval and `async_mode`."""
         self.bridging = not self.due(step)
         self.interrupting = True
         self.save(step)
@@ -63,7 +63,7 @@ class LighthouseCheckpointManager(CheckpointManager):
         return super()._should_save(curr_step, last_step or self.interrupting)
 
     def _find_load_step(self, folder: str = "") -> int:
-        # torchtitan's own would count step-12-hf as step 12
+        # torchtitan's counts step-12-hf as step 12
         return max(complete_steps(Path(folder or self.folder)), default=-1)
 
     def _purge_stale_checkpoints(self) -> None:

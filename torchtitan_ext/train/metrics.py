@@ -1,4 +1,4 @@
-"""Log a run's metrics: torchtitan's processor, with what the table of an experiment needs."""
+"""Log a run's metrics: torchtitan's processor, plus the values that an experiment's table needs."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from torchtitan_ext.jobs.recorded import LOG_FREQ, N_DEVICES
 
 
 def _continue_wandb_run(job_config: JobConfig, parallel_dims: ParallelDims) -> None:
-    """Has each start of a run record the same W&B run, whose id its folder keeps."""
+    """Let every start of a run log to the same W&B run; its id is in the run's folder."""
     rank, all_ranks = torch.distributed.get_rank(), job_config.metrics.save_for_all_ranks
     records = all_ranks or rank == _get_metrics_rank(parallel_dims, job_config)
     if not records or os.environ.keys() & {"WANDB_RESUME_FROM", "WANDB_FORK_FROM"}:
@@ -30,7 +30,7 @@ def _continue_wandb_run(job_config: JobConfig, parallel_dims: ParallelDims) -> N
 
 
 class LighthouseMetricsProcessor(MetricsProcessor):
-    """Logs the number of devices and `metrics.log_freq` too, and loses no logged step in a kill."""
+    """Also logs the number of devices and `metrics.log_freq`, and flushes so that a kill loses no logged step."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, args: BaseModelArgs, tag: str | None = None):
         if job_config.metrics.enable_wandb:
@@ -45,7 +45,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             logger.info(f"Lighthouse attends to {gathered_len:,} gathered rows of {seq_len:,} tokens")
 
     def should_log(self, step: int) -> bool:
-        # The first step of a process shows what resuming, or switching to dense, did to the loss.
+        # The first step of a process shows the jump after a resume or the switch to dense.
         first, self.first_step = self.first_step, False
         return first or super().should_log(step)
 
@@ -63,5 +63,5 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         except OSError as error:
             raise RuntimeError(
                 f"step {step} could not be logged in {self.job_config.job.dump_folder}: {error}. Make space, or remove "
-                "what else is the cause, and launch again: that continues from the newest checkpoint"
+                "another cause, and launch again: that continues from the newest checkpoint"
             ) from error

@@ -9,7 +9,7 @@ from torchtitan.config import LRScheduler
 
 
 class LaunchSchedulers(LRSchedulersContainer):
-    """torchtitan's, at a checkpoint's position, with the rate, decay, betas and epsilon of this launch."""
+    """torchtitan's schedulers at a checkpoint's position, but with this launch's settings."""
 
     def __init__(self, optimizers: OptimizersContainer, config: LRScheduler, training_steps: int):
         self.schedulers = build_lr_schedulers(optimizers, config, training_steps).schedulers

@@ -1,4 +1,4 @@
-"""Register `llama3_lighthouse` with torchtitan, and make the other changes to the process that a run needs."""
+"""Register `llama3_lighthouse` with torchtitan, and set up the process for a run."""
 
 import os
 from contextlib import suppress
@@ -38,14 +38,13 @@ NAME = "llama3_lighthouse"
 
 
 def register() -> None:
-    """Change this process as a run needs it; a second call changes nothing more."""
+    """Set up this process for a run; a second call changes nothing."""
     restrict_unpickling()
-    # The tokenizer may encode a batch in threads, and then warns at every later fork.
+    # Threads of the tokenizer would warn at every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     DATASETS.update(OWN_DATASETS)
-    _op_sac_save_list.add(torch.ops.lighthouse.flash_attention_4.default)  # torch's own kernels are in it
-    # What attention's output was computed from: with it kept, selective activation checkpointing makes no
-    # selection twice, nor the attention that scored it.
+    _op_sac_save_list.add(torch.ops.lighthouse.flash_attention_4.default)  # as torch's kernels
+    # Keep scores and selection, so that selective checkpointing repeats neither.
     _op_sac_save_list.add(torch.ops.lighthouse.base_scores.default)
     if triton_ops:
         _op_sac_save_list.add(torch.ops.lighthouse.select.default)
@@ -66,8 +65,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if parallel_dims.cp_enabled:
         method = job_config.parallelism.context_parallel_rotate_method
         if method != "allgather":
-            set_rotate_method(method)  # torchtitan would leave it to a validation
-        else:  # no ring then, which torchtitan has put in
+            set_rotate_method(method)  # torchtitan sets it only for a validation
+        else:  # replace torchtitan's ring
             for module in model.modules():
                 if isinstance(module, Attention):
                     kernel = CausalAttention(module.inner_attention.kernel)
@@ -82,7 +81,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 
 
 def seed_shards(parallel_dims: ParallelDims) -> None:
-    """Seed the ranks that share a parameter differently: on a CPU, DTensor does not give each shard its own numbers."""
+    """Seed each shard of a parameter differently, which DTensor does not do on a CPU."""
     offset, stride = 0, parallel_dims.pp
     for name in ("fsdp", "tp"):
         if mesh := parallel_dims.get_optional_mesh(name):
@@ -90,20 +89,20 @@ def seed_shards(parallel_dims: ParallelDims) -> None:
             stride *= mesh.size()
     if offset:
         torch.manual_seed(torch.initial_seed() + offset)
-    torch.rand(2)  # a seed's first weights stay those of version 0.1, whose checks drew as many
+    torch.rand(2)  # keeps the initial weights of version 0.1, whose checks drew two numbers
 
 
 def build_dataloaders(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
 ) -> ParallelAwareDataloader:
-    """The training's loader. The validation's is built too, because what is wrong with it stops the run here."""
+    """The training's loader. Builds the validation's too, so that its errors stop the run here."""
     if job_config.validation.enable:
         build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, section="validation")
     return build_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
 
 
 def get_train_spec() -> TrainSpec:
-    """llama3's train spec with the model, the data and the records of this package."""
+    """llama3's train spec with this package's model, data and metrics."""
     return replace(
         get_llama3_train_spec(),
         model_cls=LighthouseTransformer,

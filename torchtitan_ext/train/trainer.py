@@ -1,4 +1,4 @@
-"""Train a job: torchtitan's trainer, with bad jobs refused, bad steps caught and SIGTERM heeded."""
+"""Train a job: torchtitan's trainer, which also rejects bad jobs, stops at bad steps and saves on SIGTERM."""
 
 import atexit
 import os
@@ -28,14 +28,14 @@ from .checkpointer import LighthouseCheckpointManager
 
 
 class Interrupted(SystemExit):
-    """SIGTERM ended a run before its last step: exit as a shell reports SIGTERM, not as a finished run."""
+    """SIGTERM ended a run before its last step: exits with 143, as shells report SIGTERM."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
 
 class LighthouseTrainer(Trainer):
-    """A step whose loss or gradients are not finite stops the run before anything is saved, or is passed over.
+    """Stops before saving a step with a non-finite loss or gradient norm, or skips its update, as the job says.
 
     On SIGTERM it finishes the step, saves and exits with 143.
     """
@@ -46,14 +46,14 @@ class LighthouseTrainer(Trainer):
     @record
     def __init__(self, job_config: JobConfig) -> None:
         self.nonfinite_steps = 0  # in a row
-        # of each step not checked yet: the step, the flags of all ranks, and when the host has them
+        # per unchecked step: its number, the flags of all ranks, and the event of their arrival on the host
         self.outcomes: deque[tuple[int, torch.Tensor, torch.Event]] = deque()
         self.sigterm_received = False  # by this rank
         self.interrupted = False  # by SIGTERM to any rank
         self._begin_run(job_config)
         super().__init__(job_config)
         if self.device.type == "cpu" and self.parallel_dims.world_size > 1:
-            # gloo's threads still drop the last collective's tensors, and abort an interpreter that is finalizing.
+            # gloo's threads still free the last tensors, and would abort a finalizing interpreter.
             atexit.register(time.sleep, 1)
 
     def _begin_run(self, job_config: JobConfig) -> None:
@@ -61,17 +61,17 @@ class LighthouseTrainer(Trainer):
         is_first = int(os.environ.get("RANK", 0)) == 0
         for problem in environment_problems() if is_first else ():
             logger.warning(problem)
-        job_config.attention.kernel, reasons = check_job(job_config)  # recorded with the job
+        job_config.attention.kernel, reasons = check_job(job_config)  # config.json records it
         logger.info(f"Attention by {'; not by '.join([job_config.attention.kernel, *reasons])}")
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            # Ranks whose torchrun is killed get SIGTERM, else they train on where the next launch continues.
+            # If torchrun is killed its ranks get SIGTERM, or they would train beside the next launch.
             _prctl_pr_set_pdeathsig(signal.SIGTERM)
         checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
         if is_first:
             lock_folders(job_config)
             if checkpoint.enable and not checkpoint.load_only:
                 remove_half_saved(checkpoint_folder(job_config))
-            # torchtitan's job.save_config_file comes before the check: a refused job would replace the run's.
+            # Not job.save_config_file, which lets a rejected job replace the run's record.
             write_config(job_config)
         excluded = excluded_states(job_config, parallel_dims(job_config, n_ranks) if n_ranks else None)
         if loaded := sorted({*checkpoint.exclude_from_loading} - {*excluded}):
@@ -82,13 +82,13 @@ class LighthouseTrainer(Trainer):
         checkpoint.exclude_from_loading = excluded
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        # From pinned memory, so that the host does not wait for the previous step.
+        # From pinned memory, so the host does not wait for the previous step.
         if self.device.type != "cuda":
             return super().to_device(tensor)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def sum_over_batch(self, n_tokens: torch.Tensor) -> torch.Tensor:
-        # It stays on the device: reading it would wait for the previous step.
+        # On the device: reading it would wait for the previous step.
         total = n_tokens.clone()
         if self.parallel_dims.dp_enabled:
             group = self.parallel_dims.get_mesh("batch").get_group()
@@ -107,20 +107,20 @@ class LighthouseTrainer(Trainer):
 
     def update_parameters(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         self._share_outcome(loss.detach(), grad_norm)
-        # To pass over an update, the host has to wait for the device before it.
+        # To skip an update, the host must wait for the device.
         if self.job_config.training.skip_nonfinite_steps and not self._check_outcomes():
             self.lr_schedulers.step()
         else:
             super().update_parameters(loss, grad_norm)
 
     def _share_outcome(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Tell all ranks of a loss or norm that is not finite and of SIGTERM, without waiting."""
+        """Share non-finite losses and norms and SIGTERM with all ranks, without waiting."""
         if isinstance(loss, DTensor):
             loss = loss.full_tensor()
         norm = grad_norm.to(loss.device, loss.dtype)
         finite = torch.stack((loss, norm)).isfinite()
         sigterm = torch.full((1,), self.sigterm_received, device=loss.device)
-        # Each flag names a rank, from 1: the highest that raised it.
+        # A flag is the highest rank that raised it, plus 1.
         flags = torch.cat((~finite, sigterm)) * float(torch.distributed.get_rank() + 1)
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         on_host = torch.cat((flags, norm[None])).to("cpu", non_blocking=True)
@@ -129,9 +129,9 @@ class LighthouseTrainer(Trainer):
         self.outcomes.append((self.step, on_host, arrival))
 
     def _check_outcomes(self, but_last: int = 0) -> bool:
-        """Whether the steps not checked yet, all but the last `but_last`, were finite; all ranks get the same answer.
+        """Whether all unchecked steps but the last `but_last` were finite; the same on all ranks.
 
-        Raises RuntimeError for more in a row that were not than training.skip_nonfinite_steps.
+        Raises RuntimeError for more consecutive non-finite steps than training.skip_nonfinite_steps.
         """
         all_finite = True
         while len(self.outcomes) > but_last:
@@ -158,7 +158,7 @@ class LighthouseTrainer(Trainer):
         self.microbatch = 0
         super().train_step(data_iterator)
         last_step = not self.should_continue_training()
-        # Not this step's yet, which the device still computes.
+        # The device still computes this step.
         self._check_outcomes(but_last=1)
         if last_step or self.interrupted or self.checkpointer.due(self.step):
             self._check_outcomes()
@@ -170,7 +170,7 @@ class LighthouseTrainer(Trainer):
 
     @record
     def train(self) -> None:
-        # Schedulers send SIGTERM before they take a machine back: save, then end.
+        # Schedulers send SIGTERM before they take a machine: save, then end.
         def note_sigterm(*_: Any) -> None:
             self.sigterm_received = True
 

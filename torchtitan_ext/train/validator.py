@@ -1,4 +1,4 @@
-"""Validate a model on held-out documents: the same ones each time, each label counted once."""
+"""Validate a model on the same held-out documents each time, counting each label once."""
 
 from itertools import islice
 from typing import Any
@@ -15,9 +15,9 @@ from torchtitan_ext.data import build_dataloader
 
 
 class LighthouseValidator(Validator):
-    """torchtitan's validator, but each validation reads the same sequences, and all ranks as many batches.
+    """torchtitan's validator, but each validation reads the same sequences, and the same number of batches per rank.
 
-    torchtitan's continues where the last validation stopped. With validation.steps = -1 it waits forever for ranks
+    torchtitan's continues where the last validation stopped; with validation.steps = -1 it waits forever for ranks
     whose documents end first.
     """
 
@@ -39,7 +39,7 @@ class LighthouseValidator(Validator):
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Logs the sum of losses over the number of labels; torchtitan's mean of means depends on the batches."""
+        """Log the mean loss per label; torchtitan's mean of means depends on the batches."""
         for part in model_parts:
             part.eval()
         losses, counts = [], []
