@@ -122,7 +122,7 @@ def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capf
         list(islice(data, 2 * epoch))
     finally:
         logging.getLogger().removeHandler(log)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if ": skipped," in line]
     in_file_2 = f"{files[2]}, after line {len(TEXTS)}"
     assert [line.split(": ")[0] for line in lines] == [f"{files[0]}, line 3", in_file_2]
     assert [line.split("number ")[1].split()[0] for line in lines] == ["1", "9"]
@@ -217,7 +217,7 @@ def test_a_run_stops_at_damage_or_skips_it_and_a_broken_checkpoint_is_put_aside(
         return train(2, [*arguments, f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path / dump}"])
 
     good, output = start("whole", skip)
-    [named] = [line for line in output.splitlines() if "left out" in line]
+    [named] = [line for line in output.splitlines() if ": skipped," in line]
     assert good and damage in named and "number 1 " in named
 
     good, output = start("faulty")

@@ -61,8 +61,7 @@ class Run:
 
     @property
     def device_hours(self) -> np.ndarray:
-        """Device-hours up to each logged step, inclusive, [n_logged], without work that a kill lost.
-        """
+        """Device-hours up to each logged step, inclusive, [n_logged], without work that a kill lost."""
         return np.cumsum(self.seconds * self.n_devices) / 3600
 
     def gaps(self, start: int) -> list[tuple[int, int]]:

@@ -114,8 +114,8 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
 def breakdown(kernels: list[Kernel], seq_len: int, vocab_size: int) -> tuple[dict[str, float], list[dict]]:
     """Milliseconds of each of PARTS in a trace's last step, and a row per kernel name, longest first.
 
-    A step is the time between the ends of two optimizer steps. Overlapping kernels' time counts for the one that started
-    first, so parts add up to the step. Raises ValueError for fewer than two optimizer steps.
+    A step is the time between the ends of two optimizer steps. Time of overlapping kernels counts for the first, so
+    parts add up to the step. Raises ValueError for fewer than two optimizer steps.
     """
     adam = [k.end for k in kernels if k.in_optimizer]
     gaps = [i for i in range(1, len(adam)) if adam[i] - adam[i - 1] > (adam[-1] - adam[0]) / 5]
