@@ -28,7 +28,6 @@ class Display(Progress):
         self.last_line = self.get_time()
 
     def count(self, amount: float, what: str = "") -> None:
-        """Count `amount` more as done."""
         self.show(self.tasks[-1].completed + amount, what)
 
     def show(self, done: float, what: str = "") -> None:

@@ -42,7 +42,7 @@ class TextDataset(HuggingFaceTextDataset):
         self._token_buffer: list[int] = []
         self._drawn = [[0, 0] for _ in self._mixed]  # documents and characters of each source of a mixture
         self._n_skipped = 0  # over all launches of the run
-        self._n_passes = 0  # completed
+        self._n_passes = 0  # complete
         self._named: set[str] = set()  # files whose damage the log has named
         # Until its first sample, a resumed stream reports its start as its position.
         self._resumed_at: dict[str, Any] | None = None

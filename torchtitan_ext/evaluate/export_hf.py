@@ -84,7 +84,6 @@ class Checkpoint:
             raise ValueError(f"{incomplete} ({error}); restore it, or use another") from error
 
     def n_bytes(self, dtype: torch.dtype) -> int:
-        """Size of all weights in `dtype`."""
         return sum(t.numel() for t in meta_model(self.model_args).parameters()) * dtype.itemsize
 
     def load_state(

@@ -80,7 +80,6 @@ class Experiment:
 
     @property
     def runs(self) -> list[Run]:
-        """Runs with records, in the table's order."""
         return [run for run in (self.dense, self.stage1, *self.tails.values()) if run]
 
 

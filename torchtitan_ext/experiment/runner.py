@@ -42,7 +42,6 @@ class PlannedRun:
         return self.folder / self.config.checkpoint.folder / f"step-{step}"
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is complete."""
         return is_saved(self.checkpoint(step))
 
     @property

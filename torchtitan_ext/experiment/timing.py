@@ -9,7 +9,6 @@ import torch
 
 
 def this_machine() -> dict[str, str | int | None]:
-    """The device and versions that a timing depends on."""
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     return {"device": device, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version() if on_gpu else None}

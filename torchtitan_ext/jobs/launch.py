@@ -16,8 +16,6 @@ STEP_LINE = re.compile(r"- step:\s*(\d+)\s+loss:\s*(\S+).*\btps:\s*([\d,]+)")
 
 
 class Step(NamedTuple):
-    """A logged step."""
-
     number: int
     loss: float
     tps: str  # tokens per second per device
@@ -32,7 +30,6 @@ class Training:
 
     @property
     def output(self) -> str:
-        """Its last lines of output."""
         return "".join(self.last_lines)
 
     def steps(self) -> Iterator[Step]:

@@ -113,7 +113,6 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
 
 
 def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
-    """Problems of a run without a folder of checkpoints."""
     checkpoint, steps = job_config.checkpoint, job_config.training.steps
     initial = checkpoint.initial_load_path
     if checkpoint.load_step != -1:

@@ -128,7 +128,6 @@ def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
 
 
 def data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
-    """The sections that configure data, by name."""
     yield "training", job_config.training
     if job_config.validation.enable:
         yield "validation", job_config.validation

@@ -19,7 +19,6 @@ from .ulysses import chunk_order, chunks_of_ranks
 
 def check_context_parallel(config: LighthouseConfig, seq_len: int, degree: int, load_balance: bool) -> None:
     """Raise ValueError, with legal values, unless `degree` ranks can share `seq_len` tokens."""
-
     try:
         config.check_seq_len(seq_len, len(chunk_order(degree, load_balance)))
     except ValueError as error:

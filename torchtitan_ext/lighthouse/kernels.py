@@ -57,8 +57,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "sdpa", e
 
 
 class CausalAttention(nn.Module):
-    """`causal_attention` by one kernel, as a module."""
-
     def __init__(self, kernel: str = "sdpa") -> None:
         super().__init__()
         self.kernel = kernel

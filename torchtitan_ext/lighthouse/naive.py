@@ -71,7 +71,7 @@ def naive_rotate(x: Tensor, angle: Tensor) -> Tensor:
 def naive_attention(
     q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None = None
 ) -> Tensor:
-    """What `lighthouse_attention` must equal: float64 [B, N, H, D] in and out."""
+    """Reference of `lighthouse_attention`: float64 [B, N, H, D] in and out."""
     batch, seq_len, n_heads, head_dim = q.shape
     group, p = n_heads // k.shape[2], config.pooling_factor
     if freqs_cis is not None and config.rope == "base":

@@ -58,7 +58,6 @@ def _score_kernel(q, k, scores, sizes, SPEC: tl.constexpr):
 
 
 def n_entries(seq_len: int, p: int, levels: int) -> int:
-    """Entries of a pyramid."""
     return sum(seq_len // p**level for level in range(levels))
 
 

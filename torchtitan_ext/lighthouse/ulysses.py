@@ -24,7 +24,6 @@ def chunks_of_ranks(degree: int, load_balance: bool) -> list[list[int]]:
 
 
 def chunk_order(degree: int, load_balance: bool) -> list[int]:
-    """The chunks of all ranks, rank after rank."""
     return [chunk for chunks in chunks_of_ranks(degree, load_balance) for chunk in chunks]
 
 

@@ -9,8 +9,6 @@ from torchtitan.config import LRScheduler
 
 
 class LaunchSchedulers(LRSchedulersContainer):
-    """torchtitan's schedulers at a checkpoint's position, but with this launch's settings."""
-
     def __init__(self, optimizers: OptimizersContainer, config: LRScheduler, training_steps: int):
         self.schedulers = build_lr_schedulers(optimizers, config, training_steps).schedulers
         for optimizer in optimizers:
