@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from torchtitan_ext.evaluate.niah import find_candidate
+from torchtitan_ext.model import flavors
 
 CONFIGS, END = "configs/llama3.2-1b-128k", "<|end|>"
 SMALL = ["--training.seq_len=512", "--training.global_batch_size=2", "--training.mixed_precision_param=float32"]
@@ -43,6 +44,7 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
     flavor = problem[problem.index("flavors['mine']") :]
     (tmp_path / "my_flavor.py").write_text(f"from torchtitan_ext.model import *\n{flavor}\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(flavors, "mine", None)  # so that it goes with this test
     common += ["--model.flavor=mine", "--experimental.custom_import=my_flavor"]
 
     def launch(name, stage, steps, *more):
