@@ -216,18 +216,18 @@ class CheckData:
     config_file: JobFile = CONFIGS / "530m" / "dense.toml"  # the run; overrides follow: --training.steps 1000
 
     def run(self, overrides: list[str]) -> int:
-        from .data.c4_check import check_files, files_to_check, report
+        from .data.check_text import check_files, files_to_check, report
         from .jobs.job_file import parse_job
 
-        if self.dataset_path.endswith(".toml"):
-            self.config_file = Path(self.dataset_path)
-        job = parse_job(self.config_file, overrides)
-        if self.config_file != Path(self.dataset_path):
+        is_job = self.dataset_path.endswith(".toml")
+        config_file = Path(self.dataset_path) if is_job else self.config_file
+        job = parse_job(config_file, overrides)
+        if not is_job:
             job.training.dataset, job.training.dataset_path, job.training.mixture = "text", self.dataset_path, []
         files, text_fields = zip(*files_to_check(job), strict=True)
         training = job.training
         if training.global_batch_size < 1:
-            batch = f"training.global_batch_size = {training.global_batch_size} in {self.config_file}"
+            batch = f"training.global_batch_size = {training.global_batch_size} in {config_file}"
             raise ValueError(f"{batch}: depends on the number of processes; add --training.global_batch_size N")
         checked, damaged = [], 0
         results = check_files(files, self.workers, text_fields)  # forks before the display's thread starts

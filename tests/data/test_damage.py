@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtitan_ext.data import datasets
-from torchtitan_ext.data.c4_check import check_file
+from torchtitan_ext.data.check_text import check_file
 from torchtitan_ext.data.datasets import text_files
 from torchtitan_ext.experiment.records import read_run
 from torchtitan_ext.train.spec import register

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtitan.config.job_config import Training
 
-from torchtitan_ext.data import c4_check, datasets
+from torchtitan_ext.data import check_text, datasets
 from torchtitan_ext.data.datasets import text_files
 
 RUN = Training(seq_len=8, global_batch_size=2, steps=10)
@@ -23,8 +23,8 @@ RUN = Training(seq_len=8, global_batch_size=2, steps=10)
 
 def check(path, workers=2):
     files = text_files(str(path))
-    checked = list(c4_check.check_files(files, workers))
-    return checked, *c4_check.report(files, checked, RUN)
+    checked = list(check_text.check_files(files, workers))
+    return checked, *check_text.report(files, checked, RUN)
 
 
 def total(checked, name):
@@ -136,20 +136,20 @@ def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_p
         DAMAGE[kind][0](file)
     with_line(b"", 2)(file)
     DAMAGE["cut short"][0](file)
-    lines = 3 * c4_check.PROBLEMS_KEPT
+    lines = 3 * check_text.PROBLEMS_KEPT
     other.write_bytes(gzip.compress(b"no JSON\n" * lines))
     [contents, many], report, _ = check(path)
     places = [problem.split(": ")[0].removeprefix(f"{file}, ") for problem in contents.problems]
     assert places == ["line 4", "line 6", "line 8", f"after line {N + 4}"]
     assert contents.documents == N + 1  # the empty one is a document
-    assert many.n_problems == lines and len(many.problems) == c4_check.PROBLEMS_KEPT
-    assert f"{lines - c4_check.PROBLEMS_KEPT} more problems" in report
+    assert many.n_problems == lines and len(many.problems) == check_text.PROBLEMS_KEPT
+    assert f"{lines - check_text.PROBLEMS_KEPT} more problems" in report
 
 
 def test_a_partial_copy_is_a_note_that_names_what_is_missing():
     files = [f"/data/c4/en/c4-train.{i:05d}-of-00009.json.gz" for i in range(9)]
-    assert c4_check.check_names(files) == ([], [])
-    [note] = c4_check.check_names([files[1], files[4], files[8]])[1]
+    assert check_text.check_names(files) == ([], [])
+    [note] = check_text.check_names([files[1], files[4], files[8]])[1]
     assert note.startswith("6 of 9 files are not here: 00000, 00002 to 00003, 00005 to 00007; ")
     assert "--local-dir /data/c4" in note
 
@@ -162,8 +162,8 @@ def test_names_of_two_copies_are_a_problem(tmp_path):
     assert "remedy: keep the files of one copy" in report and "damaged files: 0" in report
     # a command only where its file would lie
     flat = shutil.copytree(path / "en", tmp_path / "flat")
-    assert f"--local-dir {path}" in c4_check.remedy(text_files(str(path))[0])
-    assert "hf download" not in c4_check.remedy(text_files(str(flat))[0])
+    assert f"--local-dir {path}" in check_text.remedy(text_files(str(path))[0])
+    assert "hf download" not in check_text.remedy(text_files(str(flat))[0])
 
 
 def test_the_command_exits_by_what_it_found(tmp_path, monkeypatch, capsys):
