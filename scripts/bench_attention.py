@@ -19,7 +19,14 @@ import torch
 from torchtitan_ext import figures
 from torchtitan_ext.arguments import Positive, Positives, start
 from torchtitan_ext.console import make_folder
-from torchtitan_ext.experiment.timing import copy_gb_s, interleaved_times_ms, kernels_ms, this_machine, times_ms
+from torchtitan_ext.experiment.timing import (
+    copy_gb_s,
+    forward_backward,
+    interleaved_times_ms,
+    kernels_ms,
+    this_machine,
+    times_ms,
+)
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, unusable_reason
@@ -164,10 +171,6 @@ class BenchAttention:
             ms = kernels_ms(call, self.repeats) if ON_GPU else median(times_ms(call, self.repeats))
             rows.append({"stage": name, "ms": ms, "mb": n_bytes / 1e6})
         return rows
-
-
-def forward_backward(function, inputs, grad):
-    torch.autograd.grad(function(*inputs), inputs, grad)
 
 
 def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:

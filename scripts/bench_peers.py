@@ -1,6 +1,6 @@
 """Time Lighthouse beside other layers for long contexts: forward + backward of one layer, bf16, on a GPU.
 
-The layers of one table row group have the same heads. Needs flash-linear-attention and the extra [fa4].
+Lighthouse and dense attention also run with the heads that a peer needs. Needs flash-linear-attention and [fa4].
 """
 
 import json
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from torchtitan_ext.arguments import Positive, Positives, start
 from torchtitan_ext.console import make_folder
-from torchtitan_ext.experiment.timing import this_machine, times_ms
+from torchtitan_ext.experiment.timing import forward_backward, this_machine, times_ms
 from torchtitan_ext.figures import markdown_table
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
-from torchtitan_ext.lighthouse.kernels import CausalAttention, unusable_reason
+from torchtitan_ext.lighthouse.kernels import CausalAttention, causal_attention, unusable_reason
 
 HEAD_DIM = 128
 WINDOW = 4_096  # of the layer that has nothing else
@@ -33,7 +33,7 @@ HEADS = {
 
 def dense(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
     heads = (x.transpose(1, 2) for x in (q, k, v))
-    return CausalAttention(kernel)(*heads, enable_gqa=q.shape[2] > k.shape[2]).transpose(1, 2)
+    return causal_attention(*heads, kernel=kernel, enable_gqa=q.shape[2] > k.shape[2]).transpose(1, 2)
 
 
 def window(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
@@ -61,7 +61,7 @@ def gla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def layers(seq_len: int) -> list[tuple[str, str, Callable[..., Tensor]]]:
     """For each layer its name, its key of HEADS, and the function of q, k and v."""
-    lighthouse = partial(lighthouse_attention, config=LighthouseConfig(3, 4, seq_len // 64), freqs_cis=None)
+    lighthouse = partial(lighthouse_attention, config=LighthouseConfig(3, 4, seq_len // 64))
     eight, grouped, four = HEADS
     both = [
         ("dense, cuDNN", partial(dense, kernel="cudnn")),
@@ -106,9 +106,7 @@ class BenchPeers:
         inputs = [make(1, seq_len, *shape, requires_grad=True) for shape in shapes]
         grad = make(1, seq_len, heads[0], heads[2])
 
-        def step() -> None:
-            torch.autograd.grad(function(*inputs), inputs, grad)
-
+        step = partial(forward_backward, function, inputs, grad)
         step()
         torch.cuda.reset_peak_memory_stats()
         ms = median(times_ms(step, self.repeats, warm_up=1))

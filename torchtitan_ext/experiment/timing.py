@@ -2,10 +2,11 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def this_machine() -> dict[str, str | int | None]:
@@ -21,6 +22,10 @@ def _record() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(function(*inputs), inputs, grad)
 
 
 def interleaved_times_ms(
