@@ -10,7 +10,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from torchtitan_ext.jobs.memory import GIB, no_estimate_reason, peak_memory
-from torchtitan_ext.jobs.plan import FA4_MFU, MFU
+from torchtitan_ext.jobs.plan import FA4_MFU, MFU, PRODUCTS
 from torchtitan_ext.jobs.rules import parallel_dims
 from torchtitan_ext.lighthouse import attention, triton_ops
 from torchtitan_ext.model import LighthouseTransformer, flavors
@@ -18,7 +18,6 @@ from torchtitan_ext.model.settings import Lighthouse
 
 RECORDS = ("bench_train", "kernels/train_fa4", "kernels/train_1m_fa4")
 ROWS = [row for name in RECORDS for row in json.loads((ROOT / f"results/{name}.json").read_text())["rows"]]
-PRODUCTS = "attention.w,feed_forward.w"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -36,7 +35,7 @@ def test_the_estimates_are_near_what_was_measured(row, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("lighthouse", [False, True])
 @pytest.mark.parametrize(
-    "policy", ["none", "selective", "selective wo", "selective wk,w1", f"selective {PRODUCTS}", "full"]
+    "policy", ["none", "selective", "selective wo", "selective wk,w1", f"selective {','.join(PRODUCTS)}", "full"]
 )
 def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, policy, lighthouse):
     on = "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,8 +24,8 @@ from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequence
 
 MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
-PRODUCTS = ("attention.w", "feed_forward.w")  # the names of a block's linears begin so
 FA4_MFU = {"none": 52, "selective": 52, "full": 44}
+PRODUCTS = ("attention.w", "feed_forward.w")  # the names of a block's linears begin so
 H200 = ("NVIDIA H200", 139.0)  # GiB
 
 
@@ -65,7 +65,7 @@ class Plan:
 def plan_report(
     config_file: str, overrides: list[str], n_gpus: int, gpu_memory: float | None = None, tok_s: float | None = None
 ) -> tuple[dict[str, str], list[str]]:
-    """What is known of a run on `n_gpus` processes, by name, and every problem that it would have.
+    """Facts of a run on `n_gpus` processes, by name, and every problem that it would have.
 
     gpu_memory: GiB of one GPU; None for this machine's, or an H200's.
     tok_s: tokens per second per GPU; None to derive it from an MFU.
@@ -137,7 +137,7 @@ def _checkpoints_to_come(plan: Plan) -> int:
 
 
 def _disk(plan: Plan) -> tuple[str, list[str]]:
-    """What checkpoints need of the disk, and why they don't fit there."""
+    """Space that checkpoints need on the disk, and why they don't fit there."""
     folder = Path(plan.job.job.dump_folder).resolve()
     disk = next(path for path in (folder, *folder.parents) if path.exists())
     field, count = f"job.dump_folder = {plan.job.job.dump_folder!r}", _checkpoints_to_come(plan)
@@ -151,7 +151,7 @@ def _disk(plan: Plan) -> tuple[str, list[str]]:
 
 
 def _memory(plan: Plan, gpu_memory: float, others: list[str]) -> tuple[str, list[str]]:
-    """What the run takes of a GPU's memory, and why it doesn't fit."""
+    """GPU memory that the run takes, and why it doesn't fit."""
     if reason := no_estimate_reason(plan.job, plan.dims):
         return f"no estimate: {reason}", []
     parts = peak_memory(plan.job, plan.args, plan.dims)

@@ -31,7 +31,7 @@ Head = namedtuple("Head", "rows row_stride gathered gathered_stride slots table 
 
 
 class Spec(NamedTuple):
-    """What the kernels are compiled for."""
+    """Constants that the kernels are compiled for."""
 
     p: int
     levels: int

@@ -1,3 +1,5 @@
+"""Arguments of the model: torchtitan's Llama with Lighthouse's settings."""
+
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any

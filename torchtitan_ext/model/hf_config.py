@@ -92,7 +92,7 @@ def _remedy(there: dict[str, Any], chosen: set[str]) -> str:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json says of the computation, RoPE in either spelling: see `llama_config`."""
+    """The fields of a config.json that change the computation, RoPE in either spelling: see `llama_config`."""
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     given = {name: value for name, value in (config | rope).items() if value is not None}
     computed = {name: given.get(name, default) for name, default in DEFAULTS.items()}

@@ -1,3 +1,5 @@
+"""The model: torchtitan's Llama whose layers attend by Lighthouse where set."""
+
 from typing import Any
 
 import torch
