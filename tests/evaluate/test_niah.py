@@ -6,22 +6,21 @@ import os
 import re
 import sys
 from dataclasses import replace
-from itertools import islice, product
+from itertools import product
 
 import pytest
 import torch
 from helpers.checkpoints import build, save_run
 from helpers.commands import run_command
-from helpers.streams import BYTE_TOKENIZER, loader, write_bpe
+from helpers.streams import BYTE_TOKENIZER, write_bpe
 from helpers.streams import TOKENIZER as BYTES
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from torchtitan_ext.data.passkey import FILLER, QUESTION
+from torchtitan_ext.data.passkey import FILLER, QUESTION, needle
 from torchtitan_ext.evaluate import niah
 from torchtitan_ext.evaluate.export_hf import export, find_checkpoint
-from torchtitan_ext.model import LighthouseTransformer, flavors
+from torchtitan_ext.model import flavors
 
 NEEDLE = re.compile(r" The pass key is (\d)\.")
 CPU = torch.device("cpu")
@@ -58,7 +57,7 @@ def test_a_prompt_is_exact_in_length_and_hides_its_digit_once(tokenizer, n_fille
         assert len(tokens) == context
         assert tokens[0] == tokenizer.bos_id and tokenizer.bos_id not in tokens[1:]
         text = tokenizer.decode(tokens[1:])
-        assert NEEDLE.findall(text) == [str(trial)]
+        assert NEEDLE.findall(text) == [str(trial)] and needle(str(trial)) in text  # as in training
         assert text.count(QUESTION.rstrip()) == 2
         # what the answer's token would add to the question is the digit
         answered = tokenizer.decode([*tokens[1:], prompts.answers[trial]])
@@ -283,45 +282,3 @@ def test_without_transformers_a_hugging_face_folder_says_what_is_missing(checkpo
     assert run_command(monkeypatch, "niah", hugging_face) == 2
     assert "transformers is not installed" in capsys.readouterr().err
     assert niah.find_candidate(checkpoint).max_context == 600
-
-
-@pytest.mark.slow
-def test_a_model_trained_for_it_is_told_from_an_untrained_one(tmp_path, monkeypatch):
-    """Trained by the passkey documents, saved as a checkpoint, evaluated by the command."""
-    torch.manual_seed(2)
-    model = LighthouseTransformer(replace(flavors["debug"], max_seq_len=96))
-    with torch.no_grad():
-        model.init_weights()
-        for layer in model.layers.values():
-            for module in layer.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.weight *= 5  # llama3's 0.02 suits wider layers, these would learn slowly
-
-    def score(name):
-        path = save_run(tmp_path / name, model)
-        options = ["--contexts", 64, 80, 96, "--output", tmp_path / name]
-        assert run_command(monkeypatch, "niah", path, *options) == 0
-        return json.loads((tmp_path / name / "niah.json").read_text())
-
-    untrained = score("untrained")
-    assert untrained["mean"] == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 210))
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    seen = settings(64, 96, seed=1)  # other prompts than the final ones tell when to stop
-    for step, (inputs, labels) in enumerate(islice(loader("passkey", "95", 96, 8), 2000)):
-        logits = model(inputs["input"]).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 40)
-        optimizer.step()
-        if step % 50 == 0:
-            cells = niah.evaluate(lambda x: model(x)[:, -1], niah.Prompts(BYTES), seen)
-            if sum(cell.correct for cell in cells) > 0.97 * 10 * len(cells):
-                break
-
-    trained = score("trained")
-    assert trained["mean"] >= 0.9
-    # it is the marked digit that is found, not any: filler has others everywhere
-    assert all(cell["mean"] > 0.5 for cell in trained["cells"])
