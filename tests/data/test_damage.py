@@ -1,10 +1,6 @@
-"""Damage in the data: left out where that is asked for, exactly, through resumes; what is huge stays bounded.
-
-And of checkpoints: what is broken is named, and training goes on from another only when told to.
-"""
+"""Damage in the data: left out where that is asked for, exactly, through resumes; what is huge stays bounded."""
 
 import gzip
-import json
 import logging
 import multiprocessing
 import pickle
@@ -17,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.damage import SHARDS, SKIPPED, with_line, write_damaged
-from helpers.jobs import put_aside
-from helpers.launches import SHORT, start_ranks, train
+from helpers.launches import start_ranks
 from helpers.streams import EOS, documents, loader, stopped, stream, write_c4
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +21,6 @@ from hypothesis import strategies as st
 from torchtitan_ext.data import datasets
 from torchtitan_ext.data.check_text import check_file
 from torchtitan_ext.data.datasets import text_files
-from torchtitan_ext.experiment.records import read_run
 from torchtitan_ext.train.spec import register
 
 TEXTS = SHARDS[1]
@@ -166,11 +160,6 @@ def test_a_long_document_comes_in_pieces(lengths, longest, stop):
         assert stopped(lambda: loader("c4_local", path, 3), stop, 9)[0] == whole
 
 
-def write_long_document(file, length):
-    with gzip.open(file, "wb", 1) as lines:
-        lines.write(b'{"text": "' + b"ten bytes " * (length // 10) + b'"}\n')
-
-
 def draw(rank, n_ranks, path, results):
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -189,48 +178,11 @@ def draw(rank, n_ranks, path, results):
 def test_a_document_of_200_MB_takes_little_memory_and_little_of_a_checkpoint(tmp_path):
     huge = 200 * 10**6
     (tmp_path / "en").mkdir()
-    write_long_document(tmp_path / "en/c4-train.00000-of-00001.json.gz", huge)
+    with gzip.open(tmp_path / "en/c4-train.00000-of-00001.json.gz", "wb", 1) as lines:
+        lines.write(b'{"text": "' + b"ten bytes " * (huge // 10) + b'"}\n')
     with multiprocessing.Manager() as manager:
         start_ranks(draw, 1, str(tmp_path), results := manager.Queue())
         seconds, memory, state, pause = results.get()
     assert memory < 6 * huge  # some 200 times it where all of it is encoded at once
     assert state < 4 * datasets.LONGEST_DOCUMENT and pause < 1
     assert seconds < 60
-
-
-STEPS = 6
-SETTINGS = (*SHORT, "--training.dataset=c4_local", "--checkpoint.interval=2", f"--training.steps={STEPS}")
-
-
-@pytest.mark.slow
-def test_a_run_stops_at_damage_or_skips_it_and_a_broken_checkpoint_is_put_aside(tmp_path):
-    lines = [json.dumps({"text": f"{i:100}"}).encode() for i in range(14)]
-    lines.insert(11, b'{"text": "broken')  # the second rank needs 11 documents for 4 steps
-    data = write_c4(tmp_path / "data", [[], []])
-    first, second = map(Path, text_files(str(data)))
-    write_long_document(first, 3 * datasets.LONGEST_DOCUMENT)
-    second.write_bytes(gzip.compress(b"\n".join(lines) + b"\n")[:-4])  # and all of them for 6
-    damage, skip = f"{second}, line 12: not a JSON", "--training.skip_damaged_data"
-
-    def start(dump, *settings):
-        arguments = ["--job.config_file=configs/text/stage1.toml", *SETTINGS, *settings]
-        return train(2, [*arguments, f"--training.dataset_path={data}", f"--job.dump_folder={tmp_path / dump}"])
-
-    good, output = start("whole", skip)
-    [named] = [line for line in output.splitlines() if ": skipped," in line]
-    assert good and damage in named and "number 1 " in named
-
-    good, output = start("faulty")
-    assert not good and damage in output and "training.skip_damaged_data" in output
-    shard = tmp_path / "faulty/checkpoint/step-4/__1_0.distcp"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    good, output = start("faulty", skip)
-    assert not good and "Training starts at step" not in output
-    assert f"step-4 is not a complete checkpoint: {shard.name} holds" in output and "to go on from step-2" in output
-
-    put_aside(output)
-    good, output = start("faulty", skip)
-    assert good and "Training starts at step 3" in output
-    whole, faulty = (read_run(tmp_path / dump) for dump in ("whole", "faulty"))
-    assert list(whole.step) == list(faulty.step) == list(range(1, STEPS + 1))
-    assert list(whole.loss) == list(faulty.loss)

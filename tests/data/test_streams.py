@@ -62,19 +62,6 @@ def test_ids_are_the_utf8_bytes_and_decode_to_the_text(text):
         assert TOKENIZER.decode(ids, skip_special_tokens=skip_special_tokens) == text
 
 
-def test_encoding_time_is_linear():
-    def seconds(n_bytes):
-        text = "def f(x):\n    return x < 1\n" * (n_bytes // 27)
-        times = []
-        for _ in range(3):
-            start = time.process_time()  # other processes may have the cores
-            TOKENIZER.encode(text)
-            times.append(time.process_time() - start)
-        return min(times)
-
-    assert seconds(2**18) < 16 * 5 * seconds(2**14)  # quadratic would be 16 * 16
-
-
 @pytest.mark.parametrize("layout", streams.LAYOUTS)
 def test_documents_are_kept_apart_and_can_not_spell_what_does_it(tmp_path, layout):
     plain = write_bpe(tmp_path / "tokenizer", streams.LAYOUTS[layout])
@@ -132,19 +119,11 @@ def test_each_pass_of_map_style_data_comes_in_an_order_of_its_own(world, workers
     args = {"dataset": "python_source", "path": path, "rank": world - 1, "world": world}
     first = documents(*args.values())
     n = len(first)
-    data = loader(**args, seq_len=4, workers=workers)
-    rows, states = [], []
-    for batch in islice(data, 3 * n):
-        rows += [bytes(tokens(batch)[0][1:-1])]
-        states.append(data.state_dict())
+    drawn = islice(loader(**args, seq_len=4, workers=workers), 3 * n)
+    rows = [bytes(tokens(batch)[0][1:-1]) for batch in drawn]
     passes = [rows[:n], rows[n : 2 * n], rows[2 * n :]]
     assert passes[0] == first and len(set(map(tuple, passes))) == 3
     assert all(sorted(texts) == sorted(first) for texts in passes)
-    for drawn in (n, 2 * n, 2 * n + 1):
-        resumed = loader(**args, seq_len=4, workers=workers)
-        resumed.load_state_dict(states[drawn - 1])
-        rest = [bytes(tokens(batch)[0][1:-1]) for batch in islice(resumed, 3 * n - drawn)]
-        assert rest == rows[drawn:]
 
 
 def test_a_pass_that_began_in_order_ends_in_order(tmp_path):
