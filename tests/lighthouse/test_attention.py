@@ -107,12 +107,6 @@ def test_keeps_dtype_and_shape_and_stays_near_the_fp64_result(dtype):
     assert error(out, exact) <= TOLERANCE.get(dtype, 0)
 
 
-def test_the_first_entry_wins_at_every_level_even_with_the_lowest_score():
-    _, (level, index) = selected(torch.arange(256.0).expand(2, 1, 1, -1), SMALL)
-    for each in range(SMALL.levels):
-        assert (index[level == each] == 0).sum() == 1
-
-
 def test_attention_is_one_call_on_the_gathered_rows():
     attend = Mock(wraps=causal_attention)
     lighthouse_attention(*qkv(256, 2, 2, 3), SMALL, attention=attend)

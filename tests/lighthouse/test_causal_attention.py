@@ -1,14 +1,13 @@
 """Causal attention by a kernel of a name: all compute the same, and a job gets the fastest that can run."""
 
 import sys
-from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 from helpers.jobs import job_of
 from helpers.lighthouse_cases import DEVICE
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, kernels
 from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, causal_attention
@@ -57,39 +56,22 @@ def output_and_gradients(attend, inputs):
     return out, *torch.autograd.grad(out.float().sin().sum(), inputs)
 
 
-def test_flash_attention_4_is_one_operator_with_a_gradient(fa4):
-    inputs = qkv()
+@pytest.mark.slow
+def test_flash_attention_4_is_one_operator_with_a_gradient_that_compiles_and_is_kept(fa4):
+    inputs, eager = qkv(), CausalAttention("fa4")
     expected = output_and_gradients(causal_attention, inputs)
-    torch.testing.assert_close(output_and_gradients(CausalAttention("fa4"), inputs), expected)
-    assert fa4 == ["forward", "backward False"]
+    for attend in (eager, torch.compile(eager, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(output_and_gradients(attend, inputs), expected)
+        assert fa4 == ["forward", "backward False"]
+        fa4.clear()
     rows = [x.detach().transpose(1, 2).requires_grad_() for x in inputs]
     torch.library.opcheck(kernels.flash_attention_4, tuple(rows))
+    assert torch.ops.lighthouse.flash_attention_4.default in _op_sac_save_list  # of selective checkpointing
 
 
-@pytest.mark.slow
-def test_flash_attention_4_compiles_without_a_graph_break(fa4):
-    inputs, eager = qkv(), CausalAttention("fa4")
-    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(output_and_gradients(compiled, inputs), output_and_gradients(eager, inputs))
-
-
-def test_selective_checkpointing_keeps_what_flash_attention_4_returned(fa4):
-    def policy(_, op, *__, **___):
-        kept = op == torch.ops.lighthouse.flash_attention_4.default
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    out = checkpoint(CausalAttention("fa4"), *qkv(), enable_gqa=True, use_reentrant=False, context_fn=contexts)
-    out.sum().backward()
-    assert fa4 == ["forward", "backward False"]
-
-
-def test_deterministic_training_asks_for_the_deterministic_backward_pass(fa4):
-    torch.use_deterministic_algorithms(True)
-    try:
-        output_and_gradients(CausalAttention("fa4"), qkv())
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_training_asks_for_the_deterministic_backward_pass(fa4, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    output_and_gradients(CausalAttention("fa4"), qkv())
     assert fa4 == ["forward", "backward True"]
 
 
