@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.models import args, build
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
-from torchtitan.models.llama3.infra.parallelize import apply_fsdp
 
 from torchtitan_ext.model import loss
 from torchtitan_ext.model.loss import liger_chunk, linear_cross_entropy_loss
@@ -123,21 +121,3 @@ def test_float8_linears_leave_the_projection_and_the_parameters_as_they_are():
             block.compile(fullgraph=True, backend="aot_eager")
 
     assert_close(gradients(True, convert), gradients(False), 0.2)
-
-
-def test_a_sharded_model_trains_the_same(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
-
-        def shard(model):
-            apply_fsdp(model, mesh, torch.float32, torch.float32, pp_enabled=False)
-            for module in model.modules():
-                if hasattr(module, "set_force_sum_reduction_for_comms"):
-                    module.set_force_sum_reduction_for_comms(True)
-
-        total, grads = gradients(True, shard)
-        grads = {name: grad.full_tensor() for name, grad in grads.items()}
-    finally:
-        dist.destroy_process_group()
-    assert_close((total, grads), gradients(False), 1e-5)

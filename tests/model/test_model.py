@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from helpers.launches import ROOT
-from helpers.models import args, build, parse
+from helpers.models import args, build
 from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.models.llama3 import Transformer, llama3_args
 from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
@@ -15,7 +15,6 @@ from torchtitan_ext.lighthouse.scorers import SCORERS, Scorer
 from torchtitan_ext.model import Lighthouse, flavors
 from torchtitan_ext.model.loss import linear_cross_entropy_loss
 
-OTHER = dict(levels=2, pooling_factor=2, top_k=32, scorer="dilated", dilation=8, rope="base", tile_winners=8)
 SMALL = Lighthouse(enable=True, levels=2, top_k=8, tile_winners=4)
 
 
@@ -119,15 +118,6 @@ def test_flops_count_the_pairs_that_each_layer_and_its_scorer_attend(monkeypatch
     for scorer, dilation, scored in (("dilated", 1, 32), ("dilated", 4, 8), ("gla", 4, state), ("added", 4, 64)):
         more = keys(dense_layers=[], scorer=scorer, dilation=dilation) - keys(dense_layers=[])
         assert more == pytest.approx(n_layers * 2 * scored / 3)
-
-
-def test_every_setting_can_be_given_on_the_command_line():
-    expected = Lighthouse(**OTHER, enable=False, dense_layers=[0, 3])
-    default = dataclasses.asdict(parse("configs/text/stage1.toml").lighthouse)
-    assert all(value != default[name] for name, value in dataclasses.asdict(expected).items())
-    given = [f"--lighthouse.{name}={value}" for name, value in OTHER.items()]
-    given += ["--lighthouse.no_enable", "--lighthouse.dense_layers", "0", "3"]
-    assert parse("configs/text/stage1.toml", *given).lighthouse == expected
 
 
 def settings(path):

@@ -32,7 +32,7 @@ FOUR = {  # ranks that replicate, shard and share sequences, and other settings
     "compiled replicas": (4, 1, 1, "--compile.enable --compile.backend=aot_eager"),
     "replicas reduced once per step": (4, 1, 1, "--parallelism.fsdp_no_sync"),
     "replicas with a fused output": (4, 1, 1, "--loss.fuse_output"),
-    "shards": (1, 4, 1, ""),
+    "shards with a fused output": (1, 4, 1, "--loss.fuse_output"),
     "replicated shards": (2, 2, 1, "--parallelism.fsdp_no_sync --parallelism.fsdp_reshard_after_forward never"),
     "replicas that share sequences": (2, 1, 2, ""),
     "shards that share sequences": (1, 2, 2, ""),
