@@ -22,7 +22,9 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from torchtitan_ext.experiment.report import markdown_rows
 from torchtitan_ext.jobs.job_file import parse_job
-from torchtitan_ext.jobs.rules import job_problems
+from torchtitan_ext.jobs.memory import no_estimate_reason, peak_memory
+from torchtitan_ext.jobs.plan import Plan
+from torchtitan_ext.jobs.rules import job_problems, parallel_dims
 from torchtitan_ext.model import LighthouseModelArgs
 from torchtitan_ext.model.model import meta_model
 from torchtitan_ext.model.settings import Lighthouse
@@ -146,16 +148,20 @@ REFUSED = "--training.seq_len 5000"  # as the page says
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: " ".join(map(str, launch[2])))
-def test_documented_launches_are_legal(launch, monkeypatch):
+def test_documented_launches_are_legal_and_fit(launch, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(sys.modules, "my_data", ModuleType("my_data"))  # which data.md shows
     monkeypatch.setitem(DATASETS, "my_csv", DATASETS["c4"])
     file, n_gpus, overrides = launch
-    # Other checkpoints, tokenizers and data than the repository's are the reader's.
-    job = parse_job(file, overrides)
-    job.checkpoint.enable, job.checkpoint.initial_load_path = False, None
-    problems = [p for p in job_problems(job, n_gpus) if "tokenizer" not in p and "/data/" not in p]
-    assert bool(problems) == (REFUSED in " ".join(overrides)), problems
+    for stage in {file, file.replace("stage1", "dense")}:  # stage 2 is dense too
+        # Other checkpoints, tokenizers and data than the repository's are the reader's.
+        job = parse_job(stage, overrides)
+        job.checkpoint.enable, job.checkpoint.initial_load_path = False, None
+        problems = [p for p in job_problems(job, n_gpus) if "tokenizer" not in p and "/data/" not in p]
+        assert bool(problems) == (REFUSED in " ".join(overrides) and job.lighthouse.enable), problems
+        if not problems and not no_estimate_reason(job, parallel_dims(job, n_gpus)):
+            plan = Plan.of(job, n_gpus)
+            assert sum(peak_memory(job, plan.args, plan.dims).values()) < 139  # GiB of an H200
 
 
 def test_the_flavor_that_is_shown_is_legal():
