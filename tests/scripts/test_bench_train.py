@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -38,22 +39,14 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch,
     assert "Mixed precision training is handled by fully_shard" in log  # on one device too
 
 
-def write_events(folder, bench_train, points):
-    """What a run leaves: its job, and for each (step, seconds) a loss, speed, MFU and memory."""
-    write_config(load_job(Path(ROOT, CONFIG), [f"--job.dump_folder={folder}"]))
-    with SummaryWriter(folder) as writer:
-        for step, seconds in points:
-            writer.add_scalar(records.LOSS, 10 - step / 10, step)
-            writer.add_scalar(records.SECONDS, seconds, step)
-            writer.add_scalar(records.TOKENS_PER_SECOND, 1000 / seconds, step)
-            writer.add_scalar(bench_train.MFU, 10 / seconds, step)
-            writer.add_scalar(bench_train.PEAK, step, step)
-
-
 def test_warm_up_is_not_timed(tmp_path):
     bench_train = load_script("bench_train")
-    write_events(tmp_path, bench_train, [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)])
-
+    write_config(load_job(Path(ROOT, CONFIG), [f"--job.dump_folder={tmp_path}"]))
+    with SummaryWriter(tmp_path) as writer:
+        for step, seconds in [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)]:
+            values = {records.LOSS: 10 - step / 10, records.SECONDS: seconds, bench_train.PEAK: step}
+            values |= {records.TOKENS_PER_SECOND: 1000 / seconds, bench_train.MFU: 10 / seconds}
+            [writer.add_scalar(tag, value, step) for tag, value in values.items()]
     measured = partial(bench_train.measured, tmp_path, JobConfig())
     row = measured(4, False)
     assert row["step_s"] == 3 and row["tok_s_gpu"] == pytest.approx(1000 / 3)
@@ -63,41 +56,30 @@ def test_warm_up_is_not_timed(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_runs_on_eight_gpus_are_good_and_stand_beside_those_on_one(tmp_path, monkeypatch, capsys):
-    stand_in, output, bench_train = tmp_path / "bin/python3", tmp_path / "eight.json", load_script("bench_train")
+def test_the_runs_on_eight_gpus_are_good_and_compare_with_those_on_one(tmp_path, monkeypatch):
+    stand_in, bench_train, jobs = tmp_path / "bin/python3", load_script("bench_train"), {}
     stand_in.parent.mkdir()
     stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n")
     stand_in.chmod(0o755)
-    env = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "OUTPUT": str(output)}
     for part in ("fsdp", "cp", "one"):
+        env = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
         assert call("bash", "scripts/bench_eight.sh", part, **env).returncode == 0
-    calls = (tmp_path / "calls").read_text().split("END\0")[:-1]
-
-    jobs = []
-
-    def train(self, nproc, words, folder, log, display):
-        _, problems = plan_report(words[1], self.job_arguments(words), nproc, gpu_memory=139, tok_s=None)
-        assert problems == []
-        jobs.append(load_job(Path(words[1]), self.job_arguments(words)))
-        write_events(folder, bench_train, [(n, 10 / nproc) for n in (1, 2, 4, 6, 8)])
-
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(bench_train.BenchTrain, "train", train)
-    for arguments in calls:
-        parse(bench_train.BenchTrain, arguments.split("\0")[1:-1], "bench_train").run()
-    table = capsys.readouterr().out.rsplit("| run |", 1)[-1]
-
-    rows = json.loads(output.read_text())["rows"]
-    by_run = {(row["name"], row["n_gpus"]): job for row, job in zip(rows, jobs, strict=True)}
-    assert len(by_run) == len(rows)  # each run once
-    on_one, on_eight = ({name for name, n in by_run if n == number} for number in (1, 8))
-    assert on_one < on_eight and len(by_run) == len(on_one) + len(on_eight)
+    for arguments in (tmp_path / "calls").read_text().split("END\0")[:-1]:
+        bench = parse(bench_train.BenchTrain, arguments.split("\0")[1:-1], "bench_train")
+        for words, n_gpus in product(bench.runs, bench.nproc):
+            _, problems = plan_report(words[1], bench.job_arguments(words), n_gpus, gpu_memory=139)
+            assert problems == [] and (words[0], n_gpus) not in jobs  # each run once
+            jobs[words[0], n_gpus] = load_job(Path(words[1]), bench.job_arguments(words))
+    on_one, on_eight = ({name for name, n in jobs if n == number} for number in (1, 8))
+    assert on_one < on_eight and len(jobs) == len(on_one) + len(on_eight)
     for name in on_one:
-        one, eight = by_run[name, 1], by_run[name, 8]
+        one, eight = jobs[name, 1], jobs[name, 8]
         assert one.activation_checkpoint == eight.activation_checkpoint
         # the same sequence, or a rank's share of it that attends to as many rows per token
         lens = [job.training.seq_len for job in (one, eight)]
         assert lens[1] / lens[0] in (1, eight.parallelism.context_parallel_degree)
         attended = [job.lighthouse.gathered_len(n) ** 2 / n for job, n in zip((one, eight), lens, strict=True)]
         assert attended[0] == pytest.approx(attended[1], rel=1e-3)
-        assert f"| {name} | 8 | {lens[1]:,} | auto | 800 | 800.0 % |" in table
+    row = {"name": "a", "n_gpus": 8, "tok_s_gpu": 100}
+    assert bench_train.share_of_one(row, [row, row | {"n_gpus": 1, "tok_s_gpu": 200}]) == "50.0 %"
