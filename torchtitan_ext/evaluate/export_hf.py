@@ -42,8 +42,7 @@ TEXTS = (
     "  def f(x):\n\n\treturn {x: [x < 1]}  \r\n",
     "\u00c5ngstr\u00f6m e\u0301 \u00df \u00a0 \u6f22\u5b57 \u0627\u0644 \U0001f600\u200d",
 )
-JOB_FIELDS = [("model", "flavor"), ("model", "hf_assets_path"), ("training", "seq_len")]
-JOB_FIELDS += [("checkpoint", "folder"), ("lighthouse", "enable")]
+JOB_FIELDS = ("model.flavor", "model.hf_assets_path", "training.seq_len", "checkpoint.folder", "lighthouse.enable")
 Advance = Callable[[int], None]  # gets the amount done since the last call
 
 
@@ -80,8 +79,9 @@ class Checkpoint:
         try:
             return self._reader.read_metadata()
         except Exception as error:  # safetensors raises many kinds
-            incomplete = f"{self.path} is not a complete checkpoint"
-            raise ValueError(f"{incomplete} ({error}); restore it, or use another") from error
+            raise ValueError(
+                f"{self.path} is not a complete checkpoint ({error}); restore it, or use another"
+            ) from error
 
     def n_bytes(self, dtype: torch.dtype) -> int:
         return sum(t.numel() for t in meta_model(self.model_args).parameters()) * dtype.itemsize
@@ -111,12 +111,10 @@ def find_checkpoint(path: Path) -> Checkpoint:
     path = path.resolve()
     is_run = (path / CONFIG_FILE).is_file()
     if not is_run and not resume.is_saved(path):
-        raise ValueError(
-            f"{path} is not a complete checkpoint or a run's folder: it has no .metadata and no {CONFIG_FILE}; "
-            "give the step-N folder of a checkpoint that was saved to its end, or its run's folder"
-        )
+        missing = f"it has no .metadata and no {CONFIG_FILE}; give the step-N folder of another, or its run's folder"
+        raise ValueError(f"{path} is not a complete checkpoint or a run's folder: {missing}")
     config_file = (path if is_run else path.parents[1]) / CONFIG_FILE
-    job = read_config(config_file, JOB_FIELDS)
+    job = read_config(config_file, *JOB_FIELDS)
     if module := job.get("experimental", {}).get("custom_import"):
         import_extension(module, config_file)
     if is_run:
@@ -126,24 +124,19 @@ def find_checkpoint(path: Path) -> Checkpoint:
             remedy = "train with checkpoint.enable = true until the first is saved (checkpoint.interval)"
             raise ValueError(f"{folder} holds no complete checkpoint: {remedy}")
         path = folder / f"step-{max(steps)}"
-    flavor, tokenizer = job["model"]["flavor"], job["model"]["hf_assets_path"]
+    flavor, assets = job["model"]["flavor"], job["model"]["hf_assets_path"]
     if flavor not in flavors:
-        raise ValueError(
-            f"model.flavor = {flavor!r} in {config_file} is unknown: export with the version of this package that "
-            f"trained it; this one has {', '.join(flavors)}"
-        )
+        remedy = f"export with the version that trained it; this one has {', '.join(flavors)}"
+        raise ValueError(f"model.flavor = {flavor!r} in {config_file} is unknown: {remedy}")
     model_args = replace(flavors[flavor], max_seq_len=job["training"]["seq_len"])  # type: ignore[call-arg]
     model_args.set_rope(**job.get("rope", {}))
-    named = f"model.hf_assets_path = {tokenizer!r} in {config_file}"
     remedy = "call from the folder that the training was launched from, or correct the path"
-    tokenizer = load_tokenizer(tokenizer, named, remedy)
+    tokenizer = load_tokenizer(assets, f"model.hf_assets_path = {assets!r} in {config_file}", remedy)
     checkpoint = Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
     expected = checkpoint.as_saved(meta_model(model_args).state_dict())
-    if mismatches := resume.shape_mismatches(expected, resume.saved_shapes(checkpoint.metadata())):
-        raise ValueError(
-            f"{path} holds no model of flavor {flavor!r} ({len(mismatches)} of {len(expected)} "
-            f"weights: {mismatches[0]}); correct model.flavor in {config_file}"
-        )
+    if mismatch := resume.shape_mismatch(expected, resume.saved_shapes(checkpoint.metadata())):
+        reason = f"{path} holds no model of flavor {flavor!r} ({mismatch})"
+        raise ValueError(f"{reason}; correct model.flavor in {config_file}")
     return checkpoint
 
 
@@ -152,8 +145,7 @@ def export(
 ) -> None:
     """Write config.json, model.safetensors (weights in `dtype`) and the tokenizer's files to `folder`.
 
-    Raises ValueError if `folder` isn't empty. `advance` gets the bytes read and written, the checkpoint's `n_bytes`
-    each.
+    Raises ValueError if `folder` isn't empty. `advance` gets the bytes read and written, twice the `n_bytes` in all.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
@@ -185,11 +177,9 @@ def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) 
     for text in TEXTS:
         theirs, ids = exported(text).input_ids, tokenizer.encode(text, add_bos=True, add_eos=False)
         if theirs != ids:
-            raise ValueError(
-                f"model.hf_assets_path = {str(source)!r}: transformers would encode {text!r} as {theirs}, and training "
-                f"encoded it as {ids}, so nothing is exported; look at the tokens that {source / TOKENIZER_CONFIG} "
-                "names and tokenizer.json lacks, or has with other properties"
-            )
+            reason = f"transformers would encode {text!r} as {theirs}, and training encoded it as {ids}"
+            remedy = f"look at the tokens that {TOKENIZER_CONFIG} names and tokenizer.json lacks or has otherwise"
+            raise ValueError(f"model.hf_assets_path = {str(source)!r}: {reason}; {remedy}")
 
 
 def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> None:

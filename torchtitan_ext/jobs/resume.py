@@ -101,10 +101,8 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
         yield f"checkpoint.folder = {checkpoint.folder!r}: must name a folder in {dump}, for example 'checkpoint'"
         return
     if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
-        yield (
-            "checkpoint.last_save_in_hf = true: the last checkpoint couldn't be saved, as that format holds only "
-            "weights; set it to false, and export the checkpoint with python -m torchtitan_ext export"
-        )
+        remedy = "set it to false, and export the last checkpoint with python -m torchtitan_ext export"
+        yield f"checkpoint.last_save_in_hf = true: that format can't hold a checkpoint, only weights; {remedy}"
     if job_config.lighthouse.enable and checkpoint.last_save_model_only:
         yield "checkpoint.last_save_model_only = true: a dense stage can't go on from weights alone; set it to false"
     if initial and checkpoint.initial_load_model_only and not checkpoint.initial_load_in_hf:
@@ -144,11 +142,9 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
     step = step_of(path) if path else -1
     if steps and not _same_checkpoint(start, initial):
         gone = "" if not start or os.path.exists(start) else " (which is gone, but is not read again)"
-        yield (
-            f"{ignored} {folder} holds a run that started from {start or 'scratch'}: to continue that one, "
-            f"{f'set it to {start}{gone}' if start else 'drop the path'}; to start anew, choose another "
-            f"job.dump_folder or delete {folder}"
-        )
+        remedy = f"to continue that one, {f'set it to {start}{gone}' if start else 'drop the path'}"
+        remedy += f"; to start anew, choose another job.dump_folder or delete {folder}"
+        yield f"{ignored} {folder} holds a run that started from {start or 'scratch'}: {remedy}"
     elif step in (-1, *steps) and (rewritten := _rewrite_problem(job_config, step)):
         yield rewritten
     elif step in steps and step > total:
@@ -229,11 +225,8 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
     if dims and DATALOADER in wanted.difference(missing):
         degree, saved_degree = data_parallel_degree(dims), _saved_degree(metadata)
         if degree != saved_degree:
-            yield (
-                f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}, and its data "
-                "position holds for no other; launch as many data-parallel ranks (or start the data over on purpose: "
-                "checkpoint.exclude_from_loading = ['dataloader'])"
-            )
+            remedy = "launch as many ranks, or start the data over: checkpoint.exclude_from_loading = ['dataloader']"
+            yield f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}; {remedy}"
 
 
 def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
@@ -256,23 +249,21 @@ def saved_shapes(metadata: Metadata) -> Shapes:
     return {name: stored.size for name, stored in metadata.state_dict_metadata.items() if hasattr(stored, "size")}
 
 
-def shape_mismatches(weights: Weights, shapes: Shapes) -> list[str]:
-    """The model's weights that are missing or differ in shape in a checkpoint of these shapes."""
-    return [
-        f"{name} is {list(shapes[name])} there and {list(weight.shape)} here"
-        if name in shapes
-        else f"{name} is not there"
-        for name, weight in weights.items()
-        if list(shapes.get(name, ())) != list(weight.shape)
-    ]
+def shape_mismatch(weights: Weights, shapes: Shapes) -> str | None:
+    """How many weights a checkpoint of these shapes lacks or has in another shape, and the first; None without any."""
+    expected = {name: list(weight.shape) for name, weight in weights.items()}
+    wrong = [name for name, shape in expected.items() if list(shapes.get(name, ())) != shape]
+    if not wrong:
+        return None
+    first = wrong[0]
+    there = f"is {list(shapes[first])} there and {expected[first]} here" if first in shapes else "is not there"
+    return f"{len(wrong)} of {len(weights)} weights: {first} {there}"
 
 
 def _shape_problems(job: JobConfig, field: str, path: str | Path, weights: Weights, shapes: Shapes) -> Iterator[str]:
-    if mismatches := shape_mismatches(weights, shapes):
-        yield (
-            f"model.flavor = {job.model.flavor!r}: {path}, which {field} leads to, is of another model "
-            f"({len(mismatches)} of {len(weights)} weights: {mismatches[0]}); use the flavor that it was trained with"
-        )
+    if mismatch := shape_mismatch(weights, shapes):
+        model = f"{path}, which {field} leads to, is of another model ({mismatch})"
+        yield f"model.flavor = {job.model.flavor!r}: {model}; use the flavor that it was trained with"
 
 
 def _checked_objects(path: Path, metadata: Metadata, excluded: Collection[str]) -> dict[str, Any]:
