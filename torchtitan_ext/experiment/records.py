@@ -20,8 +20,6 @@ VALIDATION_LOSS = "validation_metrics/loss"
 # tags by field of Run
 TAGS = {"loss": LOSS, "tokens_per_second": TOKENS_PER_SECOND, "seconds": SECONDS}
 TAGS |= {"n_devices": N_DEVICES, "log_freqs": LOG_FREQ}
-# required settings of the job
-CONFIG_FIELDS = (("training", "steps"), ("training", "seq_len"), ("model", "flavor"), ("debug", "seed"))
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def read_run(folder: Path) -> Run | None:
     starts = [points for file in folder.glob("**/events.out.tfevents.*") if (points := _read_start(file))]
     if not starts:
         return None
-    config = read_config(folder / CONFIG_FILE, CONFIG_FIELDS)
+    config = read_config(folder / CONFIG_FILE, "training.steps", "training.seq_len", "model.flavor", "debug.seed")
     starts.sort(key=lambda points: points["wall_time"][0])
     merged = starts[0]
     for points in starts[1:]:

@@ -1,7 +1,6 @@
 """Record a run's job in its folder, and read it."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from torchtitan.config import JobConfig
@@ -20,16 +19,15 @@ def write_config(job_config: JobConfig) -> None:
     new.replace(file)
 
 
-def read_config(file: Path, fields: Iterable[tuple[str, str]]) -> dict:
-    """The job recorded in `file`. Raises ValueError if one of `fields`, pairs of section and name, is missing."""
+def read_config(file: Path, *fields: str) -> dict:
+    """The job recorded in `file`. Raises ValueError if one of `fields`, such as "training.steps", is missing."""
     try:
         config = json.loads(file.read_text())
-        _ = [config[section][field] for section, field in fields]
+        for section, _, field in (name.partition(".") for name in fields):
+            config[section][field]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not the job config of a run ({error!r}): restore the one that a training with "
-            "model.name = 'llama3_lighthouse' left there"
-        ) from error
+        reason = f"{file} is not the job config of a run ({error!r})"
+        raise ValueError(f"{reason}: restore the one that a training of llama3_lighthouse left there") from error
     return config
 
 
@@ -37,7 +35,7 @@ def recorded_start(job_config: JobConfig) -> str | None:
     """The `checkpoint.initial_load_path` of the run in the job's folder. Raises ValueError if its record is damaged."""
     file = Path(job_config.job.dump_folder, CONFIG_FILE)
     try:
-        recorded = read_config(file, [("checkpoint", "enable"), ("checkpoint", "initial_load_path")])["checkpoint"]
+        recorded = read_config(file, "checkpoint.enable", "checkpoint.initial_load_path")["checkpoint"]
     except FileNotFoundError:
         return None
     # a launch without checkpoints recorded no start, so any is legal
