@@ -37,20 +37,18 @@ def environment_problems() -> Iterator[str]:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
             continue
-        needed = f'{requirement.name}{requirement.specifier}: pip install "{requirement.name}{requirement.specifier}"'
+        needed = f"{requirement.name}{requirement.specifier}"
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             version = None
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            yield f"{requirement.name} is {version or 'not installed'}, {DISTRIBUTION} needs {needed}"
+            yield f'{requirement.name} is {version or "not installed"}, not {needed}: pip install "{needed}"'
     try:
         check_patched()
     except (PatchingError, OSError) as error:
         yield str(error)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        yield (
-            f"torchrun --max_restarts={restarts}: a restart may hang on addresses of earlier ranks; set "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as scripts/train.sh does"
-        )
+        remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as scripts/train.sh does"
+        yield f"torchrun --max_restarts={restarts}: a restart may hang on addresses of earlier ranks; {remedy}"

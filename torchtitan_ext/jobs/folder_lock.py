@@ -37,10 +37,9 @@ def lock(field: str, path: Path) -> IO[str]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        raise ValueError(
-            f"{field}: a launch that is still running writes there ({file.read() or 'it has just started'}); wait for "
-            f"its end, or end it, or choose another folder. If its host is down, and still counts as running: rm {path}"
-        ) from error
+        holder, remedy = file.read() or "it has just started", "wait for its end, end it, or choose another folder"
+        reason = f"{field}: a launch that is still running writes there ({holder})"
+        raise ValueError(f"{reason}; {remedy}, or, if its host is down: rm {path}") from error
     except OSError as error:
         logger.warning(f"{path} can't be locked ({error}): launch nothing else into its folder")
     file.truncate(0)

@@ -71,10 +71,8 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
     except SystemExit as error:
         if not error.code:  # --help
             raise
-        raise ValueError(
-            f"{where}: {one_line(by_parser.getvalue())}; correct that argument (all settings: "
-            f"python -m torchtitan_ext.train --job.config_file {config_file} --help)"
-        ) from error
+        settings = f"all settings: python -m torchtitan_ext.train --job.config_file {config_file} --help"
+        raise ValueError(f"{where}: {one_line(by_parser.getvalue())}; correct that argument ({settings})") from error
     if job.experimental.custom_import:
         import_extension(job.experimental.custom_import, where)
     return job

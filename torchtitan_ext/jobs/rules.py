@@ -54,19 +54,10 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
     if problems := list(_value_problems(job_config)):
         return problems
     if not hasattr(job_config, "lighthouse"):
-        return [
-            f"job.custom_config_module = {job_config.job.custom_config_module!r}: "
-            "set it to 'torchtitan_ext.model.settings', which adds the [lighthouse] section"
-        ]
-    problems = [
-        *_number_problems(job_config),
-        *_model_problems(job_config),
-        *_attention_problems(job_config),
-        *optimizer_problems(job_config),
-        *_data_problems(job_config),
-        *_wandb_problems(job_config),
-    ]
-    dims = None
+        module = job_config.job.custom_config_module
+        return [f"job.custom_config_module = {module!r}: no [lighthouse]; set it to 'torchtitan_ext.model.settings'"]
+    rules = _number_problems, _model_problems, _attention_problems, optimizer_problems, _data_problems, _wandb_problems
+    problems, dims = [problem for rule in rules for problem in rule(job_config)], None
     if n_ranks is not None:
         try:
             dims = parallel_dims(job_config, n_ranks)
@@ -104,10 +95,8 @@ def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
         return ParallelDims(**degrees, **experts, world_size=n_ranks)
     except AssertionError as error:
         product = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
-        raise ValueError(
-            f"[parallelism] {product}: the degrees' product must be the number of ranks, {n_ranks}; "
-            "parallelism.data_parallel_shard_degree = -1 takes what the other degrees leave"
-        ) from error
+        remedy = "parallelism.data_parallel_shard_degree = -1 takes what the other degrees leave"
+        raise ValueError(f"[parallelism] {product}: must be the number of ranks, {n_ranks}; {remedy}") from error
 
 
 def sequences_at_once(job_config: JobConfig, dims: ParallelDims) -> int:
@@ -119,12 +108,10 @@ def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
     training, at_once = job_config.training, sequences_at_once(job_config, dims)
     wanted = training.global_batch_size
     if at_once > 0 and (wanted == 0 or (wanted > 0 and wanted % at_once)):
-        below = wanted // at_once * at_once
-        yield (
-            f"training.global_batch_size = {wanted}: must be a multiple of training.local_batch_size x "
-            f"data-parallel degree = {training.local_batch_size} x {data_parallel_degree(dims)} = {at_once}; nearest: "
-            + (f"{below} or {below + at_once}" if below else f"{at_once}")
-        )
+        below, product = wanted // at_once * at_once, f"{training.local_batch_size} x {data_parallel_degree(dims)}"
+        rule = f"must be a multiple of training.local_batch_size x data-parallel degree = {product} = {at_once}"
+        nearest = f"{below} or {below + at_once}" if below else at_once
+        yield f"training.global_batch_size = {wanted}: {rule}; nearest: {nearest}"
 
 
 def data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
@@ -180,10 +167,8 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
             if 0 < tensor_parallel <= n_kv_heads:  # else torch says so
                 check_heads(n_heads // tensor_parallel, n_kv_heads // tensor_parallel, degree)
         except ValueError as error:
-            yield (
-                f"parallelism.context_parallel_degree = {degree}: {error}; or set "
-                "parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
-            )
+            remedy = "or set parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
+            yield f"parallelism.context_parallel_degree = {degree}: {error}; {remedy}"
 
 
 def _attention_problems(job_config: JobConfig) -> Iterator[str]:
@@ -191,11 +176,9 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
     degree, balancer = parallelism.context_parallel_degree, parallelism.context_parallel_load_balancer
     ring = degree > 1 and parallelism.context_parallel_rotate_method == "alltoall"
     if ring and balancer is None and compiled.enable and "model" in compiled.components:
-        yield (
-            "parallelism.context_parallel_rotate_method = 'alltoall': without a load balancer each rank compiles "
-            "another graph, and from torch 2.14 on they wait for each other forever; set "
-            "parallelism.context_parallel_load_balancer to 'headtail', or compile.enable to false"
-        )
+        reason = "without a load balancer each rank compiles another graph, and from torch 2.14 on they wait forever"
+        remedy = "set parallelism.context_parallel_load_balancer to 'headtail', or compile.enable to false"
+        yield f"parallelism.context_parallel_rotate_method = 'alltoall': {reason}; {remedy}"
     for name, section in data_sections(job_config) if lighthouse.enable else ():
         try:
             check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
@@ -253,10 +236,8 @@ def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArg
         beyond = f"beyond the {args.vocab_size} embeddings of model.flavor"
         return f"its token ids go to {last_id}, {beyond}; choose a larger flavor or a smaller tokenizer"
     if tokenizer.bos_id is None and tokenizer.eos_id is None:
-        return (
-            "documents would run into each other, because the tokenizer has no token that begins or ends one; name it "
-            "as bos_token or eos_token in tokenizer_config.json there"
-        )
+        remedy = "name a bos_token or eos_token in tokenizer_config.json there"
+        return f"documents would run into each other, as no token begins or ends one; {remedy}"
     library.encode_special_tokens = True  # as documents are encoded
     unk_token = (tokenizer.config or {}).get("unk_token")  # any text may become it
     spelled = [
@@ -266,10 +247,8 @@ def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArg
         if token.content != unk_token or index in (tokenizer.bos_id, tokenizer.eos_id)
         if index in library.encode(token.content, add_special_tokens=False).ids
     ]
-    if spelled:
-        return (
-            f"a document that spells {' or '.join(spelled)} would get that control token, because the "
-            f"{type(library.model).__name__} model in tokenizer.json can choose it for text; lower its score there "
-            "below all others', or use a BPE tokenizer"
-        )
-    return None
+    if not spelled:
+        return None
+    remedy = "lower its score in tokenizer.json below all others', or use a BPE tokenizer"
+    kind = type(library.model).__name__
+    return f"a document that spells {' or '.join(spelled)} would get that control token from its {kind} model; {remedy}"

@@ -21,15 +21,11 @@ def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
     if not job_config.checkpoint.enable:
         return  # no run continues this one
     if 0 < total < schedule.warmup_steps:
-        yield (
-            f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: would shrink to {total}, and a longer run's rate "
-            f"jump; set it to {total} at most, or lr_scheduler.total_steps to the steps of the whole training"
-        )
+        remedy = f"set it to {total} at most, or lr_scheduler.total_steps to the steps of the whole training"
+        yield f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: a longer run's rate would jump; {remedy}"
     if job_config.lighthouse.enable and schedule.decay_ratio != 0.0 and schedule.total_steps is None:
-        yield (
-            f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the rate would decay to the end of this stage and "
-            "jump back in the dense one; set it to 0.0, or lr_scheduler.total_steps to the steps of both stages"
-        )
+        remedy = "set it to 0.0, or lr_scheduler.total_steps to the steps of both stages"
+        yield f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the dense stage's rate would jump back; {remedy}"
 
 
 def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[str, Any]) -> Iterator[str]:
@@ -57,8 +53,6 @@ def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[s
             schedule = job_config.lr_scheduler
             names = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor", "total_steps")
             settings = ", ".join(f"{name} = {getattr(schedule, name)!r}" for name in names)
-            yield (
-                f"[lr_scheduler] {settings} with training.steps = {job_config.training.steps}: the rate would jump "
-                f"from {rates[0]:.3g} to {rate:.3g} at step {step}, where {path} goes on; set them as they were when "
-                f"it was trained{on_purpose}"
-            )
+            settings += f" with training.steps = {job_config.training.steps}"
+            jump = f"the rate would jump from {rates[0]:.3g} to {rate:.3g} at step {step}, where {path} goes on"
+            yield f"[lr_scheduler] {settings}: {jump}; set them as they were{on_purpose}"
