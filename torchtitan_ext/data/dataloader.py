@@ -67,10 +67,8 @@ class TextDataset(HuggingFaceTextDataset):
         self._n_skipped += 1
         if sample["file"] not in self._named:  # a corrupt file may have damage in every line
             self._named.add(sample["file"])
-            logger.warning(
-                f"{sample['damage']}: skipped, with all other damage in this file "
-                f"(python -m torchtitan_ext check-data lists it); number {self._n_skipped:,} on this rank"
-            )
+            others = "with all other damage in this file (python -m torchtitan_ext check-data lists it)"
+            logger.warning(f"{sample['damage']}: skipped, {others}; number {self._n_skipped:,} on this rank")
 
     def _count(self, sample: dict[str, Any]) -> None:
         """Count a document of a mixture's source; log the shares after 1, 2, 4, 8, … documents."""
@@ -128,10 +126,8 @@ class TextDataloader(ParallelAwareDataloader):
         if self._rank_id in state_dict:
             saved_workers = int("_num_yielded" not in load_plain(state_dict[self._rank_id]))
             if saved_workers != min(self.num_workers, 1):
-                raise ValueError(
-                    f"training.dataloader.num_workers = {self.num_workers}: the checkpoint's data position was "
-                    f"saved with {saved_workers} and is valid only for that; set it to {saved_workers}"
-                )
+                reason = f"the checkpoint's data position was saved with {saved_workers}; set it to that"
+                raise ValueError(f"training.dataloader.num_workers = {self.num_workers}: {reason}")
         super().load_state_dict(state_dict)
 
 
@@ -184,10 +180,9 @@ def build_dataloader(
         probe._data, probe._mixed = deepcopy(dataset._data), []
         probe._text_processor(next(probe._get_data_iter()))
     except (IndexError, StopIteration) as error:  # of map-style and streamed splits
-        raise ValueError(
-            f"{settings_of(job_config, section)}: no document for data-parallel rank {rank}, give at least {n_ranks} "
-            f"documents{' that are not damaged' if skip else ''}"
-        ) from error
+        wanted = f"at least {n_ranks} documents{' that are not damaged' if skip else ''}"
+        named = settings_of(job_config, section)
+        raise ValueError(f"{named}: no document for data-parallel rank {rank}, give {wanted}") from error
     options = asdict(data.dataloader) | {"worker_init_fn": _end_with_the_trainer}
     if section == "training" and not options["prefetch_factor"]:
         # one step's batches

@@ -50,7 +50,6 @@ MARKS = {
 LONGEST_DOCUMENT = 2**20  # characters
 # None: all files; False: without those held out for validation; True: only those
 SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_source_validation": True}
-FROM_THE_HUB = {"c4", "c4_validation"}
 FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
 FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst"
 OTHER_FORMATS = "docs/data.md says how to train on other formats"
@@ -76,10 +75,8 @@ def text_files(dataset_path: str) -> list[str]:
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if known := [file for file in files if FORMAT.search(file) and os.path.basename(file) not in FILES_TO_IGNORE]:
         return known
-    raise ValueError(
-        f"training.dataset_path = {dataset_path!r}: no file that ends in {FORMATS} ({what}); give a file, a folder, a "
-        "glob or the name of a data set of the Hugging Face hub"
-    )
+    remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
+    raise ValueError(f"training.dataset_path = {dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
 
 
 def _is_remote(path: str) -> bool:
@@ -164,10 +161,9 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
-        raise ValueError(
-            f"training.dataset_path = {dataset_path!r} has no text file{among}: give a folder with {more}files that "
-            f"end in {', '.join(TEXT_SUFFIXES)}; {_what_lies_in(Path(dataset_path))}"
-        )
+        remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}"
+        lies = _what_lies_in(Path(dataset_path))
+        raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}; {lies}")
     files, starts = zip(*pieces, strict=True)
     return Dataset.from_dict({"path": files, "start": starts})
 
@@ -200,7 +196,7 @@ def check_dataset(dataset: str, dataset_path: str | None, text_field: str = "tex
     if name in OWN_DATASETS:
         if name not in OF_FILES or not _is_remote(path):
             _load(name, path, text_field)
-    elif name not in FROM_THE_HUB and not os.path.exists(path):
+    elif name not in ("c4", "c4_validation") and not os.path.exists(path):  # which torchtitan streams from the hub
         remedy = "set training.dataset_path to where it lies"
         raise ValueError(f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: {remedy}")
 
@@ -296,26 +292,20 @@ def _read_files(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
 
 
 def _file_dataset(dataset_path: str, text_field: str = "text") -> IterableDataset:
-    files = text_files(dataset_path)
+    files, field = text_files(dataset_path), f"training.dataset_path = {dataset_path!r}"
     if gone := [file for file in files if not is_address(file) and not os.path.isfile(file)]:
-        raise ValueError(
-            f"training.dataset_path = {dataset_path!r}: {len(gone):,} of its files are links to nothing or no files, "
-            f"{gone[0]} first; put the files there, or take the names away"
-        )
+        reason = f"{len(gone):,} of its files are links to nothing or no files, {gone[0]} first"
+        raise ValueError(f"{field}: {reason}; put the files there, or take the names away")
     if not any(_read_files(files, text_field)):
-        raise ValueError(
-            f"training.dataset_path = {dataset_path!r}: no document in its {len(files):,} files; give others"
-        )
+        raise ValueError(f"{field}: no document in its {len(files):,} files; give others")
     return IterableDataset.from_generator(_read_files, gen_kwargs={"files": files, "text_field": text_field})
 
 
 def _text(sample: dict[str, str]) -> str:
     if "damage" in sample:
-        folder = os.path.dirname(sample["file"])
-        raise ValueError(
-            f"{sample['damage']}; to find all that is damaged, run python -m torchtitan_ext check-data {folder}; to "
-            "train without it, set training.skip_damaged_data to true (validation data is never skipped: repair it)"
-        )
+        find = f"to find all that is damaged, run python -m torchtitan_ext check-data {os.path.dirname(sample['file'])}"
+        skip = "to train without it, set training.skip_damaged_data to true (validation data must be repaired)"
+        raise ValueError(f"{sample['damage']}; {find}; {skip}")
     return sample["text"]
 
 
@@ -341,10 +331,9 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
 
 # Not by load_dataset, which drops megabytes for one corrupt line and guesses column types.
 OF_FILES = ("text", "c4_local")  # two names of one data set
-OWN_DATASETS = {
-    "passkey": DatasetConfig(path="", loader=passkey_documents, sample_processor=passkey_text),
-    **{name: DatasetConfig("", _file_dataset, _text) for name in OF_FILES},
-} | {
+OWN_DATASETS = {name: DatasetConfig("", _file_dataset, _text) for name in OF_FILES}
+OWN_DATASETS["passkey"] = DatasetConfig("", passkey_documents, passkey_text)
+OWN_DATASETS |= {
     name: DatasetConfig(sysconfig.get_path("stdlib"), partial(source_documents, held_out=held_out), _text_of_piece)
     for name, held_out in SOURCE_PARTS.items()
 }
