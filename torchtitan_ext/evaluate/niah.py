@@ -184,10 +184,8 @@ def evaluate(
             try:
                 of_digits = logits(tokens)[:, prompts.answers]  # [B, 10]
             except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"out of memory with --batch-size = {settings.batch_size} at context {context}: give a smaller "
-                    "--batch-size, or leave it out of --contexts"
-                ) from error
+                reason = f"out of memory with --batch-size = {settings.batch_size} at context {context}"
+                raise ValueError(f"{reason}: give a smaller --batch-size, or leave it out of --contexts") from error
             if not of_digits.isfinite().all():
                 reason = "its training diverged, or the checkpoint is damaged"
                 raise ValueError(f"the model's logits at context {context} are not finite: {reason}")

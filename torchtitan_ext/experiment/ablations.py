@@ -15,10 +15,8 @@ def read_grid(file: Path) -> dict[str, list[str]]:
     try:
         return {cell["run"]: [*_arguments(cell["settings"])] for cell in tomllib.loads(file.read_text())["ablations"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--grid {file} is no grid ({error!r}): give a TOML file of [[ablations]], each with a run and its "
-            "settings, like configs/published.toml"
-        ) from error
+        remedy = "give a TOML file of [[ablations]], each with a run and its settings, like configs/published.toml"
+        raise ValueError(f"--grid {file} is no grid ({error!r}): {remedy}") from error
 
 
 def _arguments(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:

@@ -23,7 +23,6 @@ from .records import Run, read_run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILES = ("table.md", "table.csv", "curves.csv", "loss.png")
 # columns of curves.csv
 CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
 TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
@@ -92,10 +91,8 @@ def read_experiment(folder: Path) -> Experiment:
     tails = {split: read_run(folder / f"stage2-{split}") for split in sorted(splits, reverse=True)}
     experiment = Experiment(read_run(folder / "dense"), read_run(folder / "stage1"), tails)
     if not experiment.runs:
-        raise FileNotFoundError(
-            f"{folder} holds no records of a run: expected TensorBoard events under dense/, stage1/ or "
-            "stage2-<split>/, as python -m torchtitan_ext splits leaves them"
-        )
+        expected = "TensorBoard events under dense/, stage1/ or stage2-<split>/, as torchtitan_ext splits leaves them"
+        raise FileNotFoundError(f"{folder} holds no records of a run: expected {expected}")
     return experiment
 
 
@@ -136,7 +133,6 @@ def table(experiment: Experiment) -> list[Row]:
         rows[0] |= _speed(dense, dense.total_steps)
         if dense.finished:
             rows[0] |= {"device_hours": float(dense.device_hours[-1]), **_final_losses(dense)}
-
     for split, tail in experiment.tails.items():
         row: Row = {"run": _label(split, tail), "status": _status(tail, split)}
         rows.append(row)
@@ -194,13 +190,13 @@ def _label(split: int, tail: Run | None) -> str:
 
 
 def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = ()) -> tuple[str, list[Path]]:
-    """Write FILES of the experiment in `folder` to `output`; return the Markdown and the paths.
+    """Write table.md, table.csv, curves.csv and loss.png to `output`; return the Markdown and the paths.
 
-    published: configs/published.toml. others: folders of the experiment, or parts of it, with other seeds or Lighthouse
-    settings.
+    folder: of the experiment. published: configs/published.toml. others: folders of the experiment, or parts of it,
+    with other seeds or Lighthouse settings.
     """
     experiment = read_experiment(folder)
-    paths = [make_folder(output) / name for name in FILES]
+    paths = [make_folder(output) / name for name in ("table.md", "table.csv", "curves.csv", "loss.png")]
     text = markdown(experiment, published)
     if others:
         text += comparison([experiment, *map(read_experiment, others)])

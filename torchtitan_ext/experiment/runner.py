@@ -51,12 +51,7 @@ class PlannedRun:
 
 
 def plan(
-    configs: Path,
-    output: Path,
-    *,
-    splits: Sequence[int] = (),
-    only: Sequence[str] = STAGES,
-    overrides: Sequence[str] = (),
+    configs: Path, output: Path, splits: Sequence[int] = (), only: Sequence[str] = STAGES, overrides: Sequence[str] = ()
 ) -> list[PlannedRun]:
     """The runs of the experiment that `configs` describes, in order.
 
@@ -104,10 +99,8 @@ def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
 def _split_problems(dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRun]) -> Iterator[str]:
     total, steps, checkpoint = tails[0].steps, stage1.config.training.steps, stage1.config.checkpoint
     if (dense_steps := dense.config.training.steps) != total:
-        yield (
-            f"{dense.config_file}: training.steps = {dense_steps}, but {tails[0].config_file} ends at {total}: set "
-            "both alike, or their final losses don't compare"
-        )
+        ends = f"training.steps = {dense_steps}, but {tails[0].config_file} ends at {total}"
+        yield f"{dense.config_file}: {ends}: set both alike, or their final losses don't compare"
     for split in (tail.start for tail in tails):
         if not 0 < split < total:
             yield f"split {split}: must lie between 0 and stage 2's training.steps = {total}"
@@ -118,23 +111,22 @@ def _split_problems(dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRu
             yield f"split {split}: {stage1.config_file} saves every {interval} steps; choose a multiple of it"
     n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
     if 0 < checkpoint.keep_latest_k < n_checkpoints:
-        yield (
-            f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k} would delete step "
-            f"{tails[0].start} before stage 2 starts from it; set it to 0 (keep all) or to {n_checkpoints} at least"
+        loss = (
+            f"would delete step {tails[0].start} before stage 2 starts from it; set it to 0 or {n_checkpoints} at least"
         )
+        yield f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k} {loss}"
 
 
 def _missing_starts(stage1: PlannedRun, tails: list[PlannedRun], stage1_runs: bool) -> Iterator[str]:
     for tail in tails:
         if tail.newest > tail.start or stage1.has(tail.start):
             continue
+        gone = f"{tail.load} is not there for {tail.name}"
         if not stage1_runs:
-            yield f"{tail.load} is not there for {tail.name}: run stage1 too"
+            yield f"{gone}: run stage1 too"
         elif tail.start <= stage1.newest:
-            yield (
-                f"{tail.load} is not there for {tail.name}, and stage 1 is past it, at step {stage1.newest}: split "
-                f"later, or delete {stage1.folder} to run stage 1 again"
-            )
+            remedy = f"split later, or delete {stage1.folder} to run stage 1 again"
+            yield f"{gone}, and stage 1 is past it, at step {stage1.newest}: {remedy}"
 
 
 def _changed(run: PlannedRun) -> Iterator[str]:
@@ -142,7 +134,7 @@ def _changed(run: PlannedRun) -> Iterator[str]:
     saved_file = run.folder / CONFIG_FILE
     if run.newest == run.start or not saved_file.is_file():
         return
-    saved = read_config(saved_file, [("training", "steps")])
+    saved = read_config(saved_file, "training.steps")
     now = json.loads(json.dumps(run.config.to_dict()))
     for section in ("model", "rope", "lighthouse", "training", "optimizer", "lr_scheduler", "debug"):
         for field, value in now[section].items():

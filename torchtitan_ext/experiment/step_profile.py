@@ -50,12 +50,7 @@ class Kernel:
     start: float
     end: float
     stack: tuple[str, ...]
-    shapes: list  # inputs of the innermost operator with recorded shapes
-
-    @property
-    def dims(self) -> set[int]:
-        # a list of tensors is a nested list of shapes
-        return {d for shape in self.shapes for d in shape if isinstance(d, int)}
+    shapes: list  # inputs of the innermost operator with recorded shapes; nested for a list of tensors
 
     @property
     def in_optimizer(self) -> bool:
@@ -70,13 +65,10 @@ def read_kernels(trace: Path) -> list[Kernel]:
     open_ranges: defaultdict[int, list[dict]] = defaultdict(list)  # by thread
     for event in events:
         if event.get("cat") in (*LAUNCHES, *RANGES):
-            thread = event["tid"]
-            still_open = [r for r in open_ranges[thread] if r["ts"] + r["dur"] > event["ts"]]
+            stack = [r for r in open_ranges[event["tid"]] if r["ts"] + r["dur"] > event["ts"]]
             if event["cat"] in LAUNCHES:
-                stacks[event["args"].get("correlation")] = still_open
-                open_ranges[thread] = still_open
-            else:
-                open_ranges[thread] = [*still_open, event]
+                stacks[event["args"].get("correlation")] = stack
+            open_ranges[event["tid"]] = stack if event["cat"] in LAUNCHES else [*stack, event]
     kernels = []
     for event in events:
         if event.get("cat") in KERNELS:
@@ -99,9 +91,9 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
         return DENSE_ATTENTION if of_all_rows else GATHERED_ATTENTION
     if "lighthouse::" in stack:
         return LIGHTHOUSE
-    is_gemm = any(op in ("aten::mm", "aten::addmm", "aten::bmm") for op in kernel.stack)
-    of_loss = vocab_size in kernel.dims or "CrossEntropy" in stack or "cross_entropy" in kernel.name
-    if is_gemm:
+    of_loss = any(vocab_size in shape for shape in kernel.shapes)
+    of_loss = of_loss or "CrossEntropy" in stack or "cross_entropy" in kernel.name
+    if any(op in ("aten::mm", "aten::addmm", "aten::bmm") for op in kernel.stack):
         return OUTPUT_GEMMS if of_loss else BLOCK_GEMMS
     if "embedding" in stack or "embedding" in kernel.name:
         return EMBEDDING
