@@ -1,7 +1,9 @@
 """Verbs of `python -m torchtitan_ext <verb>`. Training is `torchrun -m torchtitan_ext.train`."""
 
+import logging
 import os
 import sys
+import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +59,28 @@ class Preflight:
     tok_s: float | None = None  # tokens per second per GPU, `tps` in a log; None for an estimate from an H200's MFU
 
     def run(self, overrides: list[str]) -> int:
-        from .jobs.preflight import report
+        from .jobs.environment import environment_problems
 
         for name, value in (("--gpu-memory", self.gpu_memory), ("--tok-s", self.tok_s)):
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} {value}: must be a positive number")
-        return report(self.config_file, overrides, self.nproc, self.gpu_memory, self.tok_s)
+        # Libraries' warnings are no problems of the run.
+        logging.disable(logging.ERROR)
+        warnings.simplefilter("ignore")
+        problems = list(environment_problems())
+        try:
+            from .jobs.plan import plan_report  # needs the packages checked above
+
+            facts, found = plan_report(str(self.config_file), overrides, self.nproc, self.gpu_memory, self.tok_s)
+        except ImportError as error:
+            facts, found = {}, [f"the job can't be checked before this environment is complete: {error}"]
+        problems += found
+        for name, fact in facts.items():
+            print(f"{name:10} {fact}")
+        print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}:" if problems else "no problems")
+        for problem in problems:
+            print(f"- {problem}")
+        return 1 if problems else 0
 
 
 @dataclass
