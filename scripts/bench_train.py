@@ -146,8 +146,8 @@ class BenchTrain:
         log.unlink(missing_ok=True)
         command = [*torchrun(nproc, words[1]), *self.job_arguments(words), f"--job.dump_folder={folder}"]
         with training(command, log) as child:
-            for step in child.steps():
-                display.show(step.number, f"{step.number}/{self.steps} steps, ")
+            for step, *_ in child.steps():
+                display.show(step, f"{step}/{self.steps} steps, ")
         return child.output if child.process.returncode else None
 
 

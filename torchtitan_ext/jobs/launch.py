@@ -9,16 +9,10 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 STEP_LINE = re.compile(r"- step:\s*(\d+)\s+loss:\s*(\S+).*\btps:\s*([\d,]+)")
-
-
-class Step(NamedTuple):
-    number: int
-    loss: float
-    tps: str  # tokens per second per device
 
 
 class Training:
@@ -32,8 +26,8 @@ class Training:
     def output(self) -> str:
         return "".join(self.last_lines)
 
-    def steps(self) -> Iterator[Step]:
-        """Each logged step once, until the training ends."""
+    def steps(self) -> Iterator[tuple[int, float, str]]:
+        """Each logged step once, until the training ends: number, loss, tokens per second per device."""
         assert self.process.stdout is not None  # a pipe
         last = 0
         for line in self.process.stdout:
@@ -44,7 +38,7 @@ class Training:
             match = STEP_LINE.search(line)
             if match and int(match[1]) > last:  # each rank logs it
                 last = int(match[1])
-                yield Step(last, float(match[2]), match[3])
+                yield last, float(match[2]), match[3]
 
 
 def torchrun(nproc: int, config_file: str | Path) -> list[str]:

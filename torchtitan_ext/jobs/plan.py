@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -47,17 +48,6 @@ class Plan:
         return cls(job, parallel_dims(job, n_gpus), args, *counts)
 
     @property
-    def at_once(self) -> int:
-        """Sequences that all GPUs hold at once."""
-        return sequences_at_once(self.job, self.dims)
-
-    @property
-    def batch(self) -> int:
-        """Sequences per step."""
-        wanted = self.job.training.global_batch_size
-        return wanted if wanted > 0 else self.at_once
-
-    @property
     def first_step(self) -> int:
         return step_of(checkpoint_to_load(self.job) or "scratch")
 
@@ -84,13 +74,9 @@ def plan_report(
     try:
         plan = Plan.of(job, n_gpus)
         facts = _facts(plan, gpu, tok_s)
-        facts["kernel"], kernel_problems = _kernel(job)
-        problems += kernel_problems
-        problems += _reading_problems(plan)
-        facts["disk"], disk_problems = _disk(plan)
-        problems += disk_problems
-        facts["memory"], memory_problems = _memory(plan, gpu_memory or memory, problems)
-        return facts, problems + memory_problems
+        checks = {"kernel": _kernel(job), "disk": _disk(plan), "memory": _memory(plan, gpu_memory or memory, problems)}
+        facts |= {name: fact for name, (fact, _) in checks.items()}
+        return facts, [*problems, *_reading_problems(plan), *chain(*(found for _, found in checks.values()))]
     except Exception:  # of any kind: settings that were found wrong are no plan
         if not problems:
             raise
@@ -169,12 +155,8 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
     for more, sharing in [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (8, 8)]:
         n_gpus, degree = plan.dims.world_size * more, plan.dims.cp * sharing
         for mode, *recomputed in (("none",), ("selective",), ("selective", *PRODUCTS), ("full",)):
-            recompute = replace(
-                plan.job.activation_checkpoint,
-                mode=mode,
-                selective_ac_option="op",
-                per_op_sac_force_recompute_mm_shapes_by_fqns=recomputed,
-            )
+            changed = {"selective_ac_option": "op", "per_op_sac_force_recompute_mm_shapes_by_fqns": recomputed}
+            recompute = replace(plan.job.activation_checkpoint, mode=mode, **changed)
             shared = replace(plan.job.parallelism, context_parallel_degree=degree)
             job = replace(plan.job, activation_checkpoint=recompute, parallelism=shared)
             if set(job_problems(job, n_gpus)) - set(others):
@@ -192,8 +174,9 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
 
 def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     job, args, dims, rope = plan.job, plan.args, plan.dims, vars(plan.args.rope_scaling_args)
-    seq_len, start = job.training.seq_len, checkpoint_to_load(job)
-    tokens = max(0, job.training.steps - plan.first_step) * plan.batch * seq_len
+    seq_len, start, at_once = job.training.seq_len, checkpoint_to_load(job), sequences_at_once(job, dims)
+    batch = job.training.global_batch_size if job.training.global_batch_size > 0 else at_once  # sequences
+    tokens = max(0, job.training.steps - plan.first_step) * batch * seq_len
     n_lighthouse = len(args.lighthouse_layers)
     attention = f"dense in {args.n_layers - n_lighthouse} layers"
     if n_lighthouse:
@@ -206,7 +189,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
         "RoPE": ", ".join(f"{name} {value:,}" for name, value in {"theta": args.rope_theta, **rope}.items()),
         "attention": attention,
         "GPUs": f"{dims.world_size}: {shared}",
-        "batch": f"{plan.batch} x {seq_len:,} tokens per step, in {plan.batch // plan.at_once} accumulation steps",
+        "batch": f"{batch} x {seq_len:,} tokens per step, in {batch // at_once} accumulation steps",
         "steps": f"{plan.first_step:,} to {job.training.steps:,}, {tokens:,} tokens, from {start or 'scratch'}",
         "time": _time(plan, tokens, gpu, tok_s),
     }
