@@ -49,10 +49,7 @@ def run(main: Callable[[], int | None], program: str) -> NoReturn:
 
 
 def end(error: BaseException, program: str) -> int:
-    """Print the error to stderr; return the exit code.
-
-    2 for bad input and missing packages, 130 for Ctrl-C, 1 for everything else.
-    """
+    """Print the error to stderr; return the exit code: 2 for bad input and missing packages, 130 for Ctrl-C, else 1."""
     code, reason = 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         code, reason = 130, "; ".join(["interrupted", *map(str, error.args)])
@@ -61,10 +58,8 @@ def end(error: BaseException, program: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, reason = 1, "the reader of its output has closed it: write to a file (> FILE) to keep all of it"
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != __package__:
-        reason = (
-            f"{error.name} is not installed for {sys.executable}: `make setup`, then call .venv/bin/python; "
-            "in an environment of your own, pip install --editable '.[train]'"
-        )
+        own = "in an environment of your own, pip install --editable '.[train]'"
+        reason = f"{error.name} is not installed for {sys.executable}: `make setup`, then call .venv/bin/python; {own}"
     elif isinstance(error, OSError) and error.errno is not None:
         file = f"{error.filename}: " if error.filename is not None else ""
         reason = f"{file}{error.strerror}; {REMEDIES.get(error.errno, 'choose another path, or correct that')}"

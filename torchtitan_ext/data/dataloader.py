@@ -24,9 +24,8 @@ from torchtitan_ext.data.unpickling import load_plain
 
 
 class TextDataset(HuggingFaceTextDataset):
-    """torchtitan's data set, but streams resume after a re-loop, and map-style data has a new order in each pass.
-
-    Only the answers of passkey documents are labels.
+    """torchtitan's data set, but streams resume after a re-loop, map-style data has a new order in each pass, and only
+    the answers of passkey documents are labels.
 
     documents: from `load_documents`. skip: leave out the damage that `read_documents` yields.
     """

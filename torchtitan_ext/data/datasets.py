@@ -53,8 +53,6 @@ SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_sou
 FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
 FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst"
 OTHER_FORMATS = "docs/data.md says how to train on other formats"
-C4_OR_ALL = ("/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**")
-HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def text_files(dataset_path: str) -> list[str]:
@@ -69,7 +67,7 @@ def text_files(dataset_path: str) -> list[str]:
             files = list(load_dataset_builder(dataset_path).config.data_files["train"])
         else:
             root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
-            ends = C4_OR_ALL if os.path.isdir(dataset_path) else [""]
+            ends = ["/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
             files = sorted(next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), []))
     except Exception as error:  # the hub and the network raise many kinds
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -81,7 +79,7 @@ def text_files(dataset_path: str) -> list[str]:
 
 def _is_remote(path: str) -> bool:
     """Whether a path is an address or the name of a data set of the hub."""
-    return is_address(path) or bool(HUB_NAME.fullmatch(path) and not os.path.exists(path))
+    return is_address(path) or bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not os.path.exists(path))
 
 
 def _pieces(file: Any) -> Iterator[str]:

@@ -28,10 +28,8 @@ def encode(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
 
 
 def question_and_answers(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
-    """The tokens of `QUESTION` and the token of each digit after it; the last space may belong to either.
-
-    Raises ValueError if a digit is not one token.
-    """
+    """The tokens of `QUESTION` and the token of each digit after it; the last space may belong to either. Raises
+    ValueError if a digit is not one token."""
     asked = [encode(tokenizer, QUESTION + digit) for digit in DIGITS]
     question, answers = asked[0][:-1], [tokens[-1] for tokens in asked]
     if any(tokens[:-1] != question for tokens in asked) or len(set(answers)) < len(DIGITS):

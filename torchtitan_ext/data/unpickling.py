@@ -56,9 +56,7 @@ def load_object(saved: bytes) -> Any:
 def restrict_unpickling() -> None:
     """Limit torch's two unlimited unpicklers of checkpoints in this process."""
 
-    def load_metadata(file: IO[bytes]) -> metadata.Metadata:
-        return _Unpickler(file, NAMES_OF_METADATA).load()
-
-    filesystem.pickle = SimpleNamespace(**vars(pickle) | {"load": load_metadata})  # type: ignore[assignment]
+    limited = vars(pickle) | {"load": lambda file: _Unpickler(file, NAMES_OF_METADATA).load()}
+    filesystem.pickle = SimpleNamespace(**limited)  # type: ignore[assignment]
     torch.serialization.clear_safe_globals()  # a distributed tensor's classes open a process group when built
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # stronger than an argument of the call

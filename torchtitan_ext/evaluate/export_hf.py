@@ -79,9 +79,8 @@ class Checkpoint:
         try:
             return self._reader.read_metadata()
         except Exception as error:  # safetensors raises many kinds
-            raise ValueError(
-                f"{self.path} is not a complete checkpoint ({error}); restore it, or use another"
-            ) from error
+            reason = f"{self.path} is not a complete checkpoint ({error})"
+            raise ValueError(f"{reason}; restore it, or use another") from error
 
     def n_bytes(self, dtype: torch.dtype) -> int:
         return sum(t.numel() for t in meta_model(self.model_args).parameters()) * dtype.itemsize
@@ -143,10 +142,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
 def export(
     checkpoint: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32, advance: Advance = lambda n_bytes: None
 ) -> None:
-    """Write config.json, model.safetensors (weights in `dtype`) and the tokenizer's files to `folder`.
-
-    Raises ValueError if `folder` isn't empty. `advance` gets the bytes read and written, twice the `n_bytes` in all.
-    """
+    """Write config.json, model.safetensors (weights in `dtype`) and the tokenizer's files to `folder`. `advance` gets
+    the bytes read and written, twice the `n_bytes` in all. Raises ValueError if `folder` isn't empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
     with TemporaryDirectory() as small_files:
@@ -183,15 +180,13 @@ def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) 
 
 
 def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> None:
-    """Save the training's tokenizer, which adds bos as training does.
-
-    Its class reads tokenizer.json unchanged, which the source's class may not.
-    """
+    """Save the training's tokenizer, which adds bos as training does."""
     saved = Tokenizer.from_str(tokenizer.tokenizer.to_str())
     if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos:
         bos = [(tokenizer.bos_token, tokenizer.bos_id)]
         saved.post_processor = TemplateProcessing(single=f"{tokenizer.bos_token} $A", special_tokens=bos)
     saved.save(str(folder / "tokenizer.json"))
+    # It reads tokenizer.json unchanged, which the source's class may not.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, value in (tokenizer.config or {}).items():
         if re.fullmatch(r"(?!add_)\w+_token", name):

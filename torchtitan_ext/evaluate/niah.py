@@ -54,10 +54,8 @@ class Candidate:
 
 
 def find_candidate(path: Path) -> Candidate:
-    """The checkpoint at `path`: torchtitan's, as for `find_checkpoint`, or a Hugging Face folder.
-
-    Raises ValueError if there is none, or a part is missing.
-    """
+    """The checkpoint at `path`: torchtitan's, as for `find_checkpoint`, or a Hugging Face folder. Raises ValueError if
+    there is none, or a part is missing."""
     path = path.resolve()
     try:
         config = json.loads((path / CONFIG_FILE).read_text())
@@ -170,10 +168,8 @@ class Cell:
 def evaluate(
     logits: Logits, prompts: Prompts, settings: Settings, advance: Advance = lambda n_tokens: None
 ) -> list[Cell]:
-    """All cells, in the order of the settings' contexts and depths. `advance` gets the tokens of each batch.
-
-    Raises ValueError if a batch exceeds the device's memory, or logits aren't finite.
-    """
+    """All cells, in the order of the settings' contexts and depths. `advance` gets the tokens of each batch. Raises
+    ValueError if a batch exceeds the device's memory, or logits aren't finite."""
     cells = {}
     # Longest first, so that running out of memory shows at once.
     for context, depth in product(sorted(settings.contexts, reverse=True), settings.depths):
@@ -220,11 +216,9 @@ def write(
     rows.append(["mean", *shares.mean(0), mean])
     body = [[title, *(f"{share:.2f}" for share in row)] for title, *row in rows]
     body[-1][-1] = f"**{body[-1][-1]}**"
-    text = (
-        f"Retrieval under dense attention, {name}: mean {mean:.3f} ± {error:.3f} (standard error), {settings.trials} "
-        f"trials per cell, seed {settings.seed}, {precision}. Context in tokens; chance is 0.1.\n\n"
-        f"{markdown_table(['depth', *contexts, 'mean'], body, 'r' * (len(contexts) + 2))}\n"
-    )
+    how = f"{settings.trials} trials per cell, seed {settings.seed}, {precision}. Context in tokens; chance is 0.1."
+    text = f"Retrieval under dense attention, {name}: mean {mean:.3f} ± {error:.3f} (standard error), {how}\n\n"
+    text += markdown_table(["depth", *contexts, "mean"], body, "r" * (len(contexts) + 2)) + "\n"
     figure = new_figure(2.5 + 0.8 * len(contexts), 1.5 + 0.45 * len(settings.depths))
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")

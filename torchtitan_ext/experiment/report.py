@@ -83,10 +83,7 @@ class Experiment:
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """The experiment in `folder`; a run without logged steps is None.
-
-    Raises FileNotFoundError if no run has logged a step.
-    """
+    """The experiment in `folder`; a run without logged steps is None. Raises FileNotFoundError if all are."""
     splits = [int(m[1]) for p in folder.glob("*") if (m := re.fullmatch(r"stage2-(\d+)", p.name))]
     tails = {split: read_run(folder / f"stage2-{split}") for split in sorted(splits, reverse=True)}
     experiment = Experiment(read_run(folder / "dense"), read_run(folder / "stage1"), tails)
@@ -245,10 +242,8 @@ seen against that.
 
 
 def comparison(experiments: Sequence[Experiment]) -> str:
-    """The runs that experiments share, each with its loss's difference from the first experiment's.
-
-    Raises ValueError for an experiment of the same seed and settings as the first.
-    """
+    """The runs that experiments share, each with its loss's difference from the first experiment's. Raises ValueError
+    for an experiment of the same seed and settings as the first."""
     names = ("run", "ktok_s", "device_hours", "jump", "recovery", "final_loss", "validation_loss")
     settings = [run.config["lighthouse"] | run.config["debug"] for run in (e.runs[-1] for e in experiments)]
     tables = [dict(zip(("dense", *e.tails), table(e), strict=True)) for e in experiments]
@@ -269,10 +264,8 @@ def comparison(experiments: Sequence[Experiment]) -> str:
 
 
 def draw(experiment: Experiment) -> "Figure":
-    """Loss against steps and against device-hours.
-
-    Pale: logged points. Solid: trailing mean over the window. Crosses: validation. Ring: switch. Dotted: jump.
-    """
+    """Loss against steps and against device-hours. Pale: logged points. Solid: trailing mean over the window. Crosses:
+    validation. Ring: switch. Dotted: jump."""
     stage1, runs = experiment.stage1, experiment.runs
     w = max(window(run.total_steps, run.log_freq) for run in runs)
     figure = figures.new_figure(12, 5)

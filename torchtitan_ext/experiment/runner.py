@@ -111,10 +111,9 @@ def _split_problems(dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRu
             yield f"split {split}: {stage1.config_file} saves every {interval} steps; choose a multiple of it"
     n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
     if 0 < checkpoint.keep_latest_k < n_checkpoints:
-        loss = (
-            f"would delete step {tails[0].start} before stage 2 starts from it; set it to 0 or {n_checkpoints} at least"
-        )
-        yield f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k} {loss}"
+        setting = f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k}"
+        remedy = f"set it to 0 (keep all) or to {n_checkpoints} at least"
+        yield f"{setting} would delete step {tails[0].start} before stage 2 starts from it; {remedy}"
 
 
 def _missing_starts(stage1: PlannedRun, tails: list[PlannedRun], stage1_runs: bool) -> Iterator[str]:
@@ -156,10 +155,8 @@ def train_command(run: PlannedRun, nproc: int) -> list[str]:
 
 
 def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
-    """Run the unfinished runs in order, with progress.
-
-    Raises CommandFailed for the first run that fails. Ctrl-C, SIGTERM and a closed terminal end the training processes
-    and raise KeyboardInterrupt."""
+    """Run the unfinished runs in order, with progress. Raises CommandFailed for the first that fails. Ctrl-C, SIGTERM
+    and a closed terminal end the training processes and raise KeyboardInterrupt."""
     # the table of an unfinished experiment lists runs by their folders
     for run in runs:
         make_folder(run.folder)

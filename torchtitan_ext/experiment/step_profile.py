@@ -23,7 +23,6 @@ from .timing import copy_gb_s, times_ms
 BF16 = 2  # bytes
 # categories of a trace's events
 LAUNCHES = ("cuda_runtime", "cuda_driver")
-RANGES = ("cpu_op", "user_annotation")
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 DENSE_ATTENTION = "attention of the dense layers"
@@ -64,7 +63,7 @@ def read_kernels(trace: Path) -> list[Kernel]:
     stacks: dict[int | None, list[dict]] = {}  # open ranges by launch, outermost first
     open_ranges: defaultdict[int, list[dict]] = defaultdict(list)  # by thread
     for event in events:
-        if event.get("cat") in (*LAUNCHES, *RANGES):
+        if event.get("cat") in (*LAUNCHES, "cpu_op", "user_annotation"):
             stack = [r for r in open_ranges[event["tid"]] if r["ts"] + r["dur"] > event["ts"]]
             if event["cat"] in LAUNCHES:
                 stacks[event["args"].get("correlation")] = stack
@@ -129,13 +128,10 @@ def breakdown(kernels: list[Kernel], seq_len: int, vocab_size: int) -> tuple[dic
 
 
 def measure_rates() -> dict[str, float]:
-    """This GPU's best: `tflops`, a bf16 product of 8,192-square matrices; `gb_s`, a copy of 2 GiB, read and written.
-
-    Sleeps first: a cool GPU is faster for some milliseconds.
-    """
+    """This GPU's best: `tflops`, a bf16 product of 8,192-square matrices; `gb_s`, a copy of 2 GiB, read and written."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     torch.cuda.synchronize()
-    time.sleep(2)
+    time.sleep(2)  # a cool GPU is faster for some milliseconds
     return {"tflops": 2 * 8192**3 / min(times_ms(lambda: a @ b, 20)) / 1e9, "gb_s": copy_gb_s()}
 
 

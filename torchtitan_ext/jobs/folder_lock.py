@@ -27,10 +27,8 @@ def lock_folders(job_config: JobConfig) -> None:
 
 
 def lock(field: str, path: Path) -> IO[str]:
-    """Lock the file `path` until it is closed or this process ends; no child inherits the lock.
-
-    Raises ValueError, naming the holder and `field`, if another process holds it.
-    """
+    """Lock the file `path` until it is closed or this process ends; no child inherits the lock. Raises ValueError,
+    naming the holder and `field`, if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     try:

@@ -111,10 +111,9 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
 
 
 def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
-    checkpoint, steps = job_config.checkpoint, job_config.training.steps
+    checkpoint, steps, folder = job_config.checkpoint, job_config.training.steps, checkpoint_folder(job_config)
     initial = checkpoint.initial_load_path
-    if checkpoint.load_step != -1:
-        folder, step = checkpoint_folder(job_config), checkpoint.load_step
+    if (step := checkpoint.load_step) != -1:
         yield f"checkpoint.load_step = {step}: there is no {folder}; set it to -1 to start from {initial or 'scratch'}"
     if checkpoint.initial_load_in_hf:
         yield from _hf_problems(job_config)
@@ -199,8 +198,7 @@ def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
 
 def _put_aside(folder: Path, checkpoints: list[Path]) -> str:
     """A shell command that moves checkpoints into a new folder beside theirs."""
-    places = (f"{folder}-aside-{number}" for number in count(1))
-    place = next(place for place in places if not os.path.exists(place))
+    place = next(place for number in count(1) if not os.path.exists(place := f"{folder}-aside-{number}"))
     return f"{shlex.join(['mkdir', place])} && {shlex.join(['mv', *map(str, checkpoints), place])}"
 
 
@@ -323,10 +321,8 @@ def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
 
 
 def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
-    """The complete checkpoints to delete after a save.
-
-    A checkpoint saved on SIGTERM does not count for `keep_latest_k`, and goes once a later one is complete.
-    """
+    """The complete checkpoints to delete after a save. One saved on SIGTERM does not count for `keep_latest_k`, and
+    goes once a later one is complete."""
     steps = complete_steps(folder)
     bridges = [step for step in steps if (folder / f"step-{step}" / INTERRUPTED).exists()]
     regular = [step for step in steps if step not in bridges]

@@ -35,10 +35,7 @@ DEGREES = {
 
 
 def check_job(job_config: JobConfig) -> tuple[str, list[str]]:
-    """The result of `choose_kernel`. Raises one ValueError that lists every problem of this launch.
-
-    Every rank reads the same files and gets the same answer.
-    """
+    """The result of `choose_kernel`. Raises one ValueError, the same on all ranks, that lists the job's problems."""
     if problems := job_problems(job_config, launched_ranks()):
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
     return choose_kernel(job_config)
