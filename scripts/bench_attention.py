@@ -15,6 +15,7 @@ from statistics import median
 from typing import Literal
 
 import torch
+from torchtitan.models.llama3.model.model import precompute_freqs_cis
 
 from torchtitan_ext import figures
 from torchtitan_ext.arguments import Positive, Positives, start
@@ -24,12 +25,13 @@ from torchtitan_ext.experiment.timing import (
     forward_backward,
     interleaved_times_ms,
     kernels_ms,
+    peak_gib,
     this_machine,
     times_ms,
 )
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
-from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, unusable_reason
+from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, dense_attention, unusable_reason
 from torchtitan_ext.lighthouse.scorers import SCORERS
 from torchtitan_ext.progress import Display
 
@@ -91,7 +93,7 @@ class BenchAttention:
             display.begin(f"{len(layers)} layers", len(kernels) * work)
             for (seq_len, config), kernel in product(layers, kernels):
                 display.say(f"{seq_len:,} tokens, {config.scorer}, {kernel} ...")
-                rows.append(self.time(seq_len, config, CausalAttention(kernel)))
+                rows.append(self.time(seq_len, config, kernel))
                 self.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
                 display.count(min(seq_len, DENSE_UP_TO) ** 2)
 
@@ -112,64 +114,58 @@ class BenchAttention:
     def unusable_reason(self, kernel: str) -> str | None:
         return unusable_reason(kernel, DTYPE, self.head_dim)
 
-    def time(self, seq_len: int, config: LighthouseConfig, attention: CausalAttention) -> dict:
+    def time(self, seq_len: int, config: LighthouseConfig, kernel: str) -> dict:
         torch.manual_seed(0)
-        heads, gathered_len = (self.n_heads, self.n_kv_heads, self.n_kv_heads), config.gathered_len(seq_len)
-        freqs_cis = rotary_table(seq_len, self.head_dim)
+        freqs_cis, attention = precompute_freqs_cis(self.head_dim, seq_len).to(DEVICE), CausalAttention(kernel)
         lighthouse = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
-        attend = partial(attention, enable_gqa=self.n_heads > self.n_kv_heads)
-
-        def dense(*inputs: torch.Tensor) -> torch.Tensor:
-            return attend(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
-
-        inputs = [self.tensor(seq_len, n) for n in heads]
+        dense, gathered_len = partial(dense_attention, kernel=kernel), config.gathered_len(seq_len)
+        inputs = self.qkv(seq_len)
         grad = torch.randn_like(inputs[0])
-        peak = None
-        if ON_GPU:
-            forward_backward(lighthouse, inputs, grad)
-            torch.cuda.reset_peak_memory_stats()
-            forward_backward(lighthouse, inputs, grad)
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        rows = [self.tensor(gathered_len, n) for n in heads]  # in memory as the layer's
+        peak = peak_gib(partial(forward_backward, lighthouse, inputs, grad)) if ON_GPU else None
+        rows = self.qkv(gathered_len)  # in memory as the layer's
         cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (dense, rows, torch.randn_like(rows[0]))}
         times = medians_ms(cases, self.repeats)
         if seq_len <= DENSE_UP_TO:
             times |= medians_ms({"dense": (dense, inputs, grad)}, max(self.repeats // 10, 2))
         stages = self.time_stages(config, attention, *inputs, freqs_cis)
         settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
-        record = {"seq_len": seq_len, **settings, "kernel": attention.kernel, "gathered_len": gathered_len, **times}
+        record = {"seq_len": seq_len, **settings, "kernel": kernel, "gathered_len": gathered_len, **times}
         return record | {"peak_gib": peak, "score_ms": stages[0]["ms"], "stages": stages}
 
-    def tensor(self, *shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, self.head_dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    def qkv(self, n_rows: int) -> list[torch.Tensor]:
+        shapes = [(1, n_rows, heads, self.head_dim) for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+        return [torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for shape in shapes]
 
     def time_stages(self, config: LighthouseConfig, attention: CausalAttention, q, k, v, freqs_cis) -> list[dict]:
         """Each stage alone: its milliseconds, and the megabytes that it must move."""
         ops, n_heads, n_kv_heads = layer.ops_for(q), self.n_heads, self.n_kv_heads
-        row = self.head_dim * q.element_size()
-        base, rows = q.shape[1] * row, config.gathered_len(q.shape[1]) * row
-        all_heads = n_heads + 2 * n_kv_heads
+        row = self.head_dim * q.element_size() / 1e6
+        base, all_rows = q.shape[1] * row, (q.shape[1] + config.gathered_len(q.shape[1])) * row
+        read_by_scorer = n_heads + n_kv_heads * (1 if config.scorer == "norm" else 2)
         scores = ops.score(q, k, v, config)
         slots = ops.select(scores, config)
-        gathered = ops.gather(q, k, v, freqs_cis, slots, config)
+
+        def gather() -> list[torch.Tensor]:
+            return [ops.gather(x, slots, config, table) for x, table in ((q, freqs_cis), (k, freqs_cis), (v, None))]
+
+        gathered = gather()
         grads = [torch.randn_like(x) for x in gathered]
         out = layer.call_attention(attention, *(x.detach() for x in gathered)).requires_grad_()
         positions = ops.scatter(out, slots, config)
         grad = torch.randn_like(positions)
-        read_by_scorer = n_heads + n_kv_heads * (1 if config.scorer == "norm" else 2)
         backward = partial(torch.autograd.grad, retain_graph=True)
         stages = {
-            "score": (lambda: ops.score(q, k, v, config), base * read_by_scorer + scores.numel() * 4),
-            "select": (lambda: ops.select(scores, config), scores.numel() * 4 + slots.numel() * 4),
-            "gather": (lambda: ops.gather(q, k, v, freqs_cis, slots, config), (base + rows) * all_heads),
-            "scatter": (lambda: ops.scatter(out, slots, config), (base + rows) * n_heads),
-            "scatter backward": (lambda: backward(positions, out, grad), (base + rows) * n_heads),
-            "gather backward": (lambda: backward(gathered, (q, k, v), grads), (base + rows) * all_heads),
+            "score": (lambda: ops.score(q, k, v, config), base * read_by_scorer + scores.nbytes / 1e6),
+            "select": (lambda: ops.select(scores, config), (scores.nbytes + slots.nbytes) / 1e6),
+            "gather": (gather, all_rows * (n_heads + 2 * n_kv_heads)),
+            "scatter": (lambda: ops.scatter(out, slots, config), all_rows * n_heads),
+            "scatter backward": (lambda: backward(positions, out, grad), all_rows * n_heads),
+            "gather backward": (lambda: backward(gathered, (q, k, v), grads), all_rows * (n_heads + 2 * n_kv_heads)),
         }
         rows = []
-        for name, (call, n_bytes) in stages.items():
+        for name, (call, megabytes) in stages.items():
             ms = kernels_ms(call, self.repeats) if ON_GPU else median(times_ms(call, self.repeats))
-            rows.append({"stage": name, "ms": ms, "mb": n_bytes / 1e6})
+            rows.append({"stage": name, "ms": ms, "mb": megabytes})
         return rows
 
 
@@ -180,12 +176,6 @@ def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:
         calls[f"{name}_fwd_ms"] = partial(function, *(x.detach() for x in inputs))
         calls[f"{name}_fwd_bwd_ms"] = partial(forward_backward, function, inputs, grad)
     return {name: median(times) for name, times in interleaved_times_ms(calls, repeats).items()}
-
-
-def rotary_table(seq_len: int, head_dim: int) -> torch.Tensor:
-    freqs = 10000.0 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
-    angles = torch.arange(seq_len, device=DEVICE)[:, None] * freqs
-    return torch.polar(torch.ones_like(angles), angles)
 
 
 def table(rows: list[dict]) -> str:

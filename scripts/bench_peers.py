@@ -16,10 +16,10 @@ from torch import Tensor
 
 from torchtitan_ext.arguments import Positive, Positives, start
 from torchtitan_ext.console import make_folder
-from torchtitan_ext.experiment.timing import forward_backward, this_machine, times_ms
+from torchtitan_ext.experiment.timing import forward_backward, peak_gib, this_machine, times_ms
 from torchtitan_ext.figures import markdown_table
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
-from torchtitan_ext.lighthouse.kernels import CausalAttention, causal_attention, unusable_reason
+from torchtitan_ext.lighthouse.kernels import CausalAttention, dense_attention, unusable_reason
 
 HEAD_DIM = 128
 WINDOW = 4_096  # of the layer that has nothing else
@@ -29,11 +29,6 @@ HEADS = {
     "16 of 128, one for keys and values": (16, 1, 128),
     "4 of 128, values of 256": (4, 4, 256),
 }
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    return causal_attention(*heads, kernel=kernel, enable_gqa=q.shape[2] > k.shape[2]).transpose(1, 2)
 
 
 def window(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
@@ -64,8 +59,8 @@ def layers(seq_len: int) -> list[tuple[str, str, Callable[..., Tensor]]]:
     lighthouse = partial(lighthouse_attention, config=LighthouseConfig(3, 4, seq_len // 64))
     eight, grouped, four = HEADS
     both = [
-        ("dense, cuDNN", partial(dense, kernel="cudnn")),
-        ("dense, FlashAttention-4", partial(dense, kernel="fa4")),
+        ("dense, cuDNN", partial(dense_attention, kernel="cudnn")),
+        ("dense, FlashAttention-4", partial(dense_attention, kernel="fa4")),
         ("Lighthouse, cuDNN", partial(lighthouse, attention=CausalAttention("cudnn"))),
         ("Lighthouse, FlashAttention-4", partial(lighthouse, attention=CausalAttention("fa4"))),
     ]
@@ -104,13 +99,8 @@ class BenchPeers:
         shapes = [(heads[0], HEAD_DIM), (heads[1], HEAD_DIM), (heads[1], heads[2])]
         make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
         inputs = [make(1, seq_len, *shape, requires_grad=True) for shape in shapes]
-        grad = make(1, seq_len, heads[0], heads[2])
-
-        step = partial(forward_backward, function, inputs, grad)
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        ms = median(times_ms(step, self.repeats, warm_up=1))
-        return {"ms": ms, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        step = partial(forward_backward, function, inputs, make(1, seq_len, heads[0], heads[2]))
+        return {"peak_gib": peak_gib(step), "ms": median(times_ms(step, self.repeats))}
 
 
 def table(rows: list[dict]) -> str:

@@ -190,11 +190,11 @@ def assert_gather_and_scatter_equal(tensors, freqs_cis, config, starts=(0,)):
         expected = (reference, *torch.autograd.grad(reference, exact_inputs, grad.float()))
         assert_near((ours, *torch.autograd.grad(ours, inputs, grad)), expected, dtype)
 
-    gathered = triton_ops.gather(*tensors, freqs_cis, slots, config, starts)
-    expected = torch_ops.gather(*exact, freqs_cis, slots, config, starts)
-    for quartet in zip(gathered, expected, tensors, exact, strict=True):
-        check(*quartet)
-    rows, chunks = gathered[0].detach().requires_grad_(), (len(gathered[0]), len(starts))
+    for x, own_exact, table in zip(tensors, exact, (freqs_cis, freqs_cis, None), strict=True):
+        gathered = triton_ops.gather(x, slots, config, table, starts)
+        check(gathered, torch_ops.gather(own_exact, slots, config, table, starts), x, own_exact)
+    rows = triton_ops.gather(tensors[0], slots, config, freqs_cis, starts).detach().requires_grad_()
+    chunks = len(rows), len(starts)
     carry = torch.randn(*chunks, config.levels - 1, *rows.shape[1::2], device=DEVICE)
     for given in [(rows, carry.to(dtype).requires_grad_())] + [(rows,)] * (len(starts) == 1):
         exact = [x.detach().float().requires_grad_() for x in given]

@@ -48,6 +48,14 @@ def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3) -> 
     return interleaved_times_ms({"": function}, repeats, warm_up)[""]
 
 
+def peak_gib(function: Callable[[], object]) -> float:
+    """GiB allocated on the GPU at most in a second call of the function."""
+    function()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
 def kernels_ms(function: Callable[[], object], repeats: int) -> float:
     """Mean milliseconds of the function's kernels on the GPU, without gaps between launches."""
     function()

@@ -150,8 +150,8 @@ def lighthouse_attention(
     q, k, freqs_cis = checked_inputs(q, k, v, config, freqs_cis)
     ops = ops_for(q)
     slots = select_slots(q, k, v, config, freqs_cis, attention)
-    q, k, v = ops.gather(q, k, v, freqs_cis, slots, config)
-    return ops.scatter(call_attention(attention, q, k, v), slots, config)
+    rows = [ops.gather(x, slots, config, table) for x, table in ((q, freqs_cis), (k, freqs_cis), (v, None))]
+    return ops.scatter(call_attention(attention, *rows), slots, config)
 
 
 class LighthouseAttention(nn.Module):

@@ -72,8 +72,8 @@ def context_parallel_attention(
     starts = [chunk * chunk_len for chunk in chunks]
     q, k, v = (x.unflatten(1, (per_rank, chunk_len)).flatten(0, 1) for x in (q, k, v))
     slots = select_slots(q, k, v, config, freqs_cis, starts=starts)
-    q, k, v = ops.gather(q, k, v, freqs_cis, slots, config, starts)
-    out = call_attention(attention, q, k, v)
+    rows = [ops.gather(x, slots, config, table, starts) for x, table in ((q, freqs_cis), (k, freqs_cis), (v, None))]
+    out = call_attention(attention, *rows)
 
     spill = DTensor.from_local(_spill(out, slots, config, per_rank), mesh, [Shard(0)])
     spill = spill.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])

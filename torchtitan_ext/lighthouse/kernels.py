@@ -56,6 +56,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "sdpa", e
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa") -> Tensor:
+    """`causal_attention` of [B, N, H, D] and 2 x [B, N, H_kv, D]: -> [B, N, H, D]."""
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return causal_attention(*heads, kernel=kernel, enable_gqa=q.shape[2] > k.shape[2]).transpose(1, 2)
+
+
 class CausalAttention(nn.Module):
     def __init__(self, kernel: str = "sdpa") -> None:
         super().__init__()

@@ -5,6 +5,7 @@ With grouped queries a KV head's score is the largest of its group. No score car
 
 import math
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import causal_attention
+from .kernels import dense_attention
 
 LOG_GATE = math.log(0.5) / 16
 """Log of `gla`'s decay per token: log(sigmoid(0)) / 16, in every head."""
@@ -85,11 +86,7 @@ def dilated_scores(q: Tensor, k: Tensor, v: Tensor, dilation: int, kernel: str) 
     """
     # [B * dilation, N / dilation, ...]
     classes = (x.unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-
-    def attend(*heads: Tensor) -> Tensor:
-        return causal_attention(*(x.transpose(1, 2) for x in heads), kernel=kernel).transpose(1, 2)
-
-    scores = output_scores(attend, *classes)
+    scores = output_scores(partial(dense_attention, kernel=kernel), *classes)
     return scores.unflatten(1, (-1, dilation)).permute(0, 1, 3, 4, 2).flatten(3)
 
 

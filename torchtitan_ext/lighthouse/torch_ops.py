@@ -110,41 +110,24 @@ def pool(x: Tensor, config: LighthouseConfig) -> Tensor:
     return torch.cat(rows, 1)
 
 
-def _batch_and_head(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices [B, 1, 1] and [H, 1], which broadcast with rows [B, H, S]."""
-    return torch.arange(batch, device=device).view(-1, 1, 1), torch.arange(heads, device=device).view(-1, 1)
-
-
 def gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    freqs_cis: Tensor | None,
-    slots: Tensor,
-    config: LighthouseConfig,
-    starts: Sequence[int] = (0,),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The selected entries' means, rotated: q [B, N, H, D], k and v -> [B, H, S, D] and 2 x [B, H_kv, S, D]."""
-    seq_len, n_kv_heads = k.shape[1:3]
+    x: Tensor, slots: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None = None, starts: Sequence[int] = (0,)
+) -> Tensor:
+    """The selected entries' means of q, k or v, rotated with `freqs_cis`: [B, N, H, D] -> [batch, H, chunks x S, D]."""
+    n_chunks, seq_len, n_heads = len(starts), *x.shape[1:3]
     rows = gathered_rows(slots, config.gathered_len(seq_len))
+    group = n_heads // rows.shape[1]
     if freqs_cis is not None and config.rope == "base":
         table = torch.stack([freqs_cis[start : start + seq_len] for start in starts]).unsqueeze(2)
-        q, k = (rotate(x.unflatten(0, (-1, len(starts))), table).flatten(0, 1) for x in (q, k))
-
-    def take(x: Tensor) -> Tensor:
-        b, h = _batch_and_head(x.shape[0], x.shape[2], x.device)
-        return pool(x, config)[b, rows.repeat_interleave(x.shape[2] // n_kv_heads, 1), h]
-
-    q, k, v = take(q), take(k), take(v)
+        x = rotate(x.unflatten(0, (-1, n_chunks)), table).flatten(0, 1)
+    b, h = (torch.arange(n, device=x.device) for n in x.shape[::2])
+    x = pool(x, config)[b.view(-1, 1, 1), rows.repeat_interleave(group, 1), h.view(-1, 1)]
     if freqs_cis is not None and config.rope == "selected":
         level, index = entries(rows, config, seq_len)
-        start = torch.tensor(starts, device=q.device).repeat(q.shape[0] // len(starts)).view(-1, 1, 1)
+        start = torch.tensor(starts, device=x.device).repeat(x.shape[0] // n_chunks).view(-1, 1, 1)
         table = freqs_cis[start + (index + 1) * config.pooling_factor**level - 1]
-        q = rotate(q, table.repeat_interleave(q.shape[1] // n_kv_heads, 1))
-        k = rotate(k, table)
-
-    q, k, v = (x.unflatten(0, (-1, len(starts))).transpose(1, 2).flatten(2, 3) for x in (q, k, v))
-    return q, k, v
+        x = rotate(x, table.repeat_interleave(group, 1))
+    return x.unflatten(0, (-1, n_chunks)).transpose(1, 2).flatten(2, 3)
 
 
 def with_carry(out: Tensor, carry: Tensor) -> Tensor:
@@ -166,14 +149,14 @@ def scatter(out: Tensor, slots: Tensor, config: LighthouseConfig, carry: Tensor 
     seq_len = config.seq_len_of(slots.shape[-1])
     slots = slots.repeat_interleave(heads // slots.shape[1], 1)
     padded = F.pad(out.flatten(0, 2), (0, 0, 0, 1))
-    b, h = _batch_and_head(batch, heads, out.device)
+    head = torch.arange(batch * heads, device=out.device).view(batch, heads, 1)
     positions = torch.arange(seq_len, device=out.device)
     total = torch.zeros((), dtype=accumulator(out), device=out.device)
     for level, offset in enumerate(config.level_offsets(seq_len)[:-1]):
         index = (positions + 1) // config.span(level) - 1
         before = n_rows - config.levels + level if carry is not None and level else -1
         slot = slots[..., offset + index.clamp(min=0)].where(index >= 0, before)
-        flat = ((b * heads + h) * n_rows + slot).masked_fill(slot < 0, padded.shape[0] - 1).transpose(1, 2)
+        flat = (head * n_rows + slot).masked_fill(slot < 0, padded.shape[0] - 1).transpose(1, 2)
         total = total + padded.index_select(0, flat.flatten()).to(total.dtype)
     return total.to(out.dtype).view(batch, seq_len, heads, head_dim)
 

@@ -89,20 +89,13 @@ def select(scores: Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,
 
 
 def gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    freqs_cis: Tensor | None,
-    slots: Tensor,
-    config: LighthouseConfig,
-    starts: Sequence[int] = (0,),
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, slots: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None = None, starts: Sequence[int] = (0,)
+) -> Tensor:
     """See `torch_ops.gather`."""
-    _refuse_tangents(q, k, v, freqs_cis)
-    geometry = config.gathered_len(q.shape[1]), config.levels, config.pooling_factor, 0
+    _refuse_tangents(x, freqs_cis)
+    geometry = config.gathered_len(x.shape[1]), config.levels, config.pooling_factor, 0
     rope = "none" if freqs_cis is None else config.rope
-    q, k = (_reduce_op(x, slots, freqs_cis, *geometry, rope, False, starts) for x in (q, k))
-    return q, k, _reduce_op(v, slots, None, *geometry, "none", False, starts)
+    return _reduce_op(x, slots, freqs_cis, *geometry, rope, False, starts)
 
 
 def scatter(out: Tensor, slots: Tensor, config: LighthouseConfig, carry: Tensor | None = None) -> Tensor:
