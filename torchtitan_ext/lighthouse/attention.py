@@ -26,10 +26,20 @@ def ops_for(x: Tensor) -> ModuleType:
     return triton_ops if triton_ops and x.is_cuda and x.dtype != torch.float64 else torch_ops
 
 
-def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Tensor | None, degree: int = 1
-) -> None:
-    """Raise ValueError unless one rank's inputs, of `degree`, fit each other and `config`."""
+def checked_inputs(
+    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Rotary, degree: int = 1
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q, k and the complex table that rotates their adjacent pairs, on one of `degree` ranks.
+
+    A tuple (cos, sin) rotates channels i and i + D/2. These become adjacent in both q and k, which changes no score and
+    no norm. Raises ValueError unless all fit each other and `config`."""
+    table = None if isinstance(freqs_cis, tuple) else freqs_cis
+    if isinstance(freqs_cis, tuple):
+        cos, sin = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in freqs_cis)  # transformers adds a batch of one
+        if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[1] != q.shape[-1] or cos.is_complex():
+            given = f"{tuple(cos.shape)} and {tuple(sin.shape)} of {cos.dtype}"
+            raise ValueError(f"freqs_cis = (cos, sin), {given}: must be two real [at least N, D = {q.shape[-1]}]")
+        table = torch.complex(*(x[:, : x.shape[1] // 2].to(torch_ops.accumulator(x)) for x in (cos, sin)))
     fit = q.ndim == 4 and k.shape == v.shape and k.shape == (*q.shape[:2], *k.shape[2:3], q.shape[3])
     if not fit or 0 in (*q.shape[2:], k.shape[2]):
         raise ValueError(
@@ -40,39 +50,20 @@ def check_inputs(
         raise ValueError(f"{q.shape[2]} query heads: must be a multiple of {k.shape[2]} KV heads")
     seq_len, head_dim = q.shape[1] * degree, q.shape[3]
     config.check_seq_len(seq_len)
-    for name, x in (("k", k), ("v", v), ("freqs_cis", freqs_cis)):
+    for name, x in (("k", k), ("v", v), ("freqs_cis", table)):
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} on {x.device}: must be on q's device, {q.device}")
-    if freqs_cis is None:
-        return
-    if head_dim % 2:
-        raise ValueError(f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs")
-    fits = freqs_cis.ndim == 2 and freqs_cis.shape[0] >= seq_len and freqs_cis.shape[1] == head_dim // 2
-    if not fits or not freqs_cis.is_complex():
-        given = f"{tuple(freqs_cis.shape)}, {freqs_cis.dtype}"
-        raise ValueError(f"freqs_cis {given}: must be complex [at least N = {seq_len}, D/2 = {head_dim // 2}]")
-    if freqs_cis.requires_grad:
-        raise ValueError("freqs_cis requires a gradient, but gets none: pass freqs_cis.detach()")
-
-
-def checked_inputs(
-    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, freqs_cis: Rotary, degree: int = 1
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q, k and the complex table that rotates their adjacent pairs, checked by `check_inputs`.
-
-    A tuple (cos, sin) rotates channels i and i + D/2. These become adjacent in both q and k, which changes no score and
-    no norm."""
-    if not isinstance(freqs_cis, tuple):
-        check_inputs(q, k, v, config, freqs_cis, degree)
-        return q, k, freqs_cis
-    cos, sin = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in freqs_cis)  # transformers adds a batch of one
-    if cos.ndim != 2 or cos.shape != sin.shape or cos.shape[1] != q.shape[-1] or cos.is_complex():
-        given = f"{tuple(cos.shape)} and {tuple(sin.shape)} of {cos.dtype}"
-        raise ValueError(f"freqs_cis = (cos, sin), {given}: must be two real [at least N, D = {q.shape[-1]}]")
-    cos, sin = (x[:, : x.shape[1] // 2].to(torch_ops.accumulator(x)) for x in (cos, sin))
-    table = torch.complex(cos, sin)
-    check_inputs(q, k, v, config, table, degree)
-    q, k = (x.unflatten(-1, (2, -1)).mT.flatten(-2) for x in (q, k))
+    if table is not None:
+        if head_dim % 2:
+            raise ValueError(f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs")
+        fits = table.ndim == 2 and table.shape[0] >= seq_len and table.shape[1] == head_dim // 2
+        if not fits or not table.is_complex():
+            given = f"{tuple(table.shape)}, {table.dtype}"
+            raise ValueError(f"freqs_cis {given}: must be complex [at least N = {seq_len}, D/2 = {head_dim // 2}]")
+        if table.requires_grad:
+            raise ValueError("freqs_cis requires a gradient, but gets none: pass freqs_cis.detach()")
+    if isinstance(freqs_cis, tuple):
+        q, k = (x.unflatten(-1, (2, -1)).mT.flatten(-2) for x in (q, k))
     return q, k, table
 
 
