@@ -114,7 +114,7 @@ def modules_agree(device, dtype, backend, bound):
     for balancer, ring in ways[: 3 if dist.get_world_size() == 2 else 2]:
         torch._dynamo.reset()
         shared, load_balance = deepcopy(one), balancer is not None
-        shared.share_sequence(mesh(device), load_balance)
+        shared.context_parallel = {"mesh": mesh(device), "load_balance": load_balance}
         if ring:
             apply_cp_to_attention_module([shared.inner_attention], mesh(device), "sdpa")
         else:

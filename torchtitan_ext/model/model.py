@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.model import Attention
 from torchtitan.protocols.model import AttentionMasksType
@@ -31,11 +30,8 @@ class LighthouseSelfAttention(Attention):
                 "attends with 'sdpa' under a 'causal' mask only; use those, or set lighthouse.enable to false"
             )
         self.config = model_args.lighthouse
+        # where ranks share each sequence, `mesh` and `load_balance` of `context_parallel_attention`
         self.context_parallel: dict[str, Any] = {}
-
-    def share_sequence(self, mesh: DeviceMesh, load_balance: bool) -> None:
-        """Let the ranks of `mesh` share each sequence; see `context_parallel_attention`."""
-        self.context_parallel = {"mesh": mesh, "load_balance": load_balance}
 
     def forward(
         self, x: Tensor, freqs_cis: Tensor, attention_masks: AttentionMasksType | None, positions: Tensor | None = None

@@ -53,24 +53,20 @@ def register() -> None:
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    if parallel_dims.cp_enabled:
-        mesh = parallel_dims.get_mesh("cp")
-        load_balance = job_config.parallelism.context_parallel_load_balancer is not None
-        for module in model.modules():
-            if isinstance(module, LighthouseSelfAttention):
-                module.share_sequence(mesh, load_balance)
     model = parallelize_llama(model, parallel_dims, job_config)
     if isinstance(model.output, TiedProjection) and isinstance(model.tok_embeddings, FSDPModule):
         model.tok_embeddings.set_reshard_after_forward(False)  # the output projection takes the gathered weight
     if parallel_dims.cp_enabled:
-        method = job_config.parallelism.context_parallel_rotate_method
+        mesh, method = parallel_dims.get_mesh("cp"), job_config.parallelism.context_parallel_rotate_method
+        load_balance = job_config.parallelism.context_parallel_load_balancer is not None
         if method != "allgather":
             set_rotate_method(method)  # torchtitan sets it only for a validation
-        else:  # replace torchtitan's ring
-            for module in model.modules():
-                if isinstance(module, Attention):
-                    kernel = CausalAttention(module.inner_attention.kernel)
-                    module.inner_attention = UlyssesAttention(kernel, mesh, load_balance)
+        for module in model.modules():
+            if isinstance(module, LighthouseSelfAttention):
+                module.context_parallel = {"mesh": mesh, "load_balance": load_balance}
+            if isinstance(module, Attention) and method == "allgather":  # replace torchtitan's ring
+                kernel = CausalAttention(module.inner_attention.kernel)
+                module.inner_attention = UlyssesAttention(kernel, mesh, load_balance)
     if device_type == "cpu":
         seed_shards(parallel_dims)
         for module in model.modules():
