@@ -27,13 +27,6 @@ from torchtitan_ext.jobs.rules import check_job, launched_ranks, parallel_dims
 from .checkpointer import LighthouseCheckpointManager
 
 
-class Interrupted(SystemExit):
-    """SIGTERM ended a run before its last step: exits with 143, as shells report SIGTERM."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
-
-
 class LighthouseTrainer(Trainer):
     """Stops before saving a step with a non-finite loss or gradient norm, or skips its update, as the job says.
 
@@ -166,7 +159,7 @@ class LighthouseTrainer(Trainer):
             self.checkpointer.save_interrupted(self.step)
             steps, latest = self.job_config.training.steps, self.checkpointer.describe_latest()
             logger.warning(f"SIGTERM: training ends after step {self.step} of {steps}; {latest}.")
-            raise Interrupted
+            raise SystemExit(128 + signal.SIGTERM)  # as shells report it
 
     @record
     def train(self) -> None:
@@ -177,7 +170,7 @@ class LighthouseTrainer(Trainer):
         signal.signal(signal.SIGTERM, note_sigterm)
         try:
             super().train()
-        except Interrupted:
+        except SystemExit:
             self.close()
             torch.distributed.destroy_process_group()
             raise
