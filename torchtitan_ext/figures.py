@@ -14,8 +14,9 @@ BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "") -> str:
     """A table without a final newline. `align` has an l or an r per column; by default only the first is left."""
     align = align or "l" + "r" * (len(head) - 1)
-    rule = ["---:" if side == "r" else "---" for side in align]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
+    rule = "".join("|---:" if side == "r" else "|---" for side in align) + "|"
+    first, *rest = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
+    return "\n".join([first, rule, *rest])
 
 
 def new_figure(width: float, height: float) -> "Figure":
