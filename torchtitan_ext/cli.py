@@ -18,7 +18,6 @@ from .progress import Display
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = CONFIGS / "published.toml"
 FIRST_STAGE = "of a first stage (lighthouse.enable = true), not finished under dense attention"
-Stage = Literal["dense", "stage1", "stage2"]
 JobFile = Annotated[Path, arg(name="job.config_file")]
 
 
@@ -94,7 +93,7 @@ class Splits:
     output: Path | None = None  # folder of the runs; None for outputs/<name of configs>
     nproc: Positive = 1  # processes, one per device
     splits: Positives = ()  # steps at which stage 2 starts; by default 10, 11 and 12 sixteenths of its steps
-    only: tuple[Stage, ...] = ("dense", "stage1", "stage2")  # which of the runs
+    only: tuple[Literal["dense", "stage1", "stage2"], ...] = ("dense", "stage1", "stage2")  # which of the runs
 
     def run(self, overrides: list[str]) -> None:
         from .experiment import runner
@@ -262,7 +261,6 @@ class CheckData:
 
 VERBS = {"patch": Patch, "preflight": Preflight, "splits": Splits, "table": Table, "ablate": Ablate, "niah": Niah}
 VERBS |= {"export": Export, "check-data": CheckData}
-TAKE_OVERRIDES = (Preflight, Splits, Ablate, CheckData)
 
 
 def main(arguments: list[str]) -> int:
@@ -274,7 +272,7 @@ def main(arguments: list[str]) -> int:
             from .train.spec import register
 
             register()
-    if isinstance(chosen, TAKE_OVERRIDES):
+    if isinstance(chosen, (Preflight, Splits, Ablate, CheckData)):
         return chosen.run(overrides) or 0
     if overrides:
         raise ValueError(f"{overrides[0]}: no such argument here; see --help")

@@ -21,9 +21,7 @@ from torchtitan_ext.model.model import meta_model
 from .timing import copy_gb_s, times_ms
 
 BF16 = 2  # bytes
-# categories of a trace's events
-LAUNCHES = ("cuda_runtime", "cuda_driver")
-KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
+LAUNCHES = ("cuda_runtime", "cuda_driver")  # categories of a trace's events
 
 DENSE_ATTENTION = "attention of the dense layers"
 GATHERED_ATTENTION = "attention of the Lighthouse layers (the floor)"
@@ -70,7 +68,7 @@ def read_kernels(trace: Path) -> list[Kernel]:
             open_ranges[event["tid"]] = stack if event["cat"] in LAUNCHES else [*stack, event]
     kernels = []
     for event in events:
-        if event.get("cat") in KERNELS:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             stack = stacks.get(event["args"].get("correlation"), [])
             shapes: list = next((s for op in reversed(stack) if any(s := op["args"].get("Input Dims", []))), [])
             names = tuple(op["name"] for op in stack)

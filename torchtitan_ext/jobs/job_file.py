@@ -5,6 +5,7 @@ import tomllib
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,6 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan_ext.arguments import one_line
 from torchtitan_ext.model.settings import JobConfig as OwnSections
 
-# Settings that no job file needs to repeat.
-DEFAULTS = {"job": {"custom_config_module": OwnSections.__module__}}
 RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
 
 
@@ -51,7 +50,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Parse the job of a TOML file and torchtitan arguments, without checks; imports its modules. Raises ValueError."""
-    sections = merged(DEFAULTS, read_toml(config_file))
+    sections = merged({"job": {"custom_config_module": OwnSections.__module__}}, read_toml(config_file))
     where = " ".join([str(config_file), *overrides])
     if module := sections.get("experimental", {}).get("custom_import"):
         import_extension(module, where)  # before scorers' names are checked
@@ -90,8 +89,4 @@ def import_extension(module: str, where: str | Path) -> None:
 def as_toml(job: JobConfig) -> str:
     """The whole job as TOML; settings that are None are left out."""
 
-    def without_none(values: dict) -> dict:
-        given = {name: value for name, value in values.items() if value is not None}
-        return {name: without_none(value) if isinstance(value, dict) else value for name, value in given.items()}
-
-    return tomli_w.dumps(without_none(job.to_dict()))
+    return tomli_w.dumps(asdict(job, dict_factory=lambda items: {name: x for name, x in items if x is not None}))

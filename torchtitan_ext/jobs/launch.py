@@ -61,11 +61,8 @@ def child_environment() -> dict[str, str]:
 def training(command: list[str], log_file: Path, **environment: str) -> Iterator[Training]:
     """Start a training; end its processes when the body ends. SIGTERM and SIGHUP act like Ctrl-C."""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {s: signal.signal(s, interrupt) for s in ends}
+    before = {s: signal.signal(s, signal.default_int_handler) for s in ends}
     try:
         with (
             log_file.open("a") as log,

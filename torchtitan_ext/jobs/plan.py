@@ -27,7 +27,6 @@ MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
 FA4_MFU = {"none": 52, "selective": 52, "full": 44}
 PRODUCTS = ("attention.w", "feed_forward.w")  # the names of a block's linears begin so
-H200 = ("NVIDIA H200", 139.0)  # GiB
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def plan_report(
 ) -> tuple[dict[str, str], list[str]]:
     """Facts of a run on `n_gpus` processes, by name, and every problem that it would have.
 
-    gpu_memory: GiB of one GPU; None for this machine's, or an H200's.
-    tok_s: tokens per second per GPU; None to derive it from an MFU.
+    gpu_memory: GiB of one GPU; None for this machine's, or an H200's. tok_s: tokens per second per GPU; None to derive
+    it from an MFU.
     """
     try:
         job = parse_job(config_file, overrides)
@@ -67,7 +66,7 @@ def plan_report(
     problems = job_problems(job, n_gpus)
     if job.model.name != MODEL:
         problems.insert(0, f"model.name = {job.model.name!r}: the checks are those of {MODEL!r}; set it to that")
-    gpu, memory = H200
+    gpu, memory = "NVIDIA H200", 139.0  # GiB
     if torch.cuda.is_available():
         local = torch.cuda.get_device_properties(0)
         gpu, memory = local.name, local.total_memory / GIB

@@ -34,9 +34,8 @@ def read_config(file: Path, *fields: str) -> dict:
 def recorded_start(job_config: JobConfig) -> str | None:
     """The `checkpoint.initial_load_path` of the run in the job's folder. Raises ValueError if its record is damaged."""
     file = Path(job_config.job.dump_folder, CONFIG_FILE)
-    try:
-        recorded = read_config(file, "checkpoint.enable", "checkpoint.initial_load_path")["checkpoint"]
-    except FileNotFoundError:
+    if not file.exists():
         return None
+    recorded = read_config(file, "checkpoint.enable", "checkpoint.initial_load_path")["checkpoint"]
     # a launch without checkpoints recorded no start, so any is legal
     return (recorded if recorded["enable"] else vars(job_config.checkpoint))["initial_load_path"]

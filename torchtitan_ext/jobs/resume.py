@@ -310,9 +310,8 @@ def complete_metadata(path: Path) -> Metadata:
 
 def _step_folders(folder: Path) -> dict[int, Path]:
     """The folders named exactly step-N in a folder of checkpoints."""
-    paths = {path.name[5:]: path for path in folder.glob("step-*") if path.is_dir()}
-    numbers = sorted(int(name) for name in paths if re.fullmatch("0|[1-9][0-9]*", name))
-    return {number: paths[str(number)] for number in numbers}
+    paths = sorted((step_of(path), path) for path in folder.glob("step-*") if path.is_dir())
+    return {step: path for step, path in paths if path.name == f"step-{step}"}
 
 
 def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
