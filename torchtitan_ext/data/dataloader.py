@@ -35,7 +35,9 @@ class TextDataset(HuggingFaceTextDataset):
     ):
         # no super().__init__(), which looks a name up
         self.dataset_name, samples, self._text_processor, self._mixed = documents
-        self._data = split_dataset_by_node(samples, rank, n_ranks)
+        self._data = data = split_dataset_by_node(samples, rank, n_ranks)
+        n = f"{data.num_shards} shards" if isinstance(data, IterableDataset) else f"{len(data)} documents"
+        self._documents = f"{self.dataset_name}, {n}"  # which a position belongs to
         self._tokenizer, self.seq_len, self.infinite, self._skip_damaged = tokenizer, seq_len, infinite, skip
         self._sample_idx = 0
         self._token_buffer: list[int] = []
@@ -89,16 +91,16 @@ class TextDataset(HuggingFaceTextDataset):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         # A copy: another thread pickles a worker's state while the next document is added.
-        state |= {"token_buffer": list(self._token_buffer), "documents": self._documents()}
+        state |= {"token_buffer": list(self._token_buffer), "documents": self._documents}
         state |= {"n_skipped": self._n_skipped, "n_passes": self._n_passes}
         state |= {"drawn": [list(counts) for counts in self._drawn]} if self._mixed else {}
         return state | ({"data": self._resumed_at} if self._resumed_at is not None else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for the state of another data set, whose positions mean something else."""
-        if state_dict.get("documents") != self._documents():
+        if state_dict.get("documents") != self._documents:
             raise ValueError(
-                f"training.dataset and training.dataset_path give {self._documents()}, but the checkpoint was "
+                f"training.dataset and training.dataset_path give {self._documents}, but the checkpoint was "
                 f"saved at a position in {state_dict.get('documents')}: resume with the data that it was saved with"
             )
         super().load_state_dict(state_dict)
@@ -110,11 +112,6 @@ class TextDataset(HuggingFaceTextDataset):
             # The library ignores a state of another epoch.
             self._data.set_epoch(state_dict["data"]["epoch"])
             self._resumed_at = state_dict["data"]
-
-    def _documents(self) -> str:
-        data = self._data
-        n = f"{data.num_shards} shards" if isinstance(data, IterableDataset) else f"{len(data)} documents"
-        return f"{self.dataset_name}, {n}"
 
 
 class TextDataloader(ParallelAwareDataloader):
@@ -161,10 +158,8 @@ def build_dataloader(
 ) -> ParallelAwareDataloader:
     """torchtitan's loader of ({"input": tokens}, labels), int64 [local_batch_size, seq_len] each, of `TextDataset`.
 
-    It encodes the strings of special tokens as text. Raises ValueError if this data-parallel rank has no document or
-    its first one is damaged.
-
-    section: "training" or "validation". infinite: start over when the data ends.
+    It encodes the strings of special tokens as text. section: "training" or "validation". infinite: start over when the
+    data ends. Raises ValueError if this data-parallel rank has no document or its first one is damaged.
     """
     training, data = job_config.training, getattr(job_config, section)
     tokenizer = copy(tokenizer)

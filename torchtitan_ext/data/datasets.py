@@ -148,9 +148,8 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     """The text files of a tree in pieces of `PIECE` bytes, one row each: file and offset of the first byte.
 
     The shuffled order depends only on names inside the tree. Skips suffixes outside TEXT_SUFFIXES, SKIPPED_FOLDERS,
-    hidden files and folders, symbolic links. Raises ValueError if nothing is left.
-
-    held_out: True for the files held out for validation, False for the rest, None for all.
+    hidden files and folders, symbolic links. Raises ValueError if nothing is left. held_out: True for the files held
+    out for validation, False for the rest, None for all.
     """
     if not os.path.isdir(dataset_path):
         raise ValueError(f"training.dataset_path = {dataset_path!r} is not a folder: give one that exists")

@@ -69,11 +69,8 @@ class Run:
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run in `folder`, its `job.dump_folder`; None if nothing is logged yet.
-
-    A resumed process's points replace all older ones from its first step on. Raises FileNotFoundError if the job is
-    missing, ValueError if a scalar is.
-    """
+    """The run in `folder`, its `job.dump_folder`; None if nothing is logged yet. A resumed process's points replace
+    older ones from its first step on. Raises FileNotFoundError if the job is missing, ValueError if a scalar is."""
     starts = [points for file in folder.glob("**/events.out.tfevents.*") if (points := _read_start(file))]
     if not starts:
         return None

@@ -74,9 +74,7 @@ def plan(
     tails = [planned("stage2", f"stage2-{split}", split, total, stage1.checkpoint(split)) for split in splits]
     runs = {"dense": [dense], "stage1": [stage1], "stage2": tails}
     chosen = [run for stage in STAGES if stage in only for run in runs[stage]]
-    problems = [*_split_problems(dense, stage1, tails), *(problem for run in chosen for problem in _changed(run))]
-    if "stage2" in only:
-        problems += _missing_starts(stage1, tails, "stage1" in only)
+    problems = [*_split_problems(dense, stage1, tails, only), *(problem for run in chosen for problem in _changed(run))]
     if problems:
         raise ValueError("\n".join(problems))
     return chosen
@@ -96,12 +94,15 @@ def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
     return config
 
 
-def _split_problems(dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRun]) -> Iterator[str]:
+def _split_problems(
+    dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRun], only: Sequence[str]
+) -> Iterator[str]:
     total, steps, checkpoint = tails[0].steps, stage1.config.training.steps, stage1.config.checkpoint
     if (dense_steps := dense.config.training.steps) != total:
         ends = f"training.steps = {dense_steps}, but {tails[0].config_file} ends at {total}"
         yield f"{dense.config_file}: {ends}: set both alike, or their final losses don't compare"
-    for split in (tail.start for tail in tails):
+    for tail in tails:
+        split, gone = tail.start, f"{tail.load} is not there for {tail.name}"
         if not 0 < split < total:
             yield f"split {split}: must lie between 0 and stage 2's training.steps = {total}"
         elif split > steps:
@@ -109,23 +110,18 @@ def _split_problems(dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRu
         elif split % checkpoint.interval:
             interval = f"checkpoint.interval = {checkpoint.interval}"
             yield f"split {split}: {stage1.config_file} saves every {interval} steps; choose a multiple of it"
+        elif "stage2" not in only or tail.newest > split or stage1.has(split):
+            continue
+        elif "stage1" not in only:
+            yield f"{gone}: run stage1 too"
+        elif split <= stage1.newest:
+            remedy = f"split later, or delete {stage1.folder} to run stage 1 again"
+            yield f"{gone}, and stage 1 is past it, at step {stage1.newest}: {remedy}"
     n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
     if 0 < checkpoint.keep_latest_k < n_checkpoints:
         setting = f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k}"
         remedy = f"set it to 0 (keep all) or to {n_checkpoints} at least"
         yield f"{setting} would delete step {tails[0].start} before stage 2 starts from it; {remedy}"
-
-
-def _missing_starts(stage1: PlannedRun, tails: list[PlannedRun], stage1_runs: bool) -> Iterator[str]:
-    for tail in tails:
-        if tail.newest > tail.start or stage1.has(tail.start):
-            continue
-        gone = f"{tail.load} is not there for {tail.name}"
-        if not stage1_runs:
-            yield f"{gone}: run stage1 too"
-        elif tail.start <= stage1.newest:
-            remedy = f"split later, or delete {stage1.folder} to run stage 1 again"
-            yield f"{gone}, and stage 1 is past it, at step {stage1.newest}: {remedy}"
 
 
 def _changed(run: PlannedRun) -> Iterator[str]:
