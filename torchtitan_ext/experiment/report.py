@@ -271,7 +271,13 @@ def draw(experiment: Experiment) -> "Figure":
     figure = figures.new_figure(12, 5)
     panels = figure.subplots(1, 2, sharey=True)
 
-    def curve(run: Run, label: str, color: str, split: int = 0) -> None:
+    curves = [(experiment.dense, "dense from scratch", figures.BLACK, 0)]
+    curves.append((stage1, "stage 1: Lighthouse", figures.BLUE, 0))
+    for (split, tail), color in zip(experiment.tails.items(), cycle(TAIL_COLORS)):
+        curves.append((tail, f"{_label(split, tail)}: dense", color, split))
+    for run, label, color, split in curves:
+        if not run:
+            continue
         hours = hours_at(stage1, split) if stage1 else 0.0
         smooth = [mean_loss(run.step, run.loss, end, w) for end in run.step]
         for panel, x, x0 in zip(panels, (run.step, hours + run.device_hours), (split, hours), strict=True):
@@ -283,13 +289,6 @@ def draw(experiment: Experiment) -> "Figure":
                 panel.plot([x0, x[0]], [before, run.loss[0]], ":", color=color, linewidth=1.2)
                 panel.plot(x0, before, "o", color=figures.BLUE, markerfacecolor="white", zorder=5)
 
-    if experiment.dense:
-        curve(experiment.dense, "dense from scratch", figures.BLACK)
-    if stage1:
-        curve(stage1, "stage 1: Lighthouse", figures.BLUE)
-    for (split, tail), color in zip(experiment.tails.items(), cycle(TAIL_COLORS)):
-        if tail:
-            curve(tail, f"{_label(split, tail)}: dense", color, split)
     if stage1 and any(experiment.tails.values()):
         panels[1].plot([], [], "o", color=figures.BLUE, markerfacecolor="white", label="switch")
     if any(run.validation_loss.size for run in runs):
