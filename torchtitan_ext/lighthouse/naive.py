@@ -77,12 +77,8 @@ def naive_attention(
     if freqs_cis is not None and config.rope == "base":
         q, k = (naive_rotate(x, freqs_cis[:seq_len, None]) for x in (q, k))
 
-    def entry_row(x: Tensor, b: int, head: int, level: int, index: int, rotate: bool):
-        start, end = index * p**level, (index + 1) * p**level - 1
-        row = torch.stack([x[b, t, head] for t in range(start, end + 1)]).mean(0)
-        if rotate and freqs_cis is not None and config.rope == "selected":
-            return naive_rotate(row, freqs_cis[end])
-        return row
+    def means(x: Tensor, entries: list[tuple[int, int]]) -> Tensor:
+        return torch.stack([x[index * p**level : (index + 1) * p**level].mean(0) for level, index in entries])
 
     heads_out = []
     for b, head in product(range(batch), range(n_heads)):
@@ -90,15 +86,16 @@ def naive_attention(
         of_group = q[b, :, kv_head * group : (kv_head + 1) * group].detach()
         scores = naive_scores(of_group, k[b, :, kv_head].detach(), v[b, :, kv_head].detach(), config)
         entries = naive_select(*scores, config)
-        queries = [entry_row(q, b, head, *entry, True) for entry in entries]
-        keys = torch.stack([entry_row(k, b, kv_head, *entry, True) for entry in entries])
-        values = torch.stack([entry_row(v, b, kv_head, *entry, False) for entry in entries])
+        ends = [(index + 1) * p**level - 1 for level, index in entries]
+        queries, keys = means(q[b, :, head], entries), means(k[b, :, kv_head], entries)
+        values = means(v[b, :, kv_head], entries)
+        if freqs_cis is not None and config.rope == "selected":
+            queries, keys = (naive_rotate(x, freqs_cis[ends]) for x in (queries, keys))
         positions = [torch.zeros(head_dim, dtype=q.dtype) for _ in range(seq_len)]
-        for row, (level, index) in enumerate(entries):
+        for row, (level, _) in enumerate(entries):
             logits = keys[: row + 1] @ queries[row] / math.sqrt(head_dim)
             out = torch.softmax(logits, 0) @ values[: row + 1]
-            end = (index + 1) * p**level - 1
-            for t in range(end, min(end + p**level, seq_len)):
+            for t in range(ends[row], min(ends[row] + p**level, seq_len)):
                 positions[t] = positions[t] + out
         heads_out.append(torch.stack(positions))
     return torch.stack(heads_out).view(batch, n_heads, seq_len, head_dim).transpose(1, 2)
