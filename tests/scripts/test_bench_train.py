@@ -27,7 +27,7 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch,
     runs = ["--run", "broken", CONFIG, broken, "--run", "small", CONFIG, *SMALL]
     assert run_command(monkeypatch, "bench_train", "--steps", 4, "--window", 2, "--output", output, *runs) == 1
     out, err = capfd.readouterr()
-    assert "failed: broken" in err and "the degrees' product must be the number of ranks" in err  # the job's own words
+    assert "failed: broken" in err and ": must be the number of ranks, 1; " in err  # the job's own words
     failed, row = json.loads(output.read_text())["rows"]
     assert failed["name"] == "broken" and "failed" in failed["error"]
     assert row["name"] == "small" and row["seq_len"] == 256 and row["n_gpus"] == 1
