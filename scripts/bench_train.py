@@ -173,6 +173,12 @@ def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
     }
 
 
+def share_of_one(row: dict, rows: list[dict]) -> str:
+    """Of the speed that the run of the same name has on one device."""
+    alone = [r for r in rows if (r["name"], r["n_gpus"]) == (row["name"], 1) and "error" not in r]
+    return f"{100 * row['tok_s_gpu'] / alone[-1]['tok_s_gpu']:.1f} %" if alone and row["n_gpus"] > 1 else "-"
+
+
 def table(rows: list[dict]) -> str:
     head = ("run", "devices", "seq_len", "kernel", "tok/s per device", "of one device", "step s", "peak GiB", "MFU %")
     cells = []
@@ -182,10 +188,8 @@ def table(rows: list[dict]) -> str:
             cells[-1] += [row["error"], *[""] * 8]
             continue
         speed, first = row["tok_s_gpu"], rows[0].get("tok_s_gpu", float("nan"))
-        alone = [r["tok_s_gpu"] for r in rows if (r["name"], r["n_gpus"]) == (row["name"], 1) and "error" not in r]
-        share = f"{100 * speed / alone[-1]:.1f} %" if alone and row["n_gpus"] > 1 else "-"
-        cells[-1] += [f"{row['seq_len']:,}", row.get("kernel", "-"), f"{speed:,.0f}", share, f"{row['step_s']:.3f}"]
-        cells[-1] += [f"{row['peak_gib']:.1f}", f"{row['mfu']:.1f}"]
+        cells[-1] += [f"{row['seq_len']:,}", row.get("kernel", "-"), f"{speed:,.0f}", share_of_one(row, rows)]
+        cells[-1] += [f"{row['step_s']:.3f}", f"{row['peak_gib']:.1f}", f"{row['mfu']:.1f}"]
         cells[-1] += [f"{row['loss_first']:.2f} to {row['loss_last']:.2f}", f"{speed / first:.2f}x"]
     return markdown_table([*head, "loss", "against the first"], cells)
 
