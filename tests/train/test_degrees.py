@@ -27,9 +27,11 @@ SETTINGS = [
     *(f"--validation.seq_len={SEQ_LEN}", "--validation.steps=1"),
 ]
 BALANCED = "--parallelism.context_parallel_load_balancer headtail"
+RING = f"{BALANCED} --parallelism.context_parallel_rotate_method alltoall"
+COMPILED = "--compile.enable --compile.backend=aot_eager"
 FOUR = {  # ranks that replicate, shard and share sequences, and other settings
     "replicas": (4, 1, 1, ""),
-    "compiled replicas": (4, 1, 1, "--compile.enable --compile.backend=aot_eager"),
+    "compiled replicas": (4, 1, 1, COMPILED),
     "replicas reduced once per step": (4, 1, 1, "--parallelism.fsdp_no_sync"),
     "replicas with a fused output": (4, 1, 1, "--loss.fuse_output"),
     "shards with a fused output": (1, 4, 1, "--loss.fuse_output"),
@@ -37,7 +39,9 @@ FOUR = {  # ranks that replicate, shard and share sequences, and other settings
     "replicas that share sequences": (2, 1, 2, ""),
     "shards that share sequences": (1, 2, 2, ""),
     "balanced sequences": (1, 2, 2, BALANCED),
-    "rings that share sequences": (1, 2, 2, f"{BALANCED} --parallelism.context_parallel_rotate_method alltoall"),
+    "compiled sequences": (2, 1, 2, f"{BALANCED} {COMPILED}"),
+    "rings that share sequences": (1, 2, 2, RING),
+    "compiled rings": (1, 2, 2, f"{RING} {COMPILED}"),
     "tied replicas": (4, 1, 1, "--model.flavor tied"),
     "tied shards": (1, 4, 1, "--model.flavor tied --parallelism.fsdp_reshard_after_forward always"),
     "tied shards with a fused output": (2, 2, 1, "--model.flavor tied --loss.fuse_output --parallelism.fsdp_no_sync"),
@@ -63,6 +67,7 @@ def train_each_way(rank, ways, folder):
     flavors["tied"] = replace(flavors["debug"], n_heads=4, n_kv_heads=2, enable_weight_tying=True)
     degrees = ("data_parallel_replicate", "data_parallel_shard", "context_parallel")
     for name, (*sizes, settings) in ways.items():
+        torch._dynamo.reset()
         arguments = [f"--parallelism.{degree}_degree={size}" for degree, size in zip(degrees, sizes, strict=True)]
         arguments += [*SETTINGS, *settings.split(), f"--job.dump_folder={folder}"]
         with patch.object(dist_utils, "init_distributed", lambda *_, **__: n_ranks):
