@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchtitan
 from helpers.commands import ROOT, load_script
-from helpers.streams import documents, loader, tokens
+from helpers.streams import documents, loader, stopped, stream
 from markdown_it import MarkdownIt
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
@@ -194,11 +194,8 @@ def test_the_data_set_that_is_shown_is_read_whole_shared_out_and_resumed(tmp_pat
         exec(example, {})
         [name] = set(DATASETS) - known
         ranks = [documents(name, tmp_path, rank=rank, world=2) for rank in range(2)]
-        whole, part, resumed = (loader(name, tmp_path, 3) for _ in range(3))
-        drawn = [tokens(batch) for batch in islice(part, 9)]
-        resumed.load_state_dict(part.state_dict())
-        drawn += [tokens(batch) for batch in islice(resumed, 30)]  # into the next pass
-        expected = [tokens(batch) for batch in islice(whole, 39)]
+        drawn, _ = stopped(lambda: loader(name, tmp_path, 3), 9, 30)  # into the next pass
+        expected = stream(islice(loader(name, tmp_path, 3), 39))
     finally:
         for name in set(DATASETS) - known:
             del DATASETS[name]

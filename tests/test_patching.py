@@ -7,14 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import ROOT, run_command
-from helpers.launches import start_ranks
+import torchtitan.tools.utils as utils
+from helpers.commands import ROOT, call, run_command
+from torchtitan.components.metrics import build_device_memory_monitor
+from torchtitan.config import Profiling
+from torchtitan.tools.profiling import maybe_enable_profiling
 
 from torchtitan_ext import patching
 
@@ -186,17 +188,11 @@ def test_a_link_stays_a_link(tree, tmp_path):
 # ---- what the patches make torchtitan do, where there is no accelerator ----
 
 
-def cpu_is_the_device(rank, n_ranks, folder):
-    import torchtitan.tools.utils as utils
-    from torchtitan.components.metrics import build_device_memory_monitor
-    from torchtitan.config import Comm, Profiling
-    from torchtitan.distributed import ParallelDims
-    from torchtitan.distributed.utils import init_distributed, set_pg_timeouts
-    from torchtitan.tools.profiling import maybe_enable_profiling
-
+@pytest.mark.slow
+def test_the_device_is_the_cpu_where_there_is_no_accelerator(tmp_path, monkeypatch):
     assert utils.device_type == "cpu" and utils.device_module is torch.cpu
     for found, taken in [(None, "cpu"), ("mps", "cpu"), ("cuda", "cuda"), ("xpu", "xpu")]:
-        utils._get_available_device_type = lambda found=found: found
+        monkeypatch.setattr(utils, "_get_available_device_type", lambda found=found: found)
         assert utils.get_device_info() == (taken, getattr(torch, taken))
 
     monitor = build_device_memory_monitor()
@@ -210,22 +206,13 @@ def cpu_is_the_device(rank, n_ranks, folder):
     assert math.isclose(after.max_reserved_gib / after.max_reserved_pct * 100, physical)
     assert math.isnan(utils.get_peak_flops(monitor.device_name))
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    assert init_distributed(Comm()) == 1 and torch.distributed.get_backend() == "gloo"
-    set_pg_timeouts(timedelta(seconds=5), ParallelDims(1, 1, 1, 1, 1, 1, 1, 1))
-
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     profiling = Profiling(enable_profiling=True, profile_freq=2, profiler_active=1, profiler_warmup=1)
-    with maybe_enable_profiling(profiling, base_folder=folder) as profiler:
+    with maybe_enable_profiling(profiling, base_folder=str(tmp_path)) as profiler:
         for _ in range(2):
             kept.sum()
             profiler.step()
-    assert os.path.getsize(f"{folder}/profile_traces/iteration_2/rank0_trace.json")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_the_device_is_the_cpu_where_there_is_no_accelerator(tmp_path):
-    start_ranks(cpu_is_the_device, 1, str(tmp_path))
+    assert (tmp_path / "profile_traces/iteration_2/rank0_trace.json").stat().st_size
 
 
 @pytest.mark.slow
@@ -239,5 +226,5 @@ try:
 except ImportError:
     print("blocked")
 """
-    answer = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    answer = call(sys.executable, "-W", "ignore", "-c", code)
     assert answer.stdout == "blocked\n", answer.stderr

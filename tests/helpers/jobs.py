@@ -18,7 +18,7 @@ from torchtitan_ext.train.trainer import LighthouseTrainer
 ROOT = Path(__file__).parents[2]
 
 
-def save(folder, step=10, degree=1, without=(), rate=None, **changes):
+def save(folder, step=10, degree=1, without=(), rate=None, positions=None, **changes):
     """A checkpoint of a model like that of configs/text, with torchtitan's keys; returns its path."""
     group = {"initial_lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     group["decoupled_weight_decay"] = True
@@ -30,7 +30,7 @@ def save(folder, step=10, degree=1, without=(), rate=None, **changes):
             **{f"param_groups.output.weight.{name}": value for name, value in group.items()},
         },
         "lr_scheduler": {"last_epoch": step, "base_lrs": [1e-2], "_last_lr": [rate]},
-        "dataloader": {f"dp_rank_{rank}": pickle.dumps({}) for rank in range(degree)},
+        "dataloader": positions or {f"dp_rank_{rank}": pickle.dumps({}) for rank in range(degree)},
         "train_state": {"step": step},
     }
     path = Path(folder) / "checkpoint" / f"step-{step}"

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-import torch.distributed.checkpoint as dcp
-from helpers.jobs import ROOT, job_of, start, start_from
+from helpers.jobs import ROOT, job_of, save, start, start_from
 from helpers.streams import loader
 
 from torchtitan_ext import patching
@@ -19,7 +18,6 @@ from torchtitan_ext.cli import main
 from torchtitan_ext.jobs import environment, plan
 from torchtitan_ext.jobs.memory import peak_memory
 from torchtitan_ext.jobs.rules import parallel_dims
-from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.model import meta_model
 
 TEXT = "configs/text/stage1.toml"
@@ -186,30 +184,25 @@ def test_a_number_that_nothing_can_be_derived_from_is_a_problem_beside_others(ch
 def test_each_rank_reads_on_where_it_stopped_at_the_checkpoint(check, tmp_path, degree):
     for number in range(5):  # of which ranks get unequal shares
         (tmp_path / f"{number}.txt").write_text("word " * 1000)
-    states = {
-        **LighthouseTransformer(flavors["debug"]).state_dict(),
-        **{"optimizer": {"a": 1}, "lr_scheduler": {"last_epoch": 1}, "train_state": {"step": 1}},
-        "dataloader": {},
-    }
+    positions = {}
     for rank in range(degree):
         data = loader("python_source", tmp_path, 256, rank=rank, world=degree)
         next(iter(data))
-        states["dataloader"] |= data.state_dict()
+        positions |= data.state_dict()
 
     def problem(*settings):
-        dcp.save(states, checkpoint_id=tmp_path / "run/checkpoint/step-1", no_dist=True)
+        save(tmp_path / "run", positions=positions)
         arguments = [f"--nproc={degree}", f"--training.dataset_path={tmp_path}", *settings]
         return "\n".join(check(*arguments, "--training.global_batch_size=-1")[1])
 
     assert problem() == ""
     workers, excluded = "--training.dataloader.num_workers=1", "--checkpoint.exclude_from_loading=dataloader"
     assert re.search("num_workers = 1: .* with 0", problem(workers, excluded))
-    elsewhere = f"--job.dump_folder={tmp_path}/new", *start_from(tmp_path / "run/checkpoint/step-1")
+    elsewhere = f"--job.dump_folder={tmp_path}/new", *start_from(tmp_path / "run/checkpoint/step-10")
     assert problem(workers, excluded, *elsewhere) == ""
     other = problem("--training.dataset=passkey", "--training.dataset_path=4095")
     assert re.search("training.dataset and .*passkey.*python_source", other)
-    ranks = states["dataloader"]
-    ranks[f"dp_rank_{degree - 1}"] = ranks["dp_rank_0"]
+    positions[f"dp_rank_{degree - 1}"] = positions["dp_rank_0"]
     assert ("training.dataset and" in problem()) == (degree > 1)
 
 
