@@ -28,7 +28,7 @@ def logged_steps(start: int, end: int, log_freq: int) -> np.ndarray:
 def switches(draw):
     """A switch whose jump and recovery are known: stage 1 is flat at its end, stage 2 stays above
     it by `jump` and then drops so deep that the first window that sees the drop is below."""
-    log_freq = draw(st.sampled_from([1, 10]))
+    log_freq = draw(st.sampled_from([1, 3, 10]))
     total = log_freq * draw(st.integers(40, 1200))
     w = window(total, log_freq)
     split = log_freq * draw(st.integers(w // log_freq + 1, total // log_freq - w // log_freq - 1))
@@ -60,13 +60,6 @@ def test_known_jump_and_recovery_are_given_back(switch, shift, doublings, seed):
     # back at its level is recovered, above it never
     assert recovery(step, np.full(len(step), level), split, level, w) is not None
     assert recovery(step, np.maximum(loss, level + 1e-6), split, level, w) is None
-
-
-@given(st.integers(1, 10**6), st.integers(1, 1000))
-def test_a_window_always_holds_a_logged_step(total, log_freq):
-    w = window(total, log_freq)
-    end = total + 3
-    assert any(step % log_freq == 0 for step in range(end - w + 1, end + 1))
 
 
 @pytest.mark.parametrize("deviation", [0.01, 0.5])

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torchtitan_ext.lighthouse import LighthouseConfig, torch_ops, triton_ops
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel, context_parallel_attention
 from torchtitan_ext.lighthouse.kernels import causal_attention
-from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 
 SEQ_LEN = 2048
 
@@ -78,10 +77,3 @@ def test_what_an_error_proposes_is_legal(top_k, scorer, degree, load_balance, se
         for field, values in (("top_k", range(4, 324, 4)), ("context_parallel_degree", range(1, 2 * degree))):
             best = min((abs(n - asked[field]) for n in legal(field, values)), default=None)
             assert best == min((abs(n - asked[field]) for n in proposals.get(field, [])), default=None)
-
-
-def test_heads_that_ranks_cannot_share_are_named():
-    mesh = Mock(**{"size.return_value": 2})
-    q, k, v = (x.transpose(1, 2) for x in qkv(8, n_kv_heads=3))
-    with pytest.raises(ValueError, match=r"3 heads and 3 KV heads .* to 2 ranks, but to 1, 3"):
-        UlyssesAttention(causal_attention, mesh, False)(q, k, v)

@@ -1,7 +1,6 @@
 """Every rule of the settings names the field, the value and what would be right."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from helpers.lighthouse_cases import proposals_of
@@ -78,12 +77,3 @@ def test_a_length_is_legal_or_refused_with_values_that_are(levels, p, m, tiles, 
     for wanted in (config.top_k, seq_len / 64) if legal else ():
         distance = min(abs(k - wanted) for k in legal)
         assert distance in {abs(int(k) - wanted) for k in proposals["top_k"]}
-
-
-@given(st.integers(1, 64), st.sampled_from((2, 4, 8)), st.integers(2, 5))
-def test_levels_stand_one_after_another(coarsest, p, levels):
-    config = LighthouseConfig(levels=levels, pooling_factor=p)
-    seq_len = coarsest * p ** (levels - 1)
-    offsets = config.level_offsets(seq_len)
-    assert offsets[0] == 0 and config.seq_len_of(offsets[-1]) == seq_len
-    assert all((b - a) * p**level == seq_len for level, (a, b) in enumerate(pairwise(offsets)))
