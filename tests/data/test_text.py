@@ -1,4 +1,4 @@
-"""Text of any format, alone and mixed: what is read, what damage does, the share of each source."""
+"""Text of any format, alone and mixed: what is read, what damage does, the share of each source; killed and resumed."""
 
 import logging
 import re
@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.commands import ROOT, run_command
+from helpers.commands import run_command
 from helpers.damage import flip, with_bytes
+from helpers.launches import ROOT, SHORT, losses, train
 from helpers.streams import WRITE, documents, loader, stream, write_lines, write_parquet, write_sources
 
 from torchtitan_ext.data import datasets
@@ -86,12 +87,31 @@ def test_weights_are_the_shares_of_documents_and_the_log_says_them(tmp_path, cap
     assert all(name in last for name in WRITE)
 
 
-def test_the_check_reads_what_the_mixture_of_a_job_names(tmp_path, monkeypatch, capsys):
-    job, entries = tmp_path / "job.toml", ""
-    for suffix, weight in (("parquet", 0.7), ("jsonl.zst", 0.3)):
-        for i in range(2):
-            write(tmp_path / f"{i}.{suffix}")
-        entries += f"[[training.mixture]]\npath = '{tmp_path}/*.{suffix}'\nweight = {weight}\n"
+@pytest.mark.slow
+def test_a_mixture_that_is_killed_twice_trains_the_same_losses_and_is_checked_whole(tmp_path, monkeypatch, capsys):
+    for i in range(2):
+        write_parquet(tmp_path / f"{i}.parquet", [f"{i} {j} " * 90 for j in range(3)])
+        write_lines(tmp_path / f"{i}.jsonl.zst", [f"{i} zst {j} " * 70 for j in range(3)])
+    job = tmp_path / "job.toml"
+    entries = "".join(
+        f"[[training.mixture]]\npath = '{tmp_path}/*.{suffix}'\nweight = {weight}\n"
+        for suffix, weight in (("parquet", 0.7), ("jsonl.zst", 0.3))
+    )
     job.write_text(f"extends = '{ROOT}/configs/text/stage1.toml'\n{entries}")
+    arguments = [f"--job.config_file={job}", *SHORT, "--checkpoint.interval=3", "--training.steps=12"]
+    arguments += ["--training.dataloader.num_workers=1", "--experimental.custom_import=helpers.recording_import"]
+
+    def launch(name, kill=0):
+        dump = f"--job.dump_folder={tmp_path / name}"
+        return train(2, [*arguments, dump], RECORDS=str(tmp_path), KILL_AT_BATCH=str(kill))
+
+    good, output = launch("whole")
+    assert good and "mixture after 4 documents" in output and "is being re-looped" in output, output
+    for kill in (5, 6, 0):
+        good, output = launch("killed", kill)
+        assert good == (not kill), output
+    whole, killed = (losses(tmp_path / name) for name in ("whole", "killed"))
+    assert len(whole) == 12 and len(killed) > 12
+    assert set(killed) == set(whole)
     assert run_command(monkeypatch, "check-data", job, "--training.global_batch_size", 2) == 0
-    assert f"4 files, {4 * len(TEXTS)} documents" in capsys.readouterr().out
+    assert "4 files, 12 documents" in capsys.readouterr().out

@@ -1,19 +1,25 @@
-"""scripts/train.sh and scripts/train.slurm, with stand-ins for SLURM and torchrun."""
+"""scripts/train.sh and scripts/train.slurm, with stand-ins for SLURM and, but for one test, for torchrun."""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 
 import pytest
-from helpers.launches import ROOT
+from helpers.launches import ROOT, SHORT, train
 from torch.distributed.run import parse_args
+
+from torchtitan_ext.experiment import records
+from torchtitan_ext.jobs.launch import ANSI_COLOR
+from torchtitan_ext.jobs.resume import complete_steps
 
 CONFIG = "configs/text/stage1.toml"
 STAND_INS = {
     # a node is a process, and a node that fails fails the step
     "srun": """
+        echo $$ > "$CALLS/srun-pid"
         while [[ $1 == --* ]]; do shift; done
         for ((node = 0; node < SLURM_NNODES; node++)); do "$@" & nodes+=($!); done
         for node in "${nodes[@]}"; do wait "$node" || failed=1; done
@@ -47,12 +53,16 @@ class Launches:
         self.calls.mkdir()
         self.bin.mkdir()
         for name, script in STAND_INS.items():
-            (self.bin / name).write_text(f"#!/usr/bin/env bash\n{script}")
-            (self.bin / name).chmod(0o755)
+            self.command(self.bin / name, script)
         self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "CALLS": str(self.calls)}
         # as of an allocation of two nodes with four GPUs each
         self.slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "node[8-9]", "HOSTS": "node8 node9"}
         self.slurm |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "CONFIG": CONFIG}
+
+    @staticmethod
+    def command(path, script):
+        path.write_text(f"#!/usr/bin/env bash\n{script}")
+        path.chmod(0o755)
 
     def start(self, script, *overrides, **env):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -142,3 +152,31 @@ def test_a_job_at_its_time_limit_is_queued_again_and_a_cancelled_one_is_not(laun
     assert asked.exists() == (sent == signal.SIGUSR1)
     if asked.exists():
         assert asked.read_text() == "scancel --signal=TERM 4242\nscontrol requeue 4242\n"
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_train_and_save_at_the_time_limit_and_the_run_continues(launches, tmp_path):
+    """Through the real torchrun and trainer, both nodes on the CPU of this machine."""
+    launches.command(
+        launches.bin / "torchrun", f'touch "$CALLS/torchrun-$$"; exec "{sys.executable}" -m torch.distributed.run "$@"'
+    )
+    # the port comes from the job: two runs of this test must not meet
+    job = launches.slurm | {"HOSTS": "localhost localhost", "SLURM_JOB_ID": str(os.getpid())}
+    job |= {"NGPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoint"
+    settings = [*SHORT, f"--job.dump_folder={run}", "--checkpoint.interval=1000000"]
+
+    process = launches.start("train.slurm", *settings, "--training.steps=1000000", **job)
+    started = next(line for line in process.stdout if "- step:" in ANSI_COLOR.sub("", line))
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, started + output
+    [saved] = complete_steps(checkpoints)
+    assert len(list(checkpoints.glob(f"step-{saved}/*.distcp"))) == 2
+    assert (launches.calls / "slurm").read_text().endswith(f"requeue {os.getpid()}\n")
+
+    ended_well, output = train(2, [f"--job.config_file={CONFIG}", *settings, f"--training.steps={saved + 2}"])
+    assert ended_well, output
+    curve = records.read_run(run)
+    assert curve.step.tolist() == list(range(1, saved + 3)) and set(curve.n_devices) == {2}
+    assert curve.starts.sum() == 2
