@@ -16,7 +16,7 @@ from torchtitan_ext.lighthouse import attention, triton_ops
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.settings import Lighthouse
 
-RECORDS = ("bench_train", "kernels/train_fa4", "kernels/train_1m_fa4")
+RECORDS = ("bench_train", "kernels/train_fa4", "kernels/train_1m_fa4", "kernels/train_1m_kept_fa4")
 ROWS = [row for name in RECORDS for row in json.loads((ROOT / f"results/{name}.json").read_text())["rows"]]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
