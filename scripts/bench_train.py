@@ -128,7 +128,8 @@ class BenchTrain:
     def job_arguments(self, words: tuple[str, ...]) -> list[str]:
         """A run's torchtitan arguments after its job file: no checkpoints, local sources, and the run's settings."""
         arguments = ["--checkpoint.no_enable", "--checkpoint.initial_load_path=None", f"--training.steps={self.steps}"]
-        arguments += ["--training.global_batch_size=-1", "--training.dataset=python_source"]
+        arguments += ["--training.global_batch_size=-1"]
+        arguments += ["--training.dataset=python_source", "--training.dataset_path=None"]
         arguments += [f"--metrics.log_freq={self.window}", "--metrics.enable_tensorboard"]
         if self.profile:
             arguments += ["--profiling.enable_profiling", f"--profiling.profile_freq={self.steps}"]

@@ -21,6 +21,13 @@ CONFIG = "configs/text/stage1.toml"
 SMALL = ("training.seq_len=256", "lighthouse.top_k=16", "lighthouse.tile_winners=4", "loss.fuse_output=true")
 
 
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*/stage1.toml")), ids=lambda path: path.parent.name)
+def test_every_recipe_can_be_timed_without_its_data_and_weights(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    bench = load_script("bench_train").BenchTrain()
+    load_job(recipe, bench.job_arguments(("", "", "model.hf_assets_path=torchtitan_ext/data/byte_tokenizer")))
+
+
 @pytest.mark.slow
 def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch, capfd):
     output, broken = tmp_path / "bench.json", "parallelism.data_parallel_shard_degree=3"
