@@ -144,10 +144,7 @@ class BenchAttention:
         read_by_scorer = n_heads + n_kv_heads * (1 if config.scorer == "norm" else 2)
         scores = ops.score(q, k, v, config)
         slots = ops.select(scores, config)
-
-        def gather() -> list[torch.Tensor]:
-            return [ops.gather(x, slots, config, table) for x, table in ((q, freqs_cis), (k, freqs_cis), (v, None))]
-
+        gather = partial(layer.gather, q, k, v, freqs_cis, slots, config)
         gathered = gather()
         grads = [torch.randn_like(x) for x in gathered]
         out = layer.call_attention(attention, *(x.detach() for x in gathered)).requires_grad_()

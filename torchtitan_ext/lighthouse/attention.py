@@ -103,6 +103,20 @@ def call_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
     return out.to(dtype)  # autocast or attention may change it
 
 
+def gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    freqs_cis: Tensor | None,
+    slots: Tensor,
+    config: LighthouseConfig,
+    starts: Sequence[int] = (0,),
+) -> list[Tensor]:
+    """The gathered rows of q, k and v, the first two rotated; see `torch_ops.gather`."""
+    tables = ((q, freqs_cis), (k, freqs_cis), (v, None))
+    return [ops_for(q).gather(x, slots, config, table, starts) for x, table in tables]
+
+
 def select_entries(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, *, freqs_cis: Rotary = None) -> Selection:
     """The entries that `lighthouse_attention` gathers for these arguments, in gathered order."""
     q, k, freqs_cis = checked_inputs(q, k, v, config, freqs_cis)
@@ -141,7 +155,7 @@ def lighthouse_attention(
     q, k, freqs_cis = checked_inputs(q, k, v, config, freqs_cis)
     ops = ops_for(q)
     slots = select_slots(q, k, v, config, freqs_cis, attention)
-    rows = [ops.gather(x, slots, config, table) for x, table in ((q, freqs_cis), (k, freqs_cis), (v, None))]
+    rows = gather(q, k, v, freqs_cis, slots, config)
     return ops.scatter(call_attention(attention, *rows), slots, config)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .attention import Attention, Rotary, call_attention, checked_inputs, ops_for, select_slots
+from .attention import Attention, Rotary, call_attention, checked_inputs, gather, ops_for, select_slots
 from .config import LighthouseConfig
 from .ulysses import chunk_order, chunks_of_ranks
 
@@ -72,7 +72,7 @@ def context_parallel_attention(
     starts = [chunk * chunk_len for chunk in chunks]
     q, k, v = (x.unflatten(1, (per_rank, chunk_len)).flatten(0, 1) for x in (q, k, v))
     slots = select_slots(q, k, v, config, freqs_cis, starts=starts)
-    rows = [ops.gather(x, slots, config, table, starts) for x, table in ((q, freqs_cis), (k, freqs_cis), (v, None))]
+    rows = gather(q, k, v, freqs_cis, slots, config, starts)
     out = call_attention(attention, *rows)
 
     spill = DTensor.from_local(_spill(out, slots, config, per_rank), mesh, [Shard(0)])
