@@ -6,6 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Before torch loads OpenMP: waiting threads must not spin where other processes need the cores.
@@ -53,3 +54,21 @@ def pytest_collection():
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Parses a job file of configs/text with overrides, in a fresh dump folder; legal without any."""
+    from helpers.jobs import ROOT
+
+    from torchtitan_ext.jobs.job_file import parse_job
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def parse(*overrides, stage="stage1", dump="run", file=None):
+        file = file or ROOT / f"configs/text/{stage}.toml"
+        return parse_job(file, [f"--job.dump_folder={tmp_path / dump}", *overrides])
+
+    return parse

@@ -258,7 +258,6 @@ def without(path, name):
 
 
 SPOILED = [  # given the run's checkpoint and its export
-    lambda path, hf: ([hf, "--contexts", 601], "601 exceed the context of 600 tokens"),
     lambda path, hf: ([without(hf, "tokenizer.json")], "put the model's tokenizer.json"),
     lambda path, hf: ([without(hf, "model.safetensors"), "--contexts", 99], "no file named model.safetensors"),
     lambda path, hf: ([path], "600 tokens"),  # no context of the protocol fits

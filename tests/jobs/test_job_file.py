@@ -60,7 +60,6 @@ def test_the_sections_of_this_package_are_there_without_a_word(write):
         ("steps: 3", "no TOML"),
         ("steps = 3", "{'steps'}; correct that in the file"),
         ("[lighthouse]\ntopk = 64", "Lighthouse'> data: {'topk'}"),
-        ("[training.dataloader]\nworkers = 1", "DataLoader'> data: {'workers'}"),
         ("[validation]\nenable = true\nsteps = 0", "validation steps"),
         ("[experimental]\ncustom_import = 'nothing'", "custom_import = 'nothing'"),
         ("[job]\ncustom_config_module = 'nothing'", "drop job.custom_config_module"),

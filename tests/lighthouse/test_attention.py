@@ -143,7 +143,6 @@ def test_inputs_that_do_not_fit_are_named(layer):
         ((q, k, v), table.real, "freqs_cis .*torch.float64: must be complex"),
         ((q, k, v), table.clone().requires_grad_(), r"requires a gradient.*detach\(\)"),
         ((q[..., :3], k[..., :3], v[..., :3]), table[:, :1], "D = 3: must be even"),
-        ((q[..., :1], k[..., :1], v[..., :1]), table[:, :0], "D = 1: must be even"),
         ((q, k, v), (table.real, table.imag), r"\(cos, sin\), \(256, 2\) and .*: must be two real .*N, D = 4\]"),
         ((q, k, v), (torch.ones(2, 256, 4),) * 2, r"\(2, 256, 4\) and .* must be two real"),
         ((q, k, v), (torch.ones(128, 4),) * 2, "freqs_cis .*at least N = 256"),

@@ -117,7 +117,7 @@ def test_layer_equals_the_reference(shape, rope, scorer, triton_everywhere):
 
 @pytest.mark.parametrize("rope", ["selected", "base"])
 def test_tables_of_cosines_and_sines_rotate_the_halves_of_a_head(rope, either_path):
-    (q, k, v), freqs_cis, config = inputs_of(GROUPED, rope=rope)
+    (q, k, v), freqs_cis, config = inputs_of(TINY, rope=rope)
 
     def halves(x):
         return torch.cat([x[..., ::2], x[..., 1::2]], -1)
@@ -283,10 +283,9 @@ def test_the_compiler_takes_what_the_interpreter_runs():
     [
         (lambda out: out.transpose(1, 2), r"\(1, 11, 2, 8\)"),
         (lambda out: out[:, :, :-1], r"\(1, 2, 10, 8\)"),
-        (lambda out: torch.cat([out, out[:, :, :2]], 2), r"\(1, 2, 13, 8\)"),
         (lambda out: (out, None), "tuple"),
     ],
-    ids=["transposed", "short", "long", "tuple"],
+    ids=["transposed", "short", "tuple"],
 )
 def test_what_attention_returns_is_checked(either_path, change, returned):
     tensors, _, config = inputs_of(TINY)
