@@ -1,6 +1,8 @@
 """Tables and plots of results."""
 
+import csv
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +19,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: st
     rule = "".join("|---:" if side == "r" else "|---" for side in align) + "|"
     first, *rest = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
     return "\n".join([first, rule, *rest])
+
+
+def write_csv(file: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with file.open("w", newline="") as stream:
+        csv.writer(stream).writerows([head, *rows])
 
 
 def new_figure(width: float, height: float) -> "Figure":

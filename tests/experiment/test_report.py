@@ -182,9 +182,9 @@ def test_every_jump_lies_whole_in_both_panels(made):
         low, high = panel.get_ylim()
         assert low < experiment.stage1.loss[experiment.stage1.step <= split][-1] and tail.loss[0] < high
     [legend] = figure.legends
-    named = " ".join(text.get_text() for text in legend.get_texts())
-    tails = (f"{split} + {TOTAL - split}" for split in SPLITS)
-    assert all(words in named for words in ("dense from", "Lighthouse", *tails, "switch", "validation"))
+    tails = (f"{split} + {TOTAL - split}: dense" for split in SPLITS[::-1])
+    expected = ["dense", "stage 1: Lighthouse", *tails, "switch", "validation"]
+    assert [text.get_text() for text in legend.get_texts()] == expected
     x0, _, x1, _ = legend.get_window_extent().extents
     assert 0 <= x0 < x1 <= figure.bbox.width
 

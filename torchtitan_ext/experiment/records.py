@@ -3,6 +3,7 @@
 torchtitan opens a new event file at each process start; `read_run` merges them into one curve.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchtitan_ext.jobs.recorded import CONFIG_FILE, LOG_FREQ, N_DEVICES, read_
 
 LOSS = "loss_metrics/global_avg_loss"
 TOKENS_PER_SECOND = "throughput(tps)"
+LOG = "log.txt"  # of `splits`, in the run's folder
 SECONDS = "time_metrics/end_to_end(s)"
 VALIDATION_LOSS = "validation_metrics/loss"
 # tags by field of Run
@@ -61,6 +63,16 @@ class Run:
     def device_hours(self) -> np.ndarray:
         """Device-hours up to each logged step, inclusive, [n_logged], without work that a kill lost."""
         return np.cumsum(self.seconds * self.n_devices) / 3600
+
+    @property
+    def setting(self) -> str:
+        """Model, context, devices and attention kernel, as far as config and log name them."""
+        log, kernel = self.folder / LOG, self.config.get("attention", {}).get("kernel")
+        gpu = re.search("CUDA capacity: (.+) with", log.read_text(errors="replace")) if log.is_file() else None
+        n = int(self.n_devices[-1])
+        devices = gpu[1] if gpu else "device" if n == 1 else "devices"
+        model = f"{self.config['model']['flavor']}, seq_len {self.config['training']['seq_len']:,}, {n} {devices}"
+        return f"{model}, attention by {kernel}" if kernel else model
 
     def gaps(self, start: int) -> list[tuple[int, int]]:
         """Pairs of steps, from `start` on, between which a kill lost unwritten events."""

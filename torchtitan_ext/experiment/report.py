@@ -1,10 +1,9 @@
 """Report a split-point experiment: table and plot from the runs' records.
 
-An experiment is a folder with the runs `dense` (from scratch), `stage1` (Lighthouse) and `stage2-<split>` (dense, from
+An experiment is a folder with the runs `dense` (throughout), `stage1` (Lighthouse) and `stage2-<split>` (dense, from
 stage 1's checkpoint at step <split>). docs/running.md, "What the table says", defines the columns.
 """
 
-import csv
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ import numpy as np
 
 from torchtitan_ext import figures
 from torchtitan_ext.console import make_folder
-from torchtitan_ext.figures import markdown_table
+from torchtitan_ext.figures import markdown_table, write_csv
 
 from .records import Run, read_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# columns of curves.csv
-CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
 TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
 
 
@@ -48,6 +45,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
+# columns of curves.csv
+CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
 # A row lacks values that are not recorded yet; a published range is a string.
 Row = dict[str, Any]
 
@@ -198,18 +197,15 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
     if others:
         text += comparison([experiment, *map(read_experiment, others)])
     paths[0].write_text(text)
-    with paths[1].open("w", newline="") as file:
-        rows = csv.DictWriter(file, [*COLUMNS, "steps_after_switch", "status"])
-        rows.writeheader()
-        rows.writerows(table(experiment))
-    with paths[2].open("w", newline="") as file:
-        points = csv.writer(file)
-        points.writerow(["run", *CURVES, "validation_loss"])
-        for run in experiment.runs:
-            validated = dict(zip(run.validation_step, run.validation_loss, strict=True))
-            for point in zip(*(getattr(run, name) for name in CURVES), strict=True):
-                values = (*point, validated.get(point[0]))
-                points.writerow([run.folder.name, *("" if x is None else f"{x:.7g}" for x in values)])
+    columns = [*COLUMNS, "steps_after_switch", "status"]
+    write_csv(paths[1], columns, ([row.get(column) for column in columns] for row in table(experiment)))
+    points = []
+    for run in experiment.runs:
+        validated = dict(zip(run.validation_step, run.validation_loss, strict=True))
+        for point in zip(*(getattr(run, name) for name in CURVES), strict=True):
+            values = (*point, validated.get(point[0]))
+            points.append([run.folder.name, *("" if x is None else f"{x:.7g}" for x in values)])
+    write_csv(paths[2], ["run", *CURVES, "validation_loss"], points)
     draw(experiment).savefig(paths[3], dpi=150)
     return text, paths
 
@@ -217,7 +213,7 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
 def markdown(experiment: Experiment, published: dict) -> str:
     """Our table, then the published rows, both labelled."""
     run = experiment.runs[0]
-    n_devices, w = int(run.n_devices[-1]), window(run.total_steps, run.log_freq)
+    w = window(run.total_steps, run.log_freq)
     status = {"dense": _status(experiment.dense), "stage1": _status(experiment.stage1)}
     status |= {f"stage2-{split}": _status(tail, split) for split, tail in experiment.tails.items()}
     lacking = "".join(f"- {name}: {how}\n" for name, how in status.items() if how != "finished")
@@ -226,8 +222,7 @@ def markdown(experiment: Experiment, published: dict) -> str:
     theirs = [dense, *({"jump": published["jump"], "recovery": published["recovery"], **row} for row in splits)]
     for row in theirs[1:]:
         compare(row, dense)
-    return f"""**Measured**: {run.config["model"]["flavor"]}, seq_len {run.config["training"]["seq_len"]:,}, \
-{n_devices} {"device" if n_devices == 1 else "devices"}
+    return f"""**Measured**: {run.setting}
 
 {markdown_rows(table(experiment))}
 
@@ -268,10 +263,11 @@ def draw(experiment: Experiment) -> "Figure":
     validation. Ring: switch. Dotted: jump."""
     stage1, runs = experiment.stage1, experiment.runs
     w = max(window(run.total_steps, run.log_freq) for run in runs)
-    figure = figures.new_figure(12, 5)
+    figure = figures.new_figure(9.5, 4.5)
+    figure.suptitle(runs[-1].setting, size="medium")
     panels = figure.subplots(1, 2, sharey=True)
 
-    curves = [(experiment.dense, "dense from scratch", figures.BLACK, 0)]
+    curves = [(experiment.dense, "dense", figures.BLACK, 0)]
     curves.append((stage1, "stage 1: Lighthouse", figures.BLUE, 0))
     for (split, tail), color in zip(experiment.tails.items(), cycle(TAIL_COLORS)):
         curves.append((tail, f"{_label(split, tail)}: dense", color, split))

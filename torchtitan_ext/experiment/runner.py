@@ -21,8 +21,9 @@ from torchtitan_ext.jobs.resume import complete_steps, is_saved, remove_half_sav
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.progress import Display
 
+from .records import LOG
+
 STAGES = ("dense", "stage1", "stage2")
-LOG = "log.txt"
 
 
 @dataclass

@@ -8,17 +8,18 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from torchtitan_ext.figures import markdown_table
-from torchtitan_ext.lighthouse.kernels import causal_attention
+from torchtitan_ext.lighthouse.kernels import dense_attention
 from torchtitan_ext.model import LighthouseModelArgs
 from torchtitan_ext.model.model import meta_model
 
-from .timing import copy_gb_s, times_ms
+from .timing import copy_gb_s, forward_backward, times_ms
 
 BF16 = 2  # bytes
 LAUNCHES = ("cuda_runtime", "cuda_driver")  # categories of a trace's events
@@ -136,15 +137,10 @@ def measure_rates() -> dict[str, float]:
 def attention_ms(rows: int, args: LighthouseModelArgs) -> float:
     """Milliseconds of causal attention by the model's kernel, bf16, batch 1, forward and backward."""
     heads, kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-    shapes = [(1, rows, n, args.dim // heads) for n in (heads, kv_heads, kv_heads)]  # in memory as in the model
-    qkv = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
-    grad = torch.randn_like(qkv[0]).transpose(1, 2)
-
-    def step():
-        q, k, v = (x.transpose(1, 2) for x in qkv)
-        torch.autograd.grad(causal_attention(q, k, v, kernel=args.kernel, enable_gqa=heads > kv_heads), qkv, grad)
-
-    return median(times_ms(step, 7))
+    shapes = [(1, rows, n, args.dim // heads) for n in (heads, kv_heads, kv_heads)]
+    qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    attention = partial(dense_attention, kernel=args.kernel)
+    return median(times_ms(partial(forward_backward, attention, qkv, torch.randn_like(qkv[0])), 7))
 
 
 def limits(seq_len: int, batch: int, args: LighthouseModelArgs, rates: dict[str, float]) -> dict[str, float]:
