@@ -264,7 +264,6 @@ def draw(experiment: Experiment) -> "Figure":
     stage1, runs = experiment.stage1, experiment.runs
     w = max(window(run.total_steps, run.log_freq) for run in runs)
     figure = figures.new_figure(9.5, 4.5)
-    figure.suptitle(runs[-1].setting, size="medium")
     panels = figure.subplots(1, 2, sharey=True)
 
     curves = [(experiment.dense, "dense", figures.BLACK, 0)]
@@ -298,10 +297,12 @@ def draw(experiment: Experiment) -> "Figure":
     panels[0].set(xlabel="step", ylabel="training loss (nats per token)")
     panels[0].xaxis.set_major_formatter("{x:,.0f}")
     panels[1].set(xlabel="device-hours")
+    panels[1].locator_params("x", nbins=6)
     for panel in panels:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[1].get_legend_handles_labels()
-    columns = len(labels) if len(labels) < 7 else 4  # more don't fit into one row
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    columns = len(labels) if len(labels) < 6 else 4  # more don't fit into one row
+    options = {"loc": "outside upper center", "ncols": columns, "frameon": False}
+    figure.legend(handles, labels, title=runs[-1].setting, **options)
     return figure
