@@ -47,9 +47,12 @@ FIGURE: list[tuple[int, dict]] = [
 ]
 DENSE_UP_TO = 524_288  # tokens; beyond, dense SDPA is not timed
 DIRECTIONS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
-CURVES = {"dense": "dense", "lighthouse": "Lighthouse", "floor": "gathered rows only"}
-COLORS = (figures.VERMILION, figures.BLUE, figures.GREEN)
-STYLES = ("o-", ".--", "x:", "+-.")  # of the kernels
+CURVES = {
+    "dense": ("dense", figures.VERMILION),
+    "lighthouse": ("Lighthouse", figures.BLUE),
+    "floor": ("gathered rows only", figures.GREEN),
+}
+STYLES = ("o-", "x--", ".:", "+-.")  # of the kernels
 
 
 @dataclass
@@ -193,36 +196,34 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], machine: dict):
-    rows = [row for row in rows if row["scorer"] == rows[0]["scorer"]]
-    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
-    figure = figures.new_figure(11, 4.5)
+    """Milliseconds against context by every kernel; a line joins the points of one number of levels."""
+    first = rows[0]
+    rows = [row for row in rows if row["scorer"] == first["scorer"]]
+    styles = dict(zip(dict.fromkeys(row["kernel"] for row in rows), STYLES, strict=False))
+    figure = figures.new_figure(9.5, 4.2)
     panels = figure.subplots(1, 2, sharex=True)
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
-        styled = product(zip(CURVES, COLORS, strict=True), zip(kernels, STYLES, strict=False))
-        for (name, color), (kernel, style) in styled:
-            label = f"{CURVES[name]}, {kernel}"
-            # no line joins points of different settings
-            of_kernel = [row for row in rows if row["kernel"] == kernel]
-            for _, part in groupby(of_kernel, lambda row, name=name: name != "dense" and row["levels"]):
-                points = [(row["seq_len"], ms) for row in part if (ms := row.get(f"{name}_{direction}_ms"))]
-                panel.plot(*zip(*points, strict=True), style, color=color, label=label)
-                label = None
+        for (name, (label, color)), (kernel, style) in product(CURVES.items(), styles.items()):
+            timed = [row for row in rows if row["kernel"] == kernel and f"{name}_{direction}_ms" in row]
+            for levels, part in groupby(timed, lambda row, name=name: name != "dense" and row["levels"]):
+                points = [(row["seq_len"], row[f"{name}_{direction}_ms"]) for row in part]
+                named = f"{label}, {kernel}" if levels in (False, first["levels"]) else None
+                panel.plot(*zip(*points, strict=True), style, color=color, label=named)
         for row in rows:
-            if row["levels"] != rows[0]["levels"] and row["kernel"] == kernels[0]:
+            if row["levels"] != first["levels"] and row["kernel"] == first["kernel"]:
                 point = row["seq_len"], row[f"lighthouse_{direction}_ms"]
                 note = f"L={row['levels']}, k={row['top_k']:,}"
-                panel.annotate(note, point, (0, -20), textcoords="offset points", ha="right", size=8)
+                panel.annotate(note, point, (0, -20), textcoords="offset points", ha="right", size="small")
         panel.set(yscale="log", xlabel="context (tokens)", title=title)
         panel.set_xscale("log", base=2)
-        panel.set_xticks([row["seq_len"] for row in rows], [f"{row['seq_len'] // 1024}K" for row in rows])
+        lengths = [row["seq_len"] for row in rows]
+        panel.set_xticks(lengths, [f"{length // 1024}K" for length in lengths], size="small")
         panel.grid(True, which="major", alpha=0.3)
         panel.minorticks_off()
     panels[0].set_ylabel("milliseconds per layer")
-    panels[0].legend(frameon=False)
-    figure.suptitle(
-        f"One attention layer, {machine['device']}, {machine['settings']}; L={rows[0]['levels']}, "
-        f"p={rows[0]['pooling_factor']}, k=N/{rows[0]['seq_len'] / rows[0]['top_k']:g}"
-    )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    settings = f"L={first['levels']}, p={first['pooling_factor']}, k=N/{first['seq_len'] / first['top_k']:g}"
+    figure.suptitle(f"One attention layer, {machine['device']}, {machine['settings']}; {settings}", size="medium")
     return figure
 
 

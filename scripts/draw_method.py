@@ -25,7 +25,7 @@ class DrawMethod:
 
     def run(self) -> None:
         selection, reached = example()
-        figure = figures.new_figure(11, 8)
+        figure = figures.new_figure(9, 7.2)
         panels = figure.subplots(3, height_ratios=(2.8, 2.4, 2.8))
         draw_cascade(panels[0], selection)
         draw_order(panels[1], selection)
@@ -34,7 +34,7 @@ class DrawMethod:
             panel.set(xlim=(0, SEQ_LEN), xticks=range(0, SEQ_LEN + 1, 16), xlabel="position in the sequence")
             panel.spines[["top", "right", "left"]].set_visible(False)
         file = make_folder(self.output) / "method.png"
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=130)
         print(file)
 
 

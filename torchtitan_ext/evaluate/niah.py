@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ from torchtitan_ext.jobs.recorded import CONFIG_FILE
 from torchtitan_ext.model import LighthouseTransformer
 
 from .export_hf import Advance, find_checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEPTHS = (0, 15, 30, 50, 70, 85, 100)  # percent
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 98304)  # tokens
@@ -209,29 +213,38 @@ def write(
         "standard_error": error,
         "cells": [asdict(cell) | {"correct": cell.correct, "mean": cell.correct / settings.trials} for cell in cells],
     }
-    # [depth, context]
-    shares = np.array([cell.correct / settings.trials for cell in cells]).reshape(len(settings.contexts), -1).T
-    contexts = [f"{context:,}" for context in settings.contexts]
-    rows = [[f"{depth} %", *row, row.mean()] for depth, row in zip(settings.depths, shares, strict=True)]
-    rows.append(["mean", *shares.mean(0), mean])
-    body = [[title, *(f"{share:.2f}" for share in row)] for title, *row in rows]
+    shares = record_shares(record)
+    rows = [(f"{depth} %", *row, row.mean()) for depth, row in zip(settings.depths, shares, strict=True)]
+    body = [[title, *(f"{share:.2f}" for share in row)] for title, *row in (*rows, ("mean", *shares.mean(0), mean))]
     body[-1][-1] = f"**{body[-1][-1]}**"
     how = f"{settings.trials} trials per cell, seed {settings.seed}, {precision}. Context in tokens; chance is 0.1."
     text = f"Retrieval under dense attention, {name}: mean {mean:.3f} ± {error:.3f} (standard error), {how}\n\n"
-    text += markdown_table(["depth", *contexts, "mean"], body, "r" * (len(contexts) + 2)) + "\n"
-    figure = new_figure(2.5 + 0.8 * len(contexts), 1.5 + 0.45 * len(settings.depths))
+    head = ["depth", *(f"{context:,}" for context in settings.contexts), "mean"]
+    text += markdown_table(head, body, "r" * len(head)) + "\n"
+
+    paths = [folder / file for file in ("table.md", "niah.json", "heatmap.png")]
+    paths[0].write_text(text)
+    paths[1].write_text(json.dumps(record, indent=2) + "\n")
+    draw(record, candidate.name).savefig(paths[2], dpi=150)
+    return text, paths
+
+
+def record_shares(record: dict) -> np.ndarray:
+    """Shares of digits retrieved, [depth, context]."""
+    return np.array([cell["mean"] for cell in record["cells"]]).reshape(len(record["contexts"]), -1).T
+
+
+def draw(record: dict, name: str) -> "Figure":
+    """The heat map of a record of niah.json."""
+    shares, contexts = record_shares(record), [f"{context:,}" for context in record["contexts"]]
+    figure = new_figure(2.5 + 0.8 * len(contexts), 1.5 + 0.45 * len(shares))
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         axes.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share < 0.6 else "black")
     axes.set_xticks(range(len(contexts)), contexts)
-    axes.set_yticks(range(len(settings.depths)), map(str, settings.depths))
+    axes.set_yticks(range(len(shares)), map(str, record["depths"]))
     axes.set(xlabel="context (tokens)", ylabel="depth (%)")
-    axes.set_title(f"{name}\nmean {mean:.3f}", fontsize="medium")
+    axes.set_title(f"{name}, dense attention, {record['dtype']}\nmean {record['mean']:.3f}", fontsize="medium")
     figure.colorbar(image, label="share of digits retrieved (chance 0.1)")
-
-    paths = [folder / file for file in ("table.md", "niah.json", "heatmap.png")]
-    paths[0].write_text(text)
-    paths[1].write_text(json.dumps(record, indent=2) + "\n")
-    figure.savefig(paths[2], dpi=150)
-    return text, paths
+    return figure

@@ -302,7 +302,6 @@ def draw(experiment: Experiment) -> "Figure":
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[1].get_legend_handles_labels()
-    columns = len(labels) if len(labels) < 6 else 4  # more don't fit into one row
-    options = {"loc": "outside upper center", "ncols": columns, "frameon": False}
-    figure.legend(handles, labels, title=runs[-1].setting, **options)
+    title, columns = runs[-1].setting, len(labels) if len(labels) < 6 else 4  # more don't fit into one row
+    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=columns, frameon=False)
     return figure
