@@ -7,10 +7,7 @@
 #
 # Two to five minutes each. The rows of all go to OUTPUT=results/bench_eight.json.
 set -uo pipefail
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
-    exit
-fi
+[[ ${1:-} =~ ^(-h|--help)$ ]] && sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit
 cd "$(dirname "$0")/.."
 n=${NGPU:-8}
 part=${1:-}

@@ -31,6 +31,7 @@ from torchtitan_ext.model import flavors
 from torchtitan_ext.progress import Display
 from torchtitan_ext.train.spec import register
 
+ON_GPU = torch.cuda.is_available()
 MFU, PEAK = "mfu(%)", "memory/max_reserved(GiB)"
 PROFILED = 2  # steps
 RECIPE = (("dense", "configs/530m/dense.toml"), ("stage1", "configs/530m/stage1.toml"))
@@ -46,19 +47,16 @@ class BenchTrain:
     window: Positive = 4  # steps timed at a time; the first of them warm up
     settings: tuple[str, ...] = ()  # section.field=value for every run
     profile: bool = False  # take the last step apart, every part beside its limit on this GPU
-    output: Path | None = None
-    """the records, each run's log beside them; None for bench_train.json in results on a GPU, else in outputs"""
+    output: Path = Path("results" if ON_GPU else "outputs", "bench_train.json")  # the records; logs go beside it
     append: bool = False  # add to the records in --output, so that the runs of several calls stand side by side
 
     def run(self) -> None:
-        on_gpu = torch.cuda.is_available()
-        output = self.output or Path("results" if on_gpu else "outputs", "bench_train.json")
-        least = (3 if self.profile else 2) * self.window
+        output, least = self.output, (3 if self.profile else 2) * self.window
         if self.steps < least or self.steps % self.window:
             raise ValueError(f"--steps {self.steps}: must be a multiple of --window {self.window}, at least {least}")
-        if self.profile and not on_gpu:
+        if self.profile and not ON_GPU:
             raise ValueError("--profile: there is no CUDA device here")
-        if not on_gpu and not self.runs:
+        if not ON_GPU and not self.runs:
             raise ValueError("the 530M recipe needs a CUDA device, which is not here: name other runs by --run")
         if output.is_dir():
             raise ValueError(f"--output {output}: is a folder; name a file")
@@ -79,7 +77,7 @@ class BenchTrain:
         records["commands"].append(" ".join(["python", *sys.argv]))
         make_folder(output.parent)
 
-        profiles, limited = {}, {}
+        profiles, limited = records["profiles"], {}
         todo = [(nproc, words) for nproc in self.nproc for words in runs]
         with Display() as display:
             for number, (nproc, words) in enumerate(todo, 1):
@@ -108,7 +106,6 @@ class BenchTrain:
                         if nproc == 1 and job.activation_checkpoint.mode == "none":
                             limited[key] = job
                 records["rows"].append(row)
-                records["profiles"] |= profiles
                 display.say(table([row]).splitlines()[-1])
                 output.write_text(json.dumps(records, indent=1) + "\n")
         if limited:  # after the runs, which need all of the GPU's memory

@@ -6,10 +6,7 @@
 # PYTHON    of the environment with the installed package, a variable (default: .venv/bin/python)
 # To change a patch: call this once, change the commits in CHECKOUT (git rebase -i released), call this again.
 set -euo pipefail
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-    sed -n '2,/^set/s/^# //p' "$0"
-    exit
-fi
+[[ ${1:-} =~ ^(-h|--help)$ ]] && sed -n '2,/^set/s/^# //p' "$0" && exit
 root=$(cd "$(dirname "$0")/.." && pwd)
 checkout=${1:-$root/build/torchtitan} folder=${2:-$root/patches}
 if [[ ! -d $checkout ]]; then

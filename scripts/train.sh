@@ -9,28 +9,15 @@
 # RDZV_ID       a name for this launch (default: train)
 # set too; scripts/train.slurm does that for a cluster. PET_MAX_RESTARTS=3 is torchrun's --max_restarts=3.
 set -euo pipefail
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-    sed -n '2,/^set/s/^# //p' "$0"
-    exit
-fi
+[[ ${1:-} =~ ^(-h|--help)$ ]] && sed -n '2,/^set/s/^# //p' "$0" && exit
+fail() { echo "$1" >&2 && exit 1; }
 : "${CONFIG:?CONFIG is not set: name a job file, for example CONFIG=configs/530m/stage1.toml}"
-if [[ ! -f $CONFIG ]]; then
-    echo "CONFIG = $CONFIG: there is no such file in $PWD; give the path of a job file from there" >&2
-    exit 1
-fi
-for name in NGPU NNODES; do
-    if [[ ! ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
-        echo "$name = ${!name}: give a whole number, 1 or more" >&2
-        exit 1
-    fi
-done
+[[ -f $CONFIG ]] || fail "CONFIG = $CONFIG: there is no such file in $PWD; give the path of a job file from there"
 if [[ ${NNODES:-1} != 1 ]]; then
     : "${RDZV_ENDPOINT:?RDZV_ENDPOINT is not set: NNODES = $NNODES nodes meet at the host:port of one of them}"
 fi
-if ! command -v torchrun > /dev/null; then
-    echo "torchrun is not on the PATH: activate the environment first (after make setup: source .venv/bin/activate)" >&2
-    exit 1
-fi
+command -v torchrun > /dev/null ||
+    fail "torchrun is not on the PATH: activate the environment first (after make setup: source .venv/bin/activate)"
 # Segments of GPU memory that can grow leave no gaps that an activation of a long sequence doesn't fit into.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # In a store that outlives torchrun's restart, ranks find the addresses of the killed ones, and wait for them.

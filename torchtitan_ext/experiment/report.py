@@ -5,9 +5,9 @@ stage 1's checkpoint at step <split>). docs/running.md, "What the table says", d
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,27 +24,19 @@ if TYPE_CHECKING:
 
 TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
 
-
-def _number(x: float) -> str:
-    return f"{x:.1f}" if x >= 10 else f"{x:#.3g}"
-
-
-_loss, _signed, _count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
 # title and format of each column
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "run": ("run", str),
-    "device_hours": ("device-hours", _number),
-    "ktok_s": ("stage-1 tok/s per device (k)", _number),
-    "final_loss": ("final loss", _loss),
-    "jump": ("jump (nats)", _signed),
-    "recovery": ("steps to recover", _count),
-    "difference": ("difference from dense", _signed),
-    "validation_loss": ("validation loss", _loss),
-    "validation_difference": ("difference from dense", _signed),
-    "dense_at_equal_hours": ("dense at equal hours", _loss),
+COLUMNS = {
+    "run": ("run", ""),
+    "device_hours": ("device-hours", ",.4g"),
+    "ktok_s": ("stage-1 tok/s per device (k)", ",.4g"),
+    "final_loss": ("final loss", ".4f"),
+    "jump": ("jump (nats)", "+.4f"),
+    "recovery": ("steps to recover", ","),
+    "difference": ("difference from dense", "+.4f"),
+    "validation_loss": ("validation loss", ".4f"),
+    "validation_difference": ("difference from dense", "+.4f"),
+    "dense_at_equal_hours": ("dense at equal hours", ".4f"),
 }
-
-
 # columns of curves.csv
 CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
 # A row lacks values that are not recorded yet; a published range is a string.
@@ -55,7 +47,7 @@ def cell(row: Row, column: str) -> str:
     value = row.get(column)
     if value is None:
         return f"not within {row['steps_after_switch']:,}" if column == "recovery" and "jump" in row else "-"
-    return value if isinstance(value, str) else COLUMNS[column][1](value)
+    return value if isinstance(value, str) else format(value, COLUMNS[column][1])
 
 
 def compare(row: Row, dense: Row) -> None:
@@ -77,8 +69,14 @@ class Experiment:
     tails: dict[int, Run | None]  # by split, latest first
 
     @property
+    def starts(self) -> dict[str, tuple[Run | None, int]]:
+        """Each run and the step at which it starts, by name."""
+        tails = {f"stage2-{split}": (tail, split) for split, tail in self.tails.items()}
+        return {"dense": (self.dense, 0), "stage1": (self.stage1, 0), **tails}
+
+    @property
     def runs(self) -> list[Run]:
-        return [run for run in (self.dense, self.stage1, *self.tails.values()) if run]
+        return [run for run, _ in self.starts.values() if run]
 
 
 def read_experiment(folder: Path) -> Experiment:
@@ -214,8 +212,7 @@ def markdown(experiment: Experiment, published: dict) -> str:
     """Our table, then the published rows, both labelled."""
     run = experiment.runs[0]
     w = window(run.total_steps, run.log_freq)
-    status = {"dense": _status(experiment.dense), "stage1": _status(experiment.stage1)}
-    status |= {f"stage2-{split}": _status(tail, split) for split, tail in experiment.tails.items()}
+    status = {name: _status(*start) for name, start in experiment.starts.items()}
     lacking = "".join(f"- {name}: {how}\n" for name, how in status.items() if how != "finished")
     lacking += "\n" if lacking else ""
     dense, *splits = published["split_points"]
@@ -252,7 +249,7 @@ def comparison(experiments: Sequence[Experiment]) -> str:
             ours, usually = (r.get("validation_loss", r.get("final_loss")) for r in both)
             others = tables[1:] if number == 0 else [rows]
             if any(len(other.get(key, {})) > 2 for other in others):  # more than a name and "not started"
-                difference = "-" if ours is None or usually is None else _signed(ours - usually)
+                difference = "-" if ours is None or usually is None else f"{ours - usually:+.4f}"
                 body.append([changed or "the first", *(cell(row, name) for name in names), difference])
     head = ["settings", *(COLUMNS[name][0] for name in names), "difference"]
     return f"\n**Other seeds and settings**\n\n{markdown_table(head, body, 'll' + 'r' * 7)}\n"
@@ -266,11 +263,10 @@ def draw(experiment: Experiment) -> "Figure":
     figure = figures.new_figure(9.5, 4.5)
     panels = figure.subplots(1, 2, sharey=True)
 
-    curves = [(experiment.dense, "dense", figures.BLACK, 0)]
-    curves.append((stage1, "stage 1: Lighthouse", figures.BLUE, 0))
-    for (split, tail), color in zip(experiment.tails.items(), cycle(TAIL_COLORS)):
-        curves.append((tail, f"{_label(split, tail)}: dense", color, split))
-    for run, label, color, split in curves:
+    labels = ["dense", "stage 1: Lighthouse"]
+    labels += [f"{_label(split, tail)}: dense" for split, tail in experiment.tails.items()]
+    colors = chain((figures.BLACK, figures.BLUE), cycle(TAIL_COLORS))
+    for (run, split), label, color in zip(experiment.starts.values(), labels, colors, strict=False):
         if not run:
             continue
         hours = hours_at(stage1, split) if stage1 else 0.0
