@@ -53,7 +53,7 @@ test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUD
 	$(BIN)/python -m pytest tests/lighthouse tests/model/test_loss.py -m "gpu or not gpu"
 
 test-gpus: setup  ## exact resume of six of the 530M recipe's layers across the switch, context parallelism, on two CUDA devices
-	$(BIN)/python -m pytest tests/test_context_parallel.py tests/train/test_resume.py -m gpu
+	$(BIN)/python -m pytest -n 4 --dist loadgroup tests/test_context_parallel.py tests/train/test_resume.py -m gpu
 
 soak: setup  ## 2,000 steps with 20 kills against an undisturbed run, on the CPU in 10 minutes
 	$(BIN)/python scripts/soak.py

@@ -1,7 +1,8 @@
 """Exact resume, seen from outside: runs of torchtitan.train, on one process and on several.
 
 On a CPU with the demo's jobs, with -m eight on eight processes; with -m gpu, with six layers of the 530M recipe on one
-GPU and two: each layer more costs time, and the parameters of a large vocabulary gigabytes per checkpoint.
+GPU and two: each layer more costs time, and the parameters of a large vocabulary gigabytes per checkpoint. On GPUs the
+groups of runs go on at once.
 """
 
 from types import SimpleNamespace
@@ -34,6 +35,10 @@ DETERMINISTIC = SimpleNamespace(**vars(RECIPE) | {"repeats": True})
 DETERMINISTIC.overrides += ("--debug.deterministic",)
 
 
+def on_gpus(group):
+    return pytest.mark.gpu, pytest.mark.xdist_group(group)
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -43,9 +48,9 @@ DETERMINISTIC.overrides += ("--debug.deterministic",)
         pytest.param((DEMO, 8, 1, None), id="eight-ranks", marks=pytest.mark.eight),
         pytest.param((DEMO, 4, 2, 1), id="eight-ranks-two-a-sequence", marks=pytest.mark.eight),
         pytest.param((LONGER, 1, 8, 1), id="eight-ranks-a-sequence", marks=pytest.mark.eight),
-        pytest.param((DETERMINISTIC, 1, 1, None), id="530M-on-a-GPU", marks=pytest.mark.gpu),
-        pytest.param((RECIPE, 2, 1, None), id="530M-on-two-GPUs", marks=pytest.mark.gpu),
-        pytest.param((RECIPE, 1, 2, 1), id="530M-on-two-GPUs-a-sequence", marks=pytest.mark.gpu),
+        pytest.param((DETERMINISTIC, 1, 1, None), id="530M-on-a-GPU", marks=on_gpus(0)),
+        pytest.param((RECIPE, 2, 1, None), id="530M-on-two-GPUs", marks=on_gpus(1)),
+        pytest.param((RECIPE, 1, 2, 1), id="530M-on-two-GPUs-a-sequence", marks=on_gpus(2)),
     ],
 )
 def runs(request, tmp_path_factory):
