@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 import torchtitan
-from helpers.commands import ROOT, load_script
+from helpers.commands import ROOT, load_script, run_command
 from helpers.streams import documents, loader, stopped, stream
 from markdown_it import MarkdownIt
 from torchtitan.hf_datasets.text_datasets import DATASETS
@@ -53,6 +53,11 @@ def test_a_field_without_a_docstring_is_named(script):
 
     with pytest.raises(ValueError, match=r"lighthouse\.threshold in .*no docstring"):
         script.documented("lighthouse", More)
+
+
+def test_the_picture_of_the_method_is_drawn(tmp_path, monkeypatch):
+    assert run_command(monkeypatch, "draw_method", "--output", tmp_path) == 0
+    assert (tmp_path / "method.png").read_bytes().startswith(b"\x89PNG")
 
 
 @cache

@@ -46,13 +46,12 @@ def test_a_healthy_copy_is_counted_and_tokens_sequences_and_passes_are_those_of_
     assert float(report.split(" times the data")[0].split()[-1]) == pytest.approx(passes, abs=0.006)
 
 
-ONLY_CHECKED = {
+DAMAGE = SKIPPED | {
     "empty text": (with_line(b'{"text": ""}', 5), "line 5", "empty text"),
     "no document": (with_bytes(lambda data: gzip.compress(b"")), "", "no document"),
     "blank lines": (with_bytes(lambda data: gzip.compress(MARK + b"\n \n")), "", "no document"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), "after line 0", "director"),
 }
-A_FOLDER = (lambda file: (file.unlink(), file.mkdir()), "after line 0", "director")
-DAMAGE = SKIPPED | ONLY_CHECKED | {"a folder": A_FOLDER}
 MARK = codecs.BOM_UTF8
 
 

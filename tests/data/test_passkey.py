@@ -15,10 +15,6 @@ from torchtitan_ext.data import check_dataset, passkey
 from torchtitan_ext.data.passkey import MIN_LENGTH, QUESTION, passkey_text
 
 
-def supervised(labels):
-    return labels[labels != IGNORE_INDEX]
-
-
 @pytest.mark.slow
 @given(st.integers(0, passkey.N_DOCUMENTS - 1), st.integers(MIN_LENGTH, 3000))
 def test_a_document_hides_one_digit_several_times_and_last_at_its_end(index, length):
@@ -51,7 +47,7 @@ def test_a_document_fills_a_sequence_and_only_its_digits_are_labels(seq_len):
     for index, (inputs, labels) in enumerate(islice(batches, 5)):
         text = passkey_text({"index": index, "length": seq_len - 1})
         assert inputs["input"].tolist() == [[TOKENIZER.bos_id, *text.encode()]]
-        assert bytes(supervised(labels)) == text[-2].encode() * text.count(QUESTION)
+        assert bytes(labels[labels != IGNORE_INDEX]) == text[-2].encode() * text.count(QUESTION)
 
 
 @given(st.integers(1, 80), st.integers(0, 2**32))

@@ -9,13 +9,13 @@ import torch
 from helpers.commands import ROOT, run_command
 from helpers.jobs import problems
 from helpers.launches import losses, train
-from helpers.models import parse
 from helpers.streams import write_lines
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from torchtitan_ext.evaluate.niah import find_candidate
+from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.model import flavors
 
 CONFIGS, END = "configs/llama3.2-1b-128k", "<|end|>"
@@ -40,7 +40,7 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     common = [*SMALL, f"--model.hf_assets_path={given}", f"--training.dataset_path={tmp_path}/text.jsonl.zst"]
-    [problem] = problems(parse(f"{CONFIGS}/extend.toml", *common))
+    [problem] = problems(parse_job(f"{CONFIGS}/extend.toml", common))
     flavor = problem[problem.index("flavors['mine']") :]
     (tmp_path / "my_flavor.py").write_text(f"from torchtitan_ext.model import *\n{flavor}\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -53,11 +53,16 @@ def problems(config):
     return str(error.value).split("\n- ")[1:]
 
 
-def only_problem(config, *words):
-    [problem] = problems(config)
+def only(problems, *words):
+    """The one problem, which has these words."""
+    [problem] = problems
     for word in words:
         assert str(word) in problem
     return problem
+
+
+def only_problem(config, *words):
+    return only(problems(config), *words)
 
 
 def cut_short(path, data="*.distcp"):

@@ -1,17 +1,10 @@
-"""Small models, and jobs of the repository's files."""
+"""Small models."""
 
 import dataclasses
 
 import torch
 
-from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.model import LighthouseTransformer, flavors
-
-from .launches import ROOT
-
-
-def parse(path, *overrides):
-    return parse_job(ROOT / path, overrides)
 
 
 def args(**changes):

@@ -25,6 +25,7 @@ from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+ROPE = llama_config(flavors["debug"])["rope_scaling"]
 
 
 @pytest.fixture(params=["initial", "own"])
@@ -349,10 +350,6 @@ def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_
     only_problem(job(*start), tmp_path, "is not there")
 
 
-def rope(**changes):
-    return {"rope_scaling": llama_config(flavors["debug"])["rope_scaling"] | changes}
-
-
 @pytest.mark.parametrize("spelling", ["exported", "transformers"])
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -361,7 +358,7 @@ def rope(**changes):
         ({"max_position_embeddings": 1}, None),
         ({"rope_theta": 5e5}, ["rope_theta is 500000.0 there and 10000 here", "flavors['mine'] = "]),
         ({"rope_scaling": None}, ["rope_scaling is None there and {'rope_type': 'llama3'"]),
-        (rope(factor=32.0), ["'factor': 32.0", "'factor': 8.0"]),
+        ({"rope_scaling": ROPE | {"factor": 32.0}}, ["'factor': 32.0", "'factor': 8.0"]),
         ({"rms_norm_eps": 1e-6}, ["rms_norm_eps is 1e-06 there and 1e-05 here"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu' there", "no flavor can be like it (hidden_act is 'gelu'"]),
         ({"hidden_size": 96, "intermediate_size": 344, "head_dim": 48}, ["hidden_size is 96", "flavors['mine'] = "]),

@@ -1,4 +1,4 @@
-"""A whole transformer block on the Triton operators: compiled, checkpointed, under autocast, sharded.
+"""A whole transformer block on the Triton operators: compiled, checkpointed, sharded.
 
 Runs on the GPU where there is one, else with the kernels under Triton's interpreter.
 """
@@ -57,10 +57,6 @@ def assert_same(ours, reference, **tolerance):
     torch.testing.assert_close([*ours.values()], [*reference.values()], **tolerance)
 
 
-def assert_near(ours):
-    assert max(map(error, ours.values(), plain_gradients().values())) < 0.1
-
-
 def compile_block(built):
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     built.layers["0"] = torch.compile(built.layers["0"], fullgraph=True, backend=backend)
@@ -94,12 +90,6 @@ def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(mode, s
     assert len(calls) == (scorer != "norm")  # the scores are kept
 
 
-@pytest.mark.slow
-def test_works_under_autocast():
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert_near(gradients(model()))
-
-
 def test_works_inside_fsdp(tmp_path):
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -108,7 +98,8 @@ def test_works_inside_fsdp(tmp_path):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for module in (built.layers["0"], built):
             fully_shard(module, mp_policy=policy).set_force_sum_reduction_for_comms(DEVICE == "cpu")
-        assert_near({name: grad.full_tensor() for name, grad in gradients(built).items()})
+        ours = [grad.full_tensor() for grad in gradients(built).values()]
+        assert max(map(error, ours, plain_gradients().values())) < 0.1
     finally:
         dist.destroy_process_group()
 

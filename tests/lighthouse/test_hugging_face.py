@@ -112,11 +112,7 @@ REFUSED = [
     ({}, {"position_bias": torch.zeros(())}, "position_bias has no effect"),
     ({}, {"is_causal": False}, "is_causal is false"),
     ({}, {"input_ids": TOKENS[:, :-1]}, "seq_len = 63: must be a multiple of .* nearest: seq_len = 56 or 64"),
-    (
-        {"attention_dropout": 0.1},
-        {},
-        r"layer 0 trains .* dropout is 0.1; set attention_dropout to 0, or add 0 to config",
-    ),
+    ({"attention_dropout": 0.1}, {}, "layer 0 trains .* is 0.1; set attention_dropout to 0, or add 0 to config"),
     ({"family": "Mistral", "sliding_window": 16}, {}, "a sliding window"),
     ({"lighthouse": None}, {}, "config has no `lighthouse`"),
     ({"lighthouse": {"rope": "selected"}}, {}, r"lighthouse\['rope'\]: must be one of levels, .*, dense_layers"),

@@ -294,7 +294,7 @@ def test_what_attention_returns_is_checked(either_path, change, returned):
         lighthouse_attention(*tensors, config, attention=lambda *x, **kw: change(attend(*x, **kw)))
 
 
-def test_output_has_the_dtype_of_q_under_autocast(either_path):
+def test_output_and_gradients_keep_dtype_and_value_under_autocast(either_path):
     tensors, freqs_cis, config = inputs_of(TINY)
     seen = []
 
@@ -303,9 +303,9 @@ def test_output_has_the_dtype_of_q_under_autocast(either_path):
         return seen[0]
 
     with torch.autocast(DEVICE, torch.bfloat16):
-        out = lighthouse_attention(*tensors, config, freqs_cis=freqs_cis, attention=attention)
-    assert seen[0].dtype == torch.bfloat16 and out.dtype == torch.float32
-    assert error(out, lighthouse_attention(*tensors, config, freqs_cis=freqs_cis)) < 2e-2
+        ours = layer_and_gradients(tensors, config, freqs_cis, attention=attention)
+    assert seen[0].dtype == torch.bfloat16 and {x.dtype for x in ours} == {torch.float32}
+    assert_near(ours, layer_and_gradients(tensors, config, freqs_cis), torch.bfloat16)
 
 
 @pytest.mark.slow

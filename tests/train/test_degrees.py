@@ -8,11 +8,12 @@ import pytest
 import torch
 from helpers import ring_attention  # noqa: F401
 from helpers.launches import in_group
-from helpers.models import build, parse
+from helpers.models import build
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 
+from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.model import flavors
 from torchtitan_ext.train.trainer import LighthouseTrainer
 
@@ -71,7 +72,7 @@ def train_each_way(rank, ways, folder):
         arguments = [f"--parallelism.{degree}_degree={size}" for degree, size in zip(degrees, sizes, strict=True)]
         arguments += [*SETTINGS, *settings.split(), f"--job.dump_folder={folder}"]
         with patch.object(dist_utils, "init_distributed", lambda *_, **__: n_ranks):
-            trainer = LighthouseTrainer(parse("configs/text/stage1.toml", *arguments))
+            trainer = LighthouseTrainer(parse_job("configs/text/stage1.toml", arguments))
         start = build(flavors[trainer.job_config.model.flavor])
         whole = StateDictOptions(full_state_dict=True)  # shards would start from other random numbers
         set_model_state_dict(trainer.model_parts[0], start.state_dict(), options=whole)

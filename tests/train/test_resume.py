@@ -163,19 +163,12 @@ def test_what_continues_starts_from_the_optimizer_schedule_and_step_of_the_check
                 assert loaded[key] == value, key
 
 
-def test_a_dense_stage_may_have_another_length(runs):
-    if hasattr(runs, "longer"):
-        assert batch(runs.longer, 0, 1)[1].shape == (1, 512)
-        [(step, loss)] = losses(runs.longer.dump)
-        assert step == runs.job.split + 1 and loss == pytest.approx(dict(losses(runs.whole.dump))[step], abs=1)
-
-
-def test_stage_2_attends_densely_and_differs_from_stage_1_by_that_alone(runs):
-    whole, stage2 = dict(losses(runs.whole.dump)), dict(losses(runs.stage2.dump))
-    step = runs.job.split + 1
-    assert list(stage2) == [step]
-    assert stage2[step] != whole[step]
-    assert stage2[step] == pytest.approx(whole[step], abs=1)
+def test_stage_2_attends_densely_differs_from_stage_1_by_that_alone_and_may_be_longer(runs):
+    whole, longer = dict(losses(runs.whole.dump)), getattr(runs, "longer", None)
+    for run in filter(None, (runs.stage2, longer)):
+        [(step, loss)] = losses(run.dump)
+        assert step == runs.job.split + 1 and whole[step] != loss == pytest.approx(whole[step], abs=1)
+    assert not longer or batch(longer, 0, 1)[1].shape == (1, 512)
 
 
 def test_another_context_parallel_degree_trains_the_same_from_a_checkpoint_on(runs):

@@ -3,9 +3,9 @@
 import pytest
 import torch.distributed as dist
 from helpers.launches import in_group
-from helpers.models import parse
 from torchtitan.protocols.train_spec import get_train_spec
 
+from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.train.validator import LighthouseValidator
 
 
@@ -16,7 +16,7 @@ def validators(rank):
     unused = dict.fromkeys((*unused, "metrics_processor"))
 
     def batches(*overrides):
-        job = parse("configs/text/dense.toml", "--validation.enable", *overrides)
+        job = parse_job("configs/text/dense.toml", ["--validation.enable", *overrides])
         tokenizer = get_train_spec("llama3_lighthouse").build_tokenizer_fn(job)
         return LighthouseValidator(job, n_ranks, rank, tokenizer, **unused).validation_dataloader
 
