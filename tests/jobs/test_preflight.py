@@ -167,6 +167,15 @@ def test_a_number_that_nothing_can_be_derived_from_is_a_problem_beside_others(ch
         assert setting.replace("=", " = ") in problems and "books" in problems
 
 
+def test_a_crash_of_a_later_check_does_not_hide_the_kernels_problem(check, monkeypatch):
+    problem = ValueError("attention.kernel = 'fa4' can't run")
+    monkeypatch.setattr(plan, "choose_kernel", Mock(side_effect=problem))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda n: SimpleNamespace(name="H200", total_memory=2**37))
+    monkeypatch.setattr(shutil, "disk_usage", Mock(side_effect=RuntimeError))
+    assert check("--attention.kernel=fa4")[1] == [f"{problem}\n"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("degree", [1, 3])
 def test_each_rank_reads_on_where_it_stopped_at_the_checkpoint(check, tmp_path, degree):

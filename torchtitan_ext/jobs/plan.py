@@ -3,8 +3,8 @@
 import os
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,13 +17,13 @@ from torchtitan_ext.data import build_dataloader, check_data, settings_of
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
 from torchtitan_ext.model.model import meta_model
+from torchtitan_ext.model.settings import Model
 
 from .job_file import parse_job
 from .memory import GIB, no_estimate_reason, peak_memory
 from .resume import checkpoint_folder, checkpoint_to_load, complete_steps, data_parallel_degree, data_position, step_of
 from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequences_at_once
 
-MODEL = "llama3_lighthouse"
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
 FA4_MFU = {"none": 52, "selective": 52, "full": 44}
 PRODUCTS = ("attention.w", "feed_forward.w")  # the names of a block's linears begin so
@@ -64,22 +64,24 @@ def plan_report(
     except ValueError as error:
         return {}, [str(error)]
     problems = job_problems(job, n_gpus)
-    if job.model.name != MODEL:
-        problems.insert(0, f"model.name = {job.model.name!r}: the checks are those of {MODEL!r}; set it to that")
+    if job.model.name != Model.name:
+        problems.insert(0, f"model.name = {job.model.name!r}: the checks are those of {Model.name!r}; set it to that")
     gpu, memory = "NVIDIA H200", 139.0  # GiB
     if torch.cuda.is_available():
         local = torch.cuda.get_device_properties(0)
         gpu, memory = local.name, local.total_memory / GIB
+    facts: dict[str, str] = {}
     try:
         plan = Plan.of(job, n_gpus)
-        facts = _facts(plan, gpu, tok_s)
-        checks = {"kernel": _kernel(job), "disk": _disk(plan), "memory": _memory(plan, gpu_memory or memory, problems)}
-        facts |= {name: fact for name, (fact, _) in checks.items()}
-        return facts, [*problems, *_reading_problems(plan), *chain(*(found for _, found in checks.values()))]
+        facts |= _facts(plan, gpu, tok_s)
+        facts["kernel"] = _kernel(job, problems)
+        facts["disk"] = _disk(plan, problems)
+        facts["memory"] = _memory(plan, gpu_memory or memory, problems)
+        problems += _reading_problems(plan)
     except Exception:  # of any kind: settings that were found wrong are no plan
         if not problems:
             raise
-        return {}, problems
+    return facts, problems
 
 
 def _reading_problems(plan: Plan) -> Iterator[str]:
@@ -121,8 +123,8 @@ def _checkpoints_to_come(plan: Plan) -> int:
     return min(saves, max(1, checkpoint.keep_latest_k + 1 - len(complete_steps(checkpoint_folder(plan.job)))))
 
 
-def _disk(plan: Plan) -> tuple[str, list[str]]:
-    """Space that checkpoints need on the disk, and why they don't fit there."""
+def _disk(plan: Plan, problems: list[str]) -> str:
+    """Space that checkpoints need on the disk; adds why they don't fit there."""
     folder = Path(plan.job.job.dump_folder).resolve()
     disk = next(path for path in (folder, *folder.parents) if path.exists())
     field, count = f"job.dump_folder = {plan.job.job.dump_folder!r}", _checkpoints_to_come(plan)
@@ -130,22 +132,24 @@ def _disk(plan: Plan) -> tuple[str, list[str]]:
     needed, free = count * n_bytes, shutil.disk_usage(disk).free
     fact = f"{count} checkpoints more at most, of {size(n_bytes)}: {size(needed)} of {size(free)} free in {disk}"
     if not disk.is_dir() or not os.access(disk, os.W_OK):
-        return fact, [f"{field}: nothing can be written in {disk}; choose another folder"]
-    remedy = f"choose another folder or make room (checkpoint.keep_latest_k = {plan.job.checkpoint.keep_latest_k})"
-    return fact, [f"{field}: {fact}; {remedy}"] if needed > free else []
+        problems.append(f"{field}: nothing can be written in {disk}; choose another folder")
+    elif needed > free:
+        remedy = f"choose another folder or make room (checkpoint.keep_latest_k = {plan.job.checkpoint.keep_latest_k})"
+        problems.append(f"{field}: {fact}; {remedy}")
+    return fact
 
 
-def _memory(plan: Plan, gpu_memory: float, others: list[str]) -> tuple[str, list[str]]:
-    """GPU memory that the run takes, and why it doesn't fit."""
+def _memory(plan: Plan, gpu_memory: float, problems: list[str]) -> str:
+    """GPU memory that the run takes; adds what would fit if it doesn't."""
     if reason := no_estimate_reason(plan.job, plan.dims):
-        return f"no estimate: {reason}", []
+        return f"no estimate: {reason}"
     parts = peak_memory(plan.job, plan.args, plan.dims)
     total, each = sum(parts.values()), ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items())
     fact = f"about {total:.1f} of {gpu_memory:.1f} GiB per GPU, to 15 %: {each}"
-    if total <= gpu_memory:
-        return fact, []
-    mode = plan.job.activation_checkpoint.mode
-    return fact, [f"activation_checkpoint.mode = {mode!r}: {fact}; {_what_fits(plan, gpu_memory, others)}"]
+    if total > gpu_memory:
+        mode = plan.job.activation_checkpoint.mode
+        problems.append(f"activation_checkpoint.mode = {mode!r}: {fact}; {_what_fits(plan, gpu_memory, problems)}")
+    return fact
 
 
 def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
@@ -154,17 +158,16 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
     for more, sharing in [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (8, 8)]:
         n_gpus, degree = plan.dims.world_size * more, plan.dims.cp * sharing
         for mode, *recomputed in (("none",), ("selective",), ("selective", *PRODUCTS), ("full",)):
-            changed = {"selective_ac_option": "op", "per_op_sac_force_recompute_mm_shapes_by_fqns": recomputed}
-            recompute = replace(plan.job.activation_checkpoint, mode=mode, **changed)
-            shared = replace(plan.job.parallelism, context_parallel_degree=degree)
-            job = replace(plan.job, activation_checkpoint=recompute, parallelism=shared)
+            job = deepcopy(plan.job)
+            job.parallelism.context_parallel_degree = degree
+            job.activation_checkpoint.mode, job.activation_checkpoint.selective_ac_option = mode, "op"
+            job.activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns = recomputed
             if set(job_problems(job, n_gpus)) - set(others):
                 continue
             needed = sum(peak_memory(job, plan.args, parallel_dims(job, n_gpus)).values())
             if needed <= gpu_memory:
                 changes = " (selective_ac_option = 'op')" if mode == "selective" else ""
-                if recomputed:
-                    changes += f" with per_op_sac_force_recompute_mm_shapes_by_fqns = {recomputed}"
+                changes += f" with per_op_sac_force_recompute_mm_shapes_by_fqns = {recomputed}" if recomputed else ""
                 changes += f" on {n_gpus} GPUs" if more > 1 else ""
                 changes += f" with parallelism.context_parallel_degree = {degree}" if sharing > 1 else ""
                 return f"{mode!r} would take {needed:.1f}{changes}"
@@ -181,8 +184,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     if n_lighthouse:
         gathered = f"{args.lighthouse.gathered_len(seq_len):,} gathered rows of {seq_len:,}"
         attention = f"Lighthouse in {n_lighthouse} layers, {gathered}; {attention}"
-    degrees = {name: getattr(dims, name) for name in DEGREES}
-    shared = " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1 or name == "dp_shard")
+    shared = " x ".join(f"{name} {n}" for name in DEGREES if (n := getattr(dims, name)) > 1 or name == "dp_shard")
     return {
         "model": f"{job.model.flavor}, {plan.n_params:,} parameters, {plan.flops / 1e9:.3g} GFLOPs per token",
         "RoPE": ", ".join(f"{name} {value:,}" for name, value in {"theta": args.rope_theta, **rope}.items()),
@@ -194,16 +196,17 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     }
 
 
-def _kernel(job: JobConfig) -> tuple[str, list[str]]:
-    """The kernel that attends on this machine, or why none can."""
+def _kernel(job: JobConfig, problems: list[str]) -> str:
+    """The kernel that attends on this machine; adds why the wanted one can't."""
     wanted = job.attention.kernel
     if not torch.cuda.is_available():
-        return f"{wanted}, chosen where the run starts: there is no CUDA device here", []
+        return f"{wanted}, chosen where the run starts: there is no CUDA device here"
     try:
         kernel, reasons = choose_kernel(job)
     except ValueError as error:
-        return wanted, [str(error)]
-    return "; not ".join([kernel, *reasons]), []
+        problems.append(str(error))
+        return wanted
+    return "; not ".join([kernel, *reasons])
 
 
 def _time(plan: Plan, tokens: int, gpu: str, tok_s: float | None) -> str:
