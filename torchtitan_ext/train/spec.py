@@ -8,16 +8,13 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental._context_parallel._attention import set_rotate_method
-from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS
-from torchtitan.models.llama3 import get_train_spec as get_llama3_train_spec
-from torchtitan.models.llama3 import parallelize_llama
+from torchtitan.models.llama3 import get_train_spec, parallelize_llama
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.model import Attention
-from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.protocols.train_spec import register_train_spec
 from torchtitan.tools.utils import device_type
 
 from torchtitan_ext.data import build_dataloader
@@ -29,12 +26,11 @@ from torchtitan_ext.lighthouse.ulysses import UlyssesAttention
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.loss import build_loss
 from torchtitan_ext.model.model import LighthouseSelfAttention, TiedProjection
+from torchtitan_ext.model.settings import Model
 
 from .metrics import LighthouseMetricsProcessor
 from .optimizer import LaunchSchedulers
 from .validator import LighthouseValidator
-
-NAME = "llama3_lighthouse"
 
 
 def register() -> None:
@@ -48,8 +44,19 @@ def register() -> None:
     _op_sac_save_list.add(torch.ops.lighthouse.base_scores.default)
     if triton_ops:
         _op_sac_save_list.add(torch.ops.lighthouse.select.default)
+    spec = replace(
+        get_train_spec(),
+        model_cls=LighthouseTransformer,
+        model_args=flavors,
+        parallelize_fn=parallelize,
+        build_dataloader_fn=build_dataloader,
+        build_lr_schedulers_fn=LaunchSchedulers,
+        build_loss_fn=build_loss,
+        build_validator_fn=LighthouseValidator,
+        build_metrics_processor_fn=LighthouseMetricsProcessor,
+    )
     with suppress(ValueError):  # registered before
-        register_train_spec(NAME, get_train_spec())
+        register_train_spec(Model.name, spec)
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
@@ -86,27 +93,3 @@ def seed_shards(parallel_dims: ParallelDims) -> None:
     if offset:
         torch.manual_seed(torch.initial_seed() + offset)
     torch.rand(2)  # keeps the initial weights of version 0.1, whose checks drew two numbers
-
-
-def build_dataloaders(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
-) -> ParallelAwareDataloader:
-    """The training's loader. Builds the validation's too, so that its errors stop the run here."""
-    if job_config.validation.enable:
-        build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, section="validation")
-    return build_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
-
-
-def get_train_spec() -> TrainSpec:
-    """llama3's train spec with this package's model, data and metrics."""
-    return replace(
-        get_llama3_train_spec(),
-        model_cls=LighthouseTransformer,
-        model_args=flavors,
-        parallelize_fn=parallelize,
-        build_dataloader_fn=build_dataloaders,
-        build_lr_schedulers_fn=LaunchSchedulers,
-        build_loss_fn=build_loss,
-        build_validator_fn=LighthouseValidator,
-        build_metrics_processor_fn=LighthouseMetricsProcessor,
-    )

@@ -23,9 +23,9 @@ class LighthouseValidator(Validator):
 
     def __init__(self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: Any, **kwargs: Any):
         source, validation = (dp_world_size, dp_rank, tokenizer), job_config.validation
-        super().__init__(job_config, *source, **kwargs)
         whole = validation.steps == -1
         loader = build_dataloader(*source, job_config, infinite=not whole, section="validation")
+        super().__init__(job_config, *source, **kwargs)  # later: its own loader's errors are less clear
         batches = list(islice(loader, None if whole else validation.steps))
         n_batches = torch.tensor(len(batches), device=device_type)
         torch.distributed.all_reduce(n_batches, torch.distributed.ReduceOp.MIN)
