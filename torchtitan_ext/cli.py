@@ -3,8 +3,8 @@
 import logging
 import os
 import sys
+import tomllib
 import warnings
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -58,7 +58,7 @@ class Preflight:
     tok_s: float | None = None  # tokens per second per GPU, `tps` in a log; None for an estimate from an H200's MFU
 
     def run(self, overrides: list[str]) -> int:
-        from .jobs.environment import environment_problems
+        from .jobs.environment import environment_problems  # needs nothing that may be missing
 
         for name, value in (("--gpu-memory", self.gpu_memory), ("--tok-s", self.tok_s)):
             if value is not None and not 0 < value < float("inf"):
@@ -68,8 +68,10 @@ class Preflight:
         warnings.simplefilter("ignore")
         problems = list(environment_problems())
         try:
-            from .jobs.plan import plan_report  # needs the packages checked above
+            from .jobs.plan import plan_report
+            from .train.spec import register
 
+            register()
             facts, found = plan_report(str(self.config_file), overrides, self.nproc, self.gpu_memory, self.tok_s)
         except ImportError as error:
             facts, found = {}, [f"the job can't be checked before this environment is complete: {error}"]
@@ -112,8 +114,6 @@ class Table:
     others: tuple[Path, ...] = ()  # experiments with other seeds or settings, such as those of `ablate`
 
     def run(self) -> None:
-        import tomllib
-
         from .experiment import report
 
         published = tomllib.loads(PUBLISHED.read_text())
@@ -266,12 +266,10 @@ VERBS |= {"export": Export, "check-data": CheckData}
 def main(arguments: list[str]) -> int:
     verbs: Any = Union[tuple(Annotated[v, subcommand(name, prefix_name=False)] for name, v in VERBS.items())]  # noqa: UP007
     chosen, overrides = parse(verbs, arguments, "python -m torchtitan_ext", return_unknown_args=True)
-    if not isinstance(chosen, (Patch, Table)):
-        # the preflight's report lists missing packages
-        with suppress(ImportError) if isinstance(chosen, Preflight) else nullcontext():
-            from .train.spec import register
+    if not isinstance(chosen, (Patch, Table, Preflight)):
+        from .train.spec import register
 
-            register()
+        register()
     if isinstance(chosen, (Preflight, Splits, Ablate, CheckData)):
         return chosen.run(overrides) or 0
     if overrides:

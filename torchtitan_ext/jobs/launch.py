@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -60,29 +60,25 @@ def child_environment() -> dict[str, str]:
 @contextmanager
 def training(command: list[str], log_file: Path, **environment: str) -> Iterator[Training]:
     """Start a training; end its processes when the body ends. SIGTERM and SIGHUP act like Ctrl-C."""
-
-    ends = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {s: signal.signal(s, signal.default_int_handler) for s in ends}
-    try:
-        with (
-            log_file.open("a") as log,
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env=child_environment() | environment,
-                start_new_session=True,  # Ctrl-C reaches only this process, which then ends the child in order
-            ) as child,
-        ):
-            try:
-                yield Training(child, log)
-                child.wait()
-            finally:
-                if child.poll() is None:
-                    child.terminate()  # torchrun ends its workers, and kills them after 30 s
-                    log.write(child.communicate()[0])
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
+        log = stack.enter_context(log_file.open("a"))
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=child_environment() | environment,
+            start_new_session=True,  # Ctrl-C reaches only this process, which then ends the child in order
+        )
+        stack.enter_context(child)
+        try:
+            yield Training(child, log)
+            child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()  # torchrun ends its workers, and kills them after 30 s
+                log.write(child.communicate()[0])
