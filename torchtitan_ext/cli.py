@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+from rich.filesize import decimal
 from tyro.conf import Positional, arg, subcommand
 
 from .arguments import Positive, Positives, parse
-from .console import make_folder, size
+from .console import make_folder
 from .progress import Display
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -215,7 +216,7 @@ class Export:
         dtype = getattr(torch, self.dtype)
         with Display() as display:
             n_bytes = checkpoint.n_bytes(dtype)
-            display.begin(f"{size(n_bytes)} read and written", 2 * n_bytes)
+            display.begin(f"{decimal(n_bytes, precision=2)} read and written", 2 * n_bytes)
             export(checkpoint, self.output, dtype, display.count)
         print(f"{checkpoint.path} exported to {self.output}")
 

@@ -70,9 +70,3 @@ def end(error: BaseException, program: str) -> int:
         return 1
     print(f"{program}: {reason}", file=sys.stderr)
     return code
-
-
-def size(n_bytes: int) -> str:
-    from rich.filesize import decimal
-
-    return decimal(n_bytes, precision=2)

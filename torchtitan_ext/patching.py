@@ -17,15 +17,11 @@ PATCHES = Path(__file__).resolve().parents[1] / "patches"
 REINSTALL = f"pip install --force-reinstall --no-deps torchtitan=={VERSION}"
 
 
-class PatchingError(ValueError):
-    """The message gives cause, files and remedy."""
-
-
 def series() -> list[Path]:
     """The patches, in the order in which they apply."""
     if patches := sorted(PATCHES.glob("*.patch")):
         return patches
-    raise PatchingError(f"{PATCHES} has no patches: they come with a clone, installed with pip install --editable")
+    raise ValueError(f"{PATCHES} has no patches: they come with a clone, installed with pip install --editable")
 
 
 def blob_ids() -> dict[str, list[str]]:
@@ -47,11 +43,11 @@ def installed_root() -> Path:
     spec = importlib.util.find_spec("torchtitan")
     if spec and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).parent
-    raise PatchingError(f"torchtitan is not installed: pip install torchtitan=={VERSION}, or name its folder: --root")
+    raise ValueError(f"torchtitan is not installed: pip install torchtitan=={VERSION}, or name its folder: --root")
 
 
 def is_patched(root: Path) -> bool:
-    """Whether the torchtitan/ in `root` is patched or as released. Raises PatchingError where it is neither."""
+    """Whether the torchtitan/ in `root` is patched or as released. Raises ValueError where it is neither."""
     ids = blob_ids()
     found = {name: _blob_id(root / name) for name in ids}
     for patched in (False, True):
@@ -60,16 +56,16 @@ def is_patched(root: Path) -> bool:
     files = " ".join(name for name, known in ids.items() if found[name] != known[0])
     remedy = f"git checkout v{VERSION} -- {files}" if (root / ".git").exists() else REINSTALL
     state = f"neither torchtitan {VERSION} as released nor with all patches: {files}"
-    raise PatchingError(f"{root / 'torchtitan'} is {state}\nRestore it: {remedy}")
+    raise ValueError(f"{root / 'torchtitan'} is {state}\nRestore it: {remedy}")
 
 
 def check_patched(changed_is_fine: bool = False) -> None:
-    """Raise PatchingError for torchtitan as released and, unless `changed_is_fine`, for one changed in another way."""
+    """Raise ValueError for torchtitan as released and, unless `changed_is_fine`, for one changed in another way."""
     root, patched = installed_root(), True
-    with suppress(*([PatchingError] if changed_is_fine else [])):
+    with suppress(*([ValueError] if changed_is_fine else [])):
         patched = is_patched(root)
     if not patched:
-        raise PatchingError(f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext patch apply")
+        raise ValueError(f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext patch apply")
 
 
 def change(root: Path, patched: bool) -> bool:
@@ -87,7 +83,7 @@ def change(root: Path, patched: bool) -> bool:
         text=True,
     )
     if git.returncode or is_patched(root) != patched:
-        raise PatchingError(f"git apply failed:\n{git.stderr.strip()}")
+        raise ValueError(f"git apply failed:\n{git.stderr.strip()}")
     for path, mode in modes.items():  # git resets modes to the umask's
         path.chmod(mode)
     return True

@@ -15,7 +15,6 @@ from torchtitan.config import ConfigManager
 
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.model import flavors
-from torchtitan_ext.patching import PatchingError
 from torchtitan_ext.train.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -85,7 +84,7 @@ def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "is not patched: python -m torchtitan_ext patch apply" in capsys.readouterr().err
-    monkeypatch.setattr("torchtitan_ext.patching.is_patched", MagicMock(side_effect=PatchingError))
+    monkeypatch.setattr("torchtitan_ext.patching.is_patched", MagicMock(side_effect=ValueError))
     main(arguments)
 
 

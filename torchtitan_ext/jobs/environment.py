@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchtitan_ext.patching import PatchingError, check_patched
+from torchtitan_ext.patching import check_patched
 
 DISTRIBUTION = "torchtitan-lighthouse"
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -33,8 +33,7 @@ def environment_problems() -> Iterator[str]:
     python, requirements = supported()
     if platform.python_version() not in SpecifierSet(python):
         yield f"Python {platform.python_version()}: {DISTRIBUTION} needs {python}"
-    for line in requirements:
-        requirement = Requirement(line)
+    for requirement in map(Requirement, requirements):
         if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
             continue
         needed = f"{requirement.name}{requirement.specifier}"
@@ -46,7 +45,7 @@ def environment_problems() -> Iterator[str]:
             yield f'{requirement.name} is {version or "not installed"}, not {needed}: pip install "{needed}"'
     try:
         check_patched()
-    except (PatchingError, OSError) as error:
+    except (ValueError, OSError) as error:
         yield str(error)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

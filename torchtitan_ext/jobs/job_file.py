@@ -88,5 +88,4 @@ def import_extension(module: str, where: str | Path) -> None:
 
 def as_toml(job: JobConfig) -> str:
     """The whole job as TOML; settings that are None are left out."""
-
     return tomli_w.dumps(asdict(job, dict_factory=lambda items: {name: x for name, x in items if x is not None}))

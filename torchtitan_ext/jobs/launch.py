@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import IO
 
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+# a training's environment, unless the caller's says otherwise
+DEFAULTS = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down others on a shared CPU
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed segments leave gaps too small for long activations
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted ranks wait for killed ones
+}
 STEP_LINE = re.compile(r"- step:\s*(\d+)\s+loss:\s*(\S+).*\btps:\s*([\d,]+)")
 
 
@@ -47,16 +53,6 @@ def torchrun(nproc: int, config_file: str | Path) -> list[str]:
     return [*command, "-m", "torchtitan_ext.train", "--job.config_file", str(config_file)]
 
 
-def child_environment() -> dict[str, str]:
-    """This process's environment, with better defaults for a training."""
-    ours = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down others on a shared CPU
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed segments leave gaps too small for long activations
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted ranks wait for killed ones
-    }
-    return {**ours, **os.environ, "PYTHONUNBUFFERED": "1"}
-
-
 @contextmanager
 def training(command: list[str], log_file: Path, **environment: str) -> Iterator[Training]:
     """Start a training; end its processes when the body ends. SIGTERM and SIGHUP act like Ctrl-C."""
@@ -71,7 +67,7 @@ def training(command: list[str], log_file: Path, **environment: str) -> Iterator
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=child_environment() | environment,
+            env={**DEFAULTS, **os.environ, "PYTHONUNBUFFERED": "1", **environment},
             start_new_session=True,  # Ctrl-C reaches only this process, which then ends the child in order
         )
         stack.enter_context(child)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import get_peak_flops
 
-from torchtitan_ext.console import size
 from torchtitan_ext.data import build_dataloader, check_data, settings_of
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
@@ -130,7 +130,8 @@ def _disk(plan: Plan, problems: list[str]) -> str:
     field, count = f"job.dump_folder = {plan.job.job.dump_folder!r}", _checkpoints_to_come(plan)
     n_bytes = 3 * TORCH_DTYPE_MAP[plan.job.training.dtype].itemsize * plan.n_params  # weights and two moments
     needed, free = count * n_bytes, shutil.disk_usage(disk).free
-    fact = f"{count} checkpoints more at most, of {size(n_bytes)}: {size(needed)} of {size(free)} free in {disk}"
+    each, whole, left = (decimal(n, precision=2) for n in (n_bytes, needed, free))
+    fact = f"{count} checkpoints more at most, of {each}: {whole} of {left} free in {disk}"
     if not disk.is_dir() or not os.access(disk, os.W_OK):
         problems.append(f"{field}: nothing can be written in {disk}; choose another folder")
     elif needed > free:

@@ -135,18 +135,18 @@ def _number_problems(job_config: JobConfig) -> Iterator[str]:
 
 def _model_problems(job_config: JobConfig) -> Iterator[str]:
     flavor, dense_layers = job_config.model.flavor, job_config.lighthouse.dense_layers
-    parallelism = job_config.parallelism
-    if flavor not in flavors:
+    args, parallelism = flavors.get(flavor), job_config.parallelism
+    if not args:
         yield f"model.flavor = {flavor!r} is unknown: choose one of {', '.join(flavors)}"
-    elif bad := [layer for layer in dense_layers or () if not 0 <= layer < flavors[flavor].n_layers]:
-        n_layers = flavors[flavor].n_layers
-        yield f"lighthouse.dense_layers = {dense_layers}: {bad} out of range, {flavor} has layers 0 to {n_layers - 1}"
+    elif bad := [layer for layer in dense_layers or () if not 0 <= layer < args.n_layers]:
+        last = args.n_layers - 1
+        yield f"lighthouse.dense_layers = {dense_layers}: {bad} out of range, {flavor} has layers 0 to {last}"
     if unknown := [name for name in job_config.model.converters if name not in CONVERTERS]:
         yield f"model.converters = {unknown}: unknown; choose from {', '.join(CONVERTERS)}"
     if job_config.quantize.linear.float8.enable_fsdp_float8_all_gather:
         reason = "checkpoints would hold torchao's tensors, which no stage without it, export or niah can read"
         yield f"quantize.linear.float8.enable_fsdp_float8_all_gather = true: {reason}; set it to false"
-    tied = flavor in flavors and flavors[flavor].enable_weight_tying
+    tied = args and args.enable_weight_tying
     if tied or job_config.loss.fuse_output:
         legal: dict[str, tuple] = {"tensor_parallel_degree": (1,), "pipeline_parallel_degree": (1,)}
         reason, remedy = "the flavor's embeddings are", ""
@@ -158,11 +158,11 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
                 use = " or ".join(map(repr, values)) + remedy
                 yield f"parallelism.{field} = {value!r}: {reason} the output projection too; use {use}"
     degree, tensor_parallel = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
-    if flavor in flavors and degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
-        n_heads, n_kv_heads = flavors[flavor].n_heads, flavors[flavor].n_kv_heads or flavors[flavor].n_heads
+    if args and degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
+        n_kv_heads = args.n_kv_heads or args.n_heads
         try:
             if 0 < tensor_parallel <= n_kv_heads:  # else torch says so
-                check_heads(n_heads // tensor_parallel, n_kv_heads // tensor_parallel, degree)
+                check_heads(args.n_heads // tensor_parallel, n_kv_heads // tensor_parallel, degree)
         except ValueError as error:
             remedy = "or set parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
             yield f"parallelism.context_parallel_degree = {degree}: {error}; {remedy}"

@@ -13,19 +13,10 @@ from .args import LighthouseModelArgs, flavors
 from .model import meta_model
 
 # What transformers takes where a config.json leaves the field out.
-DEFAULTS = {
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "quantization_config": None,
-}
-DEFAULTS |= {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+DEFAULTS |= {"num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+SAME = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # of every flavor
+DEFAULTS |= {**SAME, "tie_word_embeddings": False, "quantization_config": None}
 # its fields by a flavor's
 FIELDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 FIELDS |= {"n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}
@@ -41,8 +32,7 @@ def llama_config(args: LighthouseModelArgs) -> dict:
     rope = {"rope_type": "llama3", "factor": args.rope_scaling_args.scaling_factor}
     rope |= {name: getattr(args.rope_scaling_args, name) for name in SCALING[1:]}
     one_layer = meta_model(replace(args, n_layers=1))  # type: ignore[call-arg]  # torchtitan has no types
-    config = {name: DEFAULTS[name] for name in ("model_type", "hidden_act", "attention_bias", "mlp_bias")}
-    config |= {name: getattr(args, field) for field, name in FIELDS.items()}
+    config = SAME | {name: getattr(args, field) for field, name in FIELDS.items()}
     return config | {
         "architectures": ["LlamaForCausalLM"],
         "intermediate_size": one_layer.layers["0"].feed_forward.w1.out_features,

@@ -1,6 +1,5 @@
 """Cross entropy from the last hidden states, so that the logits of a long sequence never exist whole."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -94,14 +93,6 @@ def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Te
     return _ChunkedLoss.apply(hidden, weight, labels)
 
 
-def _loss_under_ddp(loss_fn: LossFunction, n_ranks: int, pred: Tensor, labels: Tensor) -> Tensor:
-    """DDP averages gradients over ranks, but the trainer has divided each loss by the tokens of all ranks."""
-    loss = loss_fn(pred, labels)
-    if loss.requires_grad:
-        loss.register_hook(lambda grad: grad * n_ranks)
-    return loss
-
-
 def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any) -> LossFunction:
     """torchtitan's loss, or the one above where `loss.fuse_output` asks for it."""
     if job_config.loss.fuse_output:
@@ -110,6 +101,14 @@ def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any
         loss_fn = linear_cross_entropy_loss
     else:
         loss_fn = build_cross_entropy_loss(job_config, **kwargs)
-    if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
-        return partial(_loss_under_ddp, loss_fn, parallel_dims.dp_replicate)
-    return loss_fn
+    if not parallel_dims.dp_replicate_enabled or parallel_dims.fsdp_enabled:
+        return loss_fn
+
+    def loss_under_ddp(pred: Tensor, labels: Tensor) -> Tensor:
+        # DDP averages gradients over ranks, but the trainer has divided each loss by the tokens of all ranks.
+        loss = loss_fn(pred, labels)
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: grad * parallel_dims.dp_replicate)
+        return loss
+
+    return loss_under_ddp

@@ -39,11 +39,9 @@ def register() -> None:
     # Threads of the tokenizer would warn at every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     DATASETS.update(OWN_DATASETS)
-    _op_sac_save_list.add(torch.ops.lighthouse.flash_attention_4.default)  # as torch's kernels
-    # Keep scores and selection, so that selective checkpointing repeats neither.
-    _op_sac_save_list.add(torch.ops.lighthouse.base_scores.default)
-    if triton_ops:
-        _op_sac_save_list.add(torch.ops.lighthouse.select.default)
+    # Selective checkpointing repeats neither attention, as of torch's kernels, nor scores and selection.
+    for name in ("flash_attention_4", "base_scores", *(("select",) if triton_ops else ())):
+        _op_sac_save_list.add(getattr(torch.ops.lighthouse, name).default)
     spec = replace(
         get_train_spec(),
         model_cls=LighthouseTransformer,
