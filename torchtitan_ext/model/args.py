@@ -30,8 +30,7 @@ class LighthouseModelArgs(TransformerModelArgs):
         """The layers that attend with Lighthouse: none of them when it is switched off."""
         if not self.lighthouse.enable:
             return []
-        dense = self.lighthouse.dense_layers
-        dense = self.dense_layers if dense is None else dense
+        dense = self.dense_layers if self.lighthouse.dense_layers is None else self.lighthouse.dense_layers
         return [layer for layer in range(self.n_layers) if layer not in dense]
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:

@@ -47,7 +47,7 @@ def register() -> None:
         model_cls=LighthouseTransformer,
         model_args=flavors,
         parallelize_fn=parallelize,
-        build_dataloader_fn=build_dataloader,
+        build_dataloader_fn=lambda dp_world_size, dp_rank, **given: build_dataloader(dp_world_size, dp_rank, **given),
         build_lr_schedulers_fn=LaunchSchedulers,
         build_loss_fn=build_loss,
         build_validator_fn=LighthouseValidator,
