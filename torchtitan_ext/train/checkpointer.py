@@ -17,16 +17,13 @@ class LighthouseCheckpointManager(CheckpointManager):
     interrupting = False
     bridging = False
     saving = ""  # the latest checkpoint begun
+    due = CheckpointManager._should_save  # whether `save` saves a step that is not the last
 
     def describe_latest(self) -> str:
         """The checkpoint that the next start would load, as a clause for messages."""
         if not self.enable or (step := self._find_load_step()) == -1:
             return "there is no checkpoint to continue from"
         return f"the newest checkpoint is {self._create_checkpoint_id(step)}"
-
-    def due(self, step: int) -> bool:
-        """Whether `save` saves this step if it is not the last."""
-        return self._should_save(step)
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """Save a checkpoint if due. Raises RuntimeError if it, or the previous asynchronous one, can't be saved."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
@@ -36,7 +35,6 @@ class LighthouseTrainer(Trainer):
     checkpointer_cls = LighthouseCheckpointManager
     checkpointer: LighthouseCheckpointManager
 
-    @record
     def __init__(self, job_config: JobConfig) -> None:
         self.nonfinite_steps = 0  # in a row
         # per unchecked step: its number, the flags of all ranks, and the event of their arrival on the host
@@ -161,13 +159,9 @@ class LighthouseTrainer(Trainer):
             logger.warning(f"SIGTERM: training ends after step {self.step} of {steps}; {latest}.")
             raise SystemExit(128 + signal.SIGTERM)  # as shells report it
 
-    @record
     def train(self) -> None:
         # Schedulers send SIGTERM before they take a machine: save, then end.
-        def note_sigterm(*_: Any) -> None:
-            self.sigterm_received = True
-
-        signal.signal(signal.SIGTERM, note_sigterm)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "sigterm_received", True))
         try:
             super().train()
         except SystemExit:
