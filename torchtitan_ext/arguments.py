@@ -2,7 +2,8 @@
 
 import re
 import sys
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,13 +27,8 @@ Positives = tuple[Positive, ...]
 
 def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:
     """Parse `arguments` into a `kind`, with options of tyro.cli. Raises ValueError for wrong ones; --help exits."""
-    try:
-        with redirect_stderr(StringIO()) as printed:
-            parsed = tyro.cli(kind, args=arguments, prog=program, **options)
-    except SystemExit as error:
-        if not error.code:  # --help
-            raise
-        raise ValueError(f"{one_line(printed.getvalue())}; see --help") from None
+    with errors_in_one_line("see --help"):
+        parsed = tyro.cli(kind, args=arguments, prog=program, **options)
     for value in vars(parsed[0] if isinstance(parsed, tuple) else parsed).values():
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path) and is_address(str(path)):
@@ -40,10 +36,18 @@ def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:
     return parsed
 
 
-def one_line(printed: str) -> str:
-    """The error in tyro's box, without frame, title, help texts and the advice to call --help."""
-    lines = (line.strip("│ ") for line in printed.splitlines() if not re.match("[╭╰]|│ [─ ]{6}", line))
-    return re.sub(r"\.? *(Argument helptext: .*)?For full helptext.*", "", " ".join(lines))
+@contextmanager
+def errors_in_one_line(remedy: str) -> Iterator[None]:
+    """Raise ValueError for the error in tyro's box, without frame, title, help texts and the advice to call --help."""
+    try:
+        with redirect_stderr(StringIO()) as printed:
+            yield
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        lines = (line.strip("│ ") for line in printed.getvalue().splitlines() if not re.match("[╭╰]|│ [─ ]{6}", line))
+        said = re.sub(r"\.? *(Argument helptext: .*)?For full helptext.*", "", " ".join(lines))
+        raise ValueError(f"{said}; {remedy}") from None
 
 
 def start(kind: Any) -> NoReturn:

@@ -4,16 +4,14 @@ import importlib
 import tomllib
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from torchtitan.config import ConfigManager, JobConfig
 
-from torchtitan_ext.arguments import one_line
+from torchtitan_ext.arguments import errors_in_one_line
 from torchtitan_ext.model.settings import JobConfig as OwnSections
 
 RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
@@ -54,8 +52,9 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
     where = " ".join([str(config_file), *overrides])
     if module := sections.get("experimental", {}).get("custom_import"):
         import_extension(module, where)  # before scorers' names are checked
+    settings = f"all settings: python -m torchtitan_ext.train --job.config_file {config_file} --help"
     try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()) as by_parser:
+        with warnings.catch_warnings(), errors_in_one_line(settings):
             # the checks report wrong types
             warnings.filterwarnings("ignore", category=UserWarning, message="The field")
             manager = ConfigManager()
@@ -67,11 +66,6 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         # the rest is about torchtitan's launcher
         said = str(error).splitlines()[0].partition(" We'll try")[0]
         raise ValueError(f"{where}: {said.rstrip('.')}; correct that in the file or argument") from error
-    except SystemExit as error:
-        if not error.code:  # --help
-            raise
-        settings = f"all settings: python -m torchtitan_ext.train --job.config_file {config_file} --help"
-        raise ValueError(f"{where}: {one_line(by_parser.getvalue())}; correct that argument ({settings})") from error
     if job.experimental.custom_import:
         import_extension(job.experimental.custom_import, where)
     return job
