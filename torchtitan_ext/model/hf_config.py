@@ -13,10 +13,10 @@ from .args import LighthouseModelArgs, flavors
 from .model import meta_model
 
 # What transformers takes where a config.json leaves the field out.
-DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+SAME = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # in every flavor
+DEFAULTS: dict[str, Any] = {**SAME, "tie_word_embeddings": False, "quantization_config": None}
+DEFAULTS |= {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 DEFAULTS |= {"num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-SAME = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # of every flavor
-DEFAULTS |= {**SAME, "tie_word_embeddings": False, "quantization_config": None}
 # its fields by a flavor's
 FIELDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 FIELDS |= {"n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}

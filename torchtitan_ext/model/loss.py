@@ -104,7 +104,7 @@ def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any
     if not parallel_dims.dp_replicate_enabled or parallel_dims.fsdp_enabled:
         return loss_fn
 
-    def loss_under_ddp(pred: Tensor, labels: Tensor) -> Tensor:
+    def loss_under_ddp(pred: Any, labels: Tensor) -> Tensor:
         # DDP averages gradients over ranks, but the trainer has divided each loss by the tokens of all ranks.
         loss = loss_fn(pred, labels)
         if loss.requires_grad:
