@@ -20,15 +20,7 @@ from torchtitan.models.llama3.model.model import precompute_freqs_cis
 from torchtitan_ext import figures
 from torchtitan_ext.arguments import Positive, Positives, start
 from torchtitan_ext.console import make_folder
-from torchtitan_ext.experiment.timing import (
-    copy_gb_s,
-    forward_backward,
-    interleaved_times_ms,
-    kernels_ms,
-    peak_gib,
-    this_machine,
-    times_ms,
-)
+from torchtitan_ext.experiment import timing
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, dense_attention, unusable_reason
@@ -73,22 +65,18 @@ class BenchAttention:
     def run(self) -> None:
         if self.output.is_dir():
             raise ValueError(f"--output {self.output}: is a folder; name a file")
-        kernels = self.kernels or [name for name in ("cudnn", "fa4") if not self.unusable_reason(name)] or ["sdpa"]
+        unusable_here = partial(unusable_reason, dtype=DTYPE, head_dim=self.head_dim)
+        kernels = self.kernels or [name for name in ("cudnn", "fa4") if not unusable_here(name)] or ["sdpa"]
         for name in kernels:
-            if reason := self.unusable_reason(name):
+            if reason := unusable_here(name):
                 raise ValueError(f"--kernels {name}: {reason}")
         cases = [(n, {"scorer": scorer}) for n in self.seq_lens for scorer in self.scorers] or FIGURE
         layers = [self.case(seq_len, **settings) for seq_len, settings in cases]
         make_folder(self.output.parent)
 
-        dtype = "bf16" if ON_GPU else "fp32"
-        machine = {
-            **this_machine(),
-            "threads": torch.get_num_threads(),
-            "command": " ".join(["python", *sys.argv]),
-            "copy_gb_s": copy_gb_s(),
-            "settings": f"{dtype}, B=1, H={self.n_heads}, H_kv={self.n_kv_heads}, D={self.head_dim}",
-        }
+        heads = f"B=1, H={self.n_heads}, H_kv={self.n_kv_heads}, D={self.head_dim}"
+        machine = {**timing.this_machine(), "threads": torch.get_num_threads(), "copy_gb_s": timing.copy_gb_s()}
+        machine |= {"settings": f"{'bf16' if ON_GPU else 'fp32'}, {heads}", "command": " ".join(["python", *sys.argv])}
         rows: list[dict] = []
         with Display() as display:
             # Dense attention takes most of the time and grows quadratically.
@@ -114,18 +102,15 @@ class BenchAttention:
         config.check_seq_len(seq_len)
         return seq_len, config
 
-    def unusable_reason(self, kernel: str) -> str | None:
-        return unusable_reason(kernel, DTYPE, self.head_dim)
-
     def time(self, seq_len: int, config: LighthouseConfig, kernel: str) -> dict:
         torch.manual_seed(0)
         freqs_cis, attention = precompute_freqs_cis(self.head_dim, seq_len).to(DEVICE), CausalAttention(kernel)
         lighthouse = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
         dense, gathered_len = partial(dense_attention, kernel=kernel), config.gathered_len(seq_len)
-        inputs = self.qkv(seq_len)
+        qkv = partial(timing.random_qkv, device=DEVICE, dtype=DTYPE)
+        inputs, rows = (qkv(n, self.n_heads, self.n_kv_heads, self.head_dim) for n in (seq_len, gathered_len))
         grad = torch.randn_like(inputs[0])
-        peak = peak_gib(partial(forward_backward, lighthouse, inputs, grad)) if ON_GPU else None
-        rows = self.qkv(gathered_len)  # in memory as the layer's
+        peak = timing.peak_gib(partial(timing.forward_backward, lighthouse, inputs, grad)) if ON_GPU else None
         cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (dense, rows, torch.randn_like(rows[0]))}
         times = medians_ms(cases, self.repeats)
         if seq_len <= DENSE_UP_TO:
@@ -134,10 +119,6 @@ class BenchAttention:
         settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
         record = {"seq_len": seq_len, **settings, "kernel": kernel, "gathered_len": gathered_len, **times}
         return record | {"peak_gib": peak, "score_ms": stages[0]["ms"], "stages": stages}
-
-    def qkv(self, n_rows: int) -> list[torch.Tensor]:
-        shapes = [(1, n_rows, heads, self.head_dim) for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
-        return [torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for shape in shapes]
 
     def time_stages(self, config: LighthouseConfig, attention: CausalAttention, q, k, v, freqs_cis) -> list[dict]:
         """Each stage alone: its milliseconds, and the megabytes that it must move."""
@@ -162,11 +143,8 @@ class BenchAttention:
             "scatter backward": (lambda: backward(positions, out, grad), all_rows * n_heads),
             "gather backward": (lambda: backward(gathered, (q, k, v), grads), all_rows * (n_heads + 2 * n_kv_heads)),
         }
-        rows = []
-        for name, (call, megabytes) in stages.items():
-            ms = kernels_ms(call, self.repeats) if ON_GPU else median(times_ms(call, self.repeats))
-            rows.append({"stage": name, "ms": ms, "mb": megabytes})
-        return rows
+        ms = timing.kernels_ms if ON_GPU else lambda call, repeats: median(timing.times_ms(call, repeats))
+        return [{"stage": name, "ms": ms(call, self.repeats), "mb": mb} for name, (call, mb) in stages.items()]
 
 
 def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:
@@ -174,8 +152,8 @@ def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:
     calls = {}
     for name, (function, inputs, grad) in cases.items():
         calls[f"{name}_fwd_ms"] = partial(function, *(x.detach() for x in inputs))
-        calls[f"{name}_fwd_bwd_ms"] = partial(forward_backward, function, inputs, grad)
-    return {name: median(times) for name, times in interleaved_times_ms(calls, repeats).items()}
+        calls[f"{name}_fwd_bwd_ms"] = partial(timing.forward_backward, function, inputs, grad)
+    return {name: median(times) for name, times in timing.interleaved_times_ms(calls, repeats).items()}
 
 
 def table(rows: list[dict]) -> str:
@@ -183,15 +161,13 @@ def table(rows: list[dict]) -> str:
     head = ["seq_len", "L, p, k", "S", "scorer", "its own ms", "kernel", "pass", "dense ms", "floor ms"]
     head += ["Lighthouse ms", "against dense", "of the floor", "peak GiB"]
     cells = []
-    for r in rows:
-        for direction, label in DIRECTIONS.items():
-            dense, floor, ours = (r.get(f"{name}_{direction}_ms") for name in ("dense", "floor", "lighthouse"))
-            settings = [f"{r['seq_len']:,}", f"{r['levels']}, {r['pooling_factor']}, {r['top_k']}"]
-            settings += [f"{r['gathered_len']:,}", r["scorer"], f"{r['score_ms']:.3f}", r["kernel"], label]
-            times = [f"{dense:.2f}" if dense else "-", f"{floor:.3f}", f"{ours:.3f}"]
-            ratios = [f"{dense / ours:.1f}x" if dense else "-", f"{ours / floor:.3f}x"]
-            peak = f"{r['peak_gib']:.2f}" if r["peak_gib"] and direction == "fwd_bwd" else "-"
-            cells.append([*settings, *times, *ratios, peak])
+    for r, (direction, label) in product(rows, DIRECTIONS.items()):
+        dense, floor, ours = (r.get(f"{name}_{direction}_ms") for name in ("dense", "floor", "lighthouse"))
+        cells.append([f"{r['seq_len']:,}", f"{r['levels']}, {r['pooling_factor']}, {r['top_k']}"])
+        cells[-1] += [f"{r['gathered_len']:,}", r["scorer"], f"{r['score_ms']:.3f}", r["kernel"], label]
+        cells[-1] += [f"{dense:.2f}" if dense else "-", f"{floor:.3f}", f"{ours:.3f}"]
+        cells[-1] += [f"{dense / ours:.1f}x" if dense else "-", f"{ours / floor:.3f}x"]
+        cells[-1].append(f"{r['peak_gib']:.2f}" if r["peak_gib"] and direction == "fwd_bwd" else "-")
     return figures.markdown_table(head, cells)
 
 

@@ -125,9 +125,9 @@ class BenchTrain:
     def job_arguments(self, words: tuple[str, ...]) -> list[str]:
         """A run's torchtitan arguments after its job file: no checkpoints, local sources, and the run's settings."""
         arguments = ["--checkpoint.no_enable", "--checkpoint.initial_load_path=None", f"--training.steps={self.steps}"]
-        arguments += ["--training.global_batch_size=-1"]
         arguments += ["--training.dataset=python_source", "--training.dataset_path=None"]
-        arguments += [f"--metrics.log_freq={self.window}", "--metrics.enable_tensorboard"]
+        arguments += ["--training.global_batch_size=-1", f"--metrics.log_freq={self.window}"]
+        arguments += ["--metrics.enable_tensorboard"]
         if self.profile:
             arguments += ["--profiling.enable_profiling", f"--profiling.profile_freq={self.steps}"]
             arguments += [f"--profiling.profiler_active={PROFILED}", "--profiling.profiler_warmup=1"]
@@ -172,7 +172,7 @@ def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
 
 
 def share_of_one(row: dict, rows: list[dict]) -> str:
-    """Of the speed that the run of the same name has on one device."""
+    """Its share of the speed that the run of the same name has on one device."""
     alone = [r for r in rows if (r["name"], r["n_gpus"]) == (row["name"], 1) and "error" not in r]
     return f"{100 * row['tok_s_gpu'] / alone[-1]['tok_s_gpu']:.1f} %" if alone and row["n_gpus"] > 1 else "-"
 
@@ -181,13 +181,12 @@ def table(rows: list[dict]) -> str:
     head = ("run", "devices", "seq_len", "kernel", "tok/s per device", "of one device", "step s", "peak GiB", "MFU %")
     cells = []
     for row in rows:
-        cells.append([row["name"], row["n_gpus"]])
         if "error" in row:
-            cells[-1] += [row["error"], *[""] * 8]
+            cells.append([row["name"], row["n_gpus"], row["error"], *[""] * 8])
             continue
         speed, first = row["tok_s_gpu"], rows[0].get("tok_s_gpu", float("nan"))
-        cells[-1] += [f"{row['seq_len']:,}", row.get("kernel", "-"), f"{speed:,.0f}", share_of_one(row, rows)]
-        cells[-1] += [f"{row['step_s']:.3f}", f"{row['peak_gib']:.1f}", f"{row['mfu']:.1f}"]
+        cells.append([row["name"], row["n_gpus"], f"{row['seq_len']:,}", row.get("kernel", "-"), f"{speed:,.0f}"])
+        cells[-1] += [share_of_one(row, rows), f"{row['step_s']:.3f}", f"{row['peak_gib']:.1f}", f"{row['mfu']:.1f}"]
         cells[-1] += [f"{row['loss_first']:.2f} to {row['loss_last']:.2f}", f"{speed / first:.2f}x"]
     return markdown_table([*head, "loss", "against the first"], cells)
 

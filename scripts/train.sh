@@ -13,9 +13,8 @@ set -euo pipefail
 fail() { echo "$1" >&2 && exit 1; }
 : "${CONFIG:?CONFIG is not set: name a job file, for example CONFIG=configs/530m/stage1.toml}"
 [[ -f $CONFIG ]] || fail "CONFIG = $CONFIG: there is no such file in $PWD; give the path of a job file from there"
-if [[ ${NNODES:-1} != 1 ]]; then
+[[ ${NNODES:-1} == 1 ]] ||
     : "${RDZV_ENDPOINT:?RDZV_ENDPOINT is not set: NNODES = $NNODES nodes meet at the host:port of one of them}"
-fi
 command -v torchrun > /dev/null ||
     fail "torchrun is not on the PATH: activate the environment first (after make setup: source .venv/bin/activate)"
 # Segments of GPU memory that can grow leave no gaps that an activation of a long sequence doesn't fit into.

@@ -61,13 +61,9 @@ def find_candidate(path: Path) -> Candidate:
     """The checkpoint at `path`: torchtitan's, as for `find_checkpoint`, or a Hugging Face folder. Raises ValueError if
     there is none, or a part is missing."""
     path = path.resolve()
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        config = {}  # find_checkpoint reports it
-    if "model_type" in config:
+    config_file = path / CONFIG_FILE  # a run has one too
+    if config_file.is_file() and '"model_type"' in config_file.read_text():
         return _hugging_face(path)
-
     checkpoint = find_checkpoint(path)
     path, args = checkpoint.path, checkpoint.model_args
 
@@ -214,9 +210,9 @@ def write(
         "cells": [asdict(cell) | {"correct": cell.correct, "mean": cell.correct / settings.trials} for cell in cells],
     }
     shares = record_shares(record)
-    rows = [(f"{depth} %", *row, row.mean()) for depth, row in zip(settings.depths, shares, strict=True)]
-    body = [[title, *(f"{share:.2f}" for share in row)] for title, *row in (*rows, ("mean", *shares.mean(0), mean))]
-    body[-1][-1] = f"**{body[-1][-1]}**"
+    titles = [*(f"{depth} %" for depth in settings.depths), "mean"]
+    means = np.vstack([np.column_stack([shares, shares.mean(1)]), [*shares.mean(0), mean]])
+    body = [[title, *map("{:.2f}".format, row)] for title, row in zip(titles, means, strict=True)]
     how = f"{settings.trials} trials per cell, seed {settings.seed}, {precision}. Context in tokens; chance is 0.1."
     text = f"Retrieval under dense attention, {name}: mean {mean:.3f} ± {error:.3f} (standard error), {how}\n\n"
     head = ["depth", *(f"{context:,}" for context in settings.contexts), "mean"]

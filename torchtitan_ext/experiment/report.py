@@ -145,8 +145,10 @@ def table(experiment: Experiment) -> list[Row]:
             row |= _final_losses(tail)
             compare(row, rows[0])
             if reached:
-                row["device_hours"] = hours_at(reached, split) + float(tail.device_hours[-1])
-                row |= _at_equal_hours(dense, row["device_hours"])
+                row["device_hours"] = hours = hours_at(reached, split) + float(tail.device_hours[-1])
+                if dense and hours <= dense.device_hours[-1] and dense.validation_step.size:
+                    spent = [hours_at(dense, end) for end in dense.validation_step]
+                    row["dense_at_equal_hours"] = float(np.interp(hours, spent, dense.validation_loss))
     return rows
 
 
@@ -159,14 +161,6 @@ def _final_losses(run: Run) -> Row:
     final = mean_loss(run.step, run.loss, run.total_steps, window(run.total_steps, run.log_freq))
     validation = {"validation_loss": float(run.validation_loss[-1])} if run.validation_loss.size else {}
     return {"final_loss": final} | validation
-
-
-def _at_equal_hours(dense: Run | None, hours: float) -> Row:
-    """Empty if dense has spent fewer device-hours, or isn't validated."""
-    if dense is None or hours > dense.device_hours[-1] or not dense.validation_step.size:
-        return {}
-    spent = [hours_at(dense, end) for end in dense.validation_step]
-    return {"dense_at_equal_hours": float(np.interp(hours, spent, dense.validation_loss))}
 
 
 def _status(run: Run | None, start: int = 0) -> str:

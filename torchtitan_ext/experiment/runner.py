@@ -184,8 +184,7 @@ def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
     with training(command, log_file) as child:
         for step, loss, tps in child.steps():
             display.show(step, f"{step}/{run.steps}  loss {loss:.3f}  {tps} tok/s/device  ")
-    code = child.process.returncode
-    if code or not run.has(run.steps):
+    if (code := child.process.returncode) or not run.has(run.steps):
         ending = f"exit code {code}" if code else f"ended without its checkpoint of step {run.steps}"
         reason = f"{run.name} failed ({ending}), see above and {log_file}"
         raise CommandFailed(f"{child.output}\n{reason}: correct that, and the same command continues")

@@ -19,7 +19,7 @@ from torchtitan_ext.lighthouse.kernels import dense_attention
 from torchtitan_ext.model import LighthouseModelArgs
 from torchtitan_ext.model.model import meta_model
 
-from .timing import copy_gb_s, forward_backward, times_ms
+from .timing import copy_gb_s, forward_backward, random_qkv, times_ms
 
 BF16 = 2  # bytes
 LAUNCHES = ("cuda_runtime", "cuda_driver")  # categories of a trace's events
@@ -137,8 +137,7 @@ def measure_rates() -> dict[str, float]:
 def attention_ms(rows: int, args: LighthouseModelArgs) -> float:
     """Milliseconds of causal attention by the model's kernel, bf16, batch 1, forward and backward."""
     heads, kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-    shapes = [(1, rows, n, args.dim // heads) for n in (heads, kv_heads, kv_heads)]
-    qkv = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    qkv = random_qkv(rows, heads, kv_heads, args.dim // heads)
     attention = partial(dense_attention, kernel=args.kernel)
     return median(times_ms(partial(forward_backward, attention, qkv, torch.randn_like(qkv[0])), 7))
 
