@@ -2,11 +2,14 @@
 
 All three attend by the same kernel. On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a
 range of contexts, and the recipe's context by each scorer; minutes. On a CPU: one small case by each; seconds. Writes
-the records as JSON and, for several lengths, a log-log plot of the first scorer beside them.
+the records as JSON and, for several lengths, a log-log plot of the first scorer beside them. --peers also times other
+layers for long contexts, which need flash-linear-attention and [fa4]. NSA has 16 query heads and one for keys and
+values; with --n-heads 16 --n-kv-heads 1 dense attention and Lighthouse have them too.
 """
 
 import json
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, product
@@ -15,11 +18,12 @@ from statistics import median
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torchtitan.models.llama3.model.model import precompute_freqs_cis
 
 from torchtitan_ext import figures
 from torchtitan_ext.arguments import Positive, Positives, start
-from torchtitan_ext.console import make_folder
+from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.experiment import timing
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
@@ -45,6 +49,38 @@ CURVES = {
     "floor": ("gathered rows only", figures.GREEN),
 }
 STYLES = ("o-", "x--", ".:", "+-.")  # of the kernels
+WINDOW = 4_096  # of the layer that has nothing else
+PEER_DIM = 128  # channels of a peer's query and key
+
+
+def window(q: Tensor, k: Tensor, v: Tensor, size: int = WINDOW) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(q, k, v, causal=True, window_size=(size - 1, 0))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def gla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from fla.ops.gla import chunk_gla
+
+    gates = torch.nn.functional.logsigmoid(k.detach().float()) / 16  # the paper's temperature
+    return chunk_gla(q, k, v, gates.to(q.dtype))[0]
+
+
+def nsa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compressed blocks, selected blocks and a window, as gates of 1 add them up; sizes as in its paper."""
+    from fla.ops.nsa import parallel_nsa
+
+    gates = torch.ones(*q.shape[:3], device=q.device, dtype=q.dtype)
+    return parallel_nsa(q, k, v, gates, gates, block_counts=16, block_size=64) + window(q, k, v, 512)
+
+
+# the function of q, k and v; heads, key and value heads, channels of a value
+PEERS = {
+    f"window of {WINDOW:,}, FlashAttention-4": (window, 8, 8, 128),
+    "gated linear attention": (gla, 4, 4, 256),
+    "native sparse attention": (nsa, 16, 1, 128),  # last: it compiles for minutes
+}
 
 
 @dataclass
@@ -60,6 +96,7 @@ class BenchAttention:
     n_kv_heads: Positive = 8 if ON_GPU else 4  # key and value heads
     head_dim: Positive = 128 if ON_GPU else 64  # channels per head
     repeats: Positive = 30 if ON_GPU else 5  # of each timing; the median counts
+    peers: bool = False  # time other layers at these lengths too, forward + backward
     output: Path = Path("results" if ON_GPU else "outputs", "bench_attention.json")  # the plot goes beside it
 
     def run(self) -> None:
@@ -70,6 +107,10 @@ class BenchAttention:
         for name in kernels:
             if reason := unusable_here(name):
                 raise ValueError(f"--kernels {name}: {reason}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} query heads: must be a multiple of {self.n_kv_heads} KV heads")
+        if self.peers and (reason := unusable_reason("fa4", DTYPE, PEER_DIM)):
+            raise ValueError(f"--peers: {reason}")
         cases = [(n, {"scorer": scorer}) for n in self.seq_lens for scorer in self.scorers] or FIGURE
         layers = [self.case(seq_len, **settings) for seq_len, settings in cases]
         make_folder(self.output.parent)
@@ -77,22 +118,34 @@ class BenchAttention:
         heads = f"B=1, H={self.n_heads}, H_kv={self.n_kv_heads}, D={self.head_dim}"
         machine = {**timing.this_machine(), "threads": torch.get_num_threads(), "copy_gb_s": timing.copy_gb_s()}
         machine |= {"settings": f"{'bf16' if ON_GPU else 'fp32'}, {heads}", "command": " ".join(["python", *sys.argv])}
-        rows: list[dict] = []
+        records: dict = {"machine": machine, "rows": [], "peers": [], "errors": {}}
+        rows, peers, errors = records["rows"], records["peers"], records["errors"]
+        todo = []
+        for (n, config), kernel in product(layers, kernels):
+            work = min(n, DENSE_UP_TO) ** 2  # dense attention takes most of the time and grows quadratically
+            todo.append((f"{n:,} tokens, {config.scorer}, {kernel}", work, rows, partial(self.time, n, config, kernel)))
+        for name, n in product(PEERS if self.peers else (), dict(layers)):
+            todo.append((f"{n:,} tokens, {name}", n * WINDOW, peers, partial(self.time_peer, name, n)))
         with Display() as display:
-            # Dense attention takes most of the time and grows quadratically.
-            work = sum(min(seq_len, DENSE_UP_TO) ** 2 for seq_len, _ in layers)
-            display.begin(f"{len(layers)} layers", len(kernels) * work)
-            for (seq_len, config), kernel in product(layers, kernels):
-                display.say(f"{seq_len:,} tokens, {config.scorer}, {kernel} ...")
-                rows.append(self.time(seq_len, config, kernel))
-                self.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-                display.count(min(seq_len, DENSE_UP_TO) ** 2)
+            display.begin(f"{len(todo)} layers", sum(work for _, work, *_ in todo))
+            for title, work, measured, measure in todo:
+                display.say(f"{title} ...")
+                try:
+                    measured.append(measure())
+                except Exception as error:  # the others go on
+                    display.say(traceback.format_exc())
+                    errors[title] = f"{type(error).__name__}: {error}"[:200]
+                self.output.write_text(json.dumps(records, indent=1) + "\n")
+                display.count(work)
 
-        print(f"\n{machine}\n\n{table(rows)}\n\nrecords: {self.output}")
+        tables = [table(rows), *([peers_table(peers)] if peers else [])]
+        print("", machine, *tables, f"records: {self.output}", sep="\n\n")
         if len({row["seq_len"] for row in rows}) > 1:
             path = self.output.with_suffix(".png")
             draw(rows, machine).savefig(path, dpi=150)
             print(f"plot: {path}")
+        if errors:
+            raise CommandFailed("; ".join(f"{title}: {error}" for title, error in errors.items()))
 
     def case(self, seq_len: int, scorer: str = "norm", **settings: int) -> tuple[int, LighthouseConfig]:
         """A layer to time: these arguments with some settings replaced. Raises ValueError."""
@@ -104,21 +157,35 @@ class BenchAttention:
 
     def time(self, seq_len: int, config: LighthouseConfig, kernel: str) -> dict:
         torch.manual_seed(0)
+        qkv = partial(timing.random_qkv, device=DEVICE, dtype=DTYPE)
+        inputs = qkv(seq_len, self.n_heads, self.n_kv_heads, self.head_dim)
+        grad = torch.randn_like(inputs[0])
+        # Each layer's peak before anything else is in memory.
+        dense, timed, peaks = partial(dense_attention, kernel=kernel), seq_len <= DENSE_UP_TO, {}
+        if timed:
+            peaks["dense_peak_gib"] = timing.peak_gib(partial(timing.forward_backward, dense, inputs, grad))
         freqs_cis, attention = precompute_freqs_cis(self.head_dim, seq_len).to(DEVICE), CausalAttention(kernel)
         lighthouse = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
-        dense, gathered_len = partial(dense_attention, kernel=kernel), config.gathered_len(seq_len)
-        qkv = partial(timing.random_qkv, device=DEVICE, dtype=DTYPE)
-        inputs, rows = (qkv(n, self.n_heads, self.n_kv_heads, self.head_dim) for n in (seq_len, gathered_len))
-        grad = torch.randn_like(inputs[0])
-        peak = timing.peak_gib(partial(timing.forward_backward, lighthouse, inputs, grad)) if ON_GPU else None
+        peaks["peak_gib"] = timing.peak_gib(partial(timing.forward_backward, lighthouse, inputs, grad))
+        gathered_len = config.gathered_len(seq_len)
+        rows = qkv(gathered_len, self.n_heads, self.n_kv_heads, self.head_dim)
         cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (dense, rows, torch.randn_like(rows[0]))}
         times = medians_ms(cases, self.repeats)
-        if seq_len <= DENSE_UP_TO:
+        if timed:
             times |= medians_ms({"dense": (dense, inputs, grad)}, max(self.repeats // 10, 2))
         stages = self.time_stages(config, attention, *inputs, freqs_cis)
         settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
         record = {"seq_len": seq_len, **settings, "kernel": kernel, "gathered_len": gathered_len, **times}
-        return record | {"peak_gib": peak, "score_ms": stages[0]["ms"], "stages": stages}
+        return record | peaks | {"score_ms": stages[0]["ms"], "stages": stages}
+
+    def time_peer(self, name: str, seq_len: int) -> dict:
+        function, heads, kv_heads, value_dim = PEERS[name]
+        row = {"seq_len": seq_len, "layer": name, "heads": heads, "kv_heads": kv_heads, "value_dim": value_dim}
+        torch.manual_seed(0)
+        inputs = timing.random_qkv(seq_len, heads, kv_heads, PEER_DIM, value_dim, device=DEVICE, dtype=DTYPE)
+        grad = torch.randn(1, seq_len, heads, value_dim, device=DEVICE, dtype=DTYPE)
+        step = partial(timing.forward_backward, function, inputs, grad)
+        return row | {"peak_gib": timing.peak_gib(step), "ms": median(timing.times_ms(step, self.repeats))}
 
     def time_stages(self, config: LighthouseConfig, attention: CausalAttention, q, k, v, freqs_cis) -> list[dict]:
         """Each stage alone: its milliseconds, and the megabytes that it must move."""
@@ -159,7 +226,7 @@ def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:
 def table(rows: list[dict]) -> str:
     """Milliseconds and the two ratios, forward and forward + backward."""
     head = ["seq_len", "L, p, k", "S", "scorer", "its own ms", "kernel", "pass", "dense ms", "floor ms"]
-    head += ["Lighthouse ms", "against dense", "of the floor", "peak GiB"]
+    head += ["Lighthouse ms", "against dense", "of the floor", "peak GiB", "dense peak GiB"]
     cells = []
     for r, (direction, label) in product(rows, DIRECTIONS.items()):
         dense, floor, ours = (r.get(f"{name}_{direction}_ms") for name in ("dense", "floor", "lighthouse"))
@@ -167,8 +234,15 @@ def table(rows: list[dict]) -> str:
         cells[-1] += [f"{r['gathered_len']:,}", r["scorer"], f"{r['score_ms']:.3f}", r["kernel"], label]
         cells[-1] += [f"{dense:.2f}" if dense else "-", f"{floor:.3f}", f"{ours:.3f}"]
         cells[-1] += [f"{dense / ours:.1f}x" if dense else "-", f"{ours / floor:.3f}x"]
-        cells[-1].append(f"{r['peak_gib']:.2f}" if r["peak_gib"] and direction == "fwd_bwd" else "-")
+        peaks = [r.get(name) if direction == "fwd_bwd" else None for name in ("peak_gib", "dense_peak_gib")]
+        cells[-1] += [f"{peak:.2f}" if peak else "-" for peak in peaks]
     return figures.markdown_table(head, cells)
+
+
+def peers_table(rows: list[dict]) -> str:
+    columns = ("layer", "seq_len", "heads", "kv_heads", "value_dim", "ms", "peak_gib")
+    cells = [[row[column] for column in columns] for row in rows]
+    return figures.markdown_table(columns, ([f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in cells))
 
 
 def draw(rows: list[dict], machine: dict):

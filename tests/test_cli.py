@@ -85,7 +85,7 @@ WRONG = [
     ("draw_method", ["--output", "{}/file"], ["{}/file: File exists; choose another path"]),
     ("bench_attention", ["--output", "{}/empty"], ["--output {}/empty: is a folder; name"]),
     ("bench_attention", ["--n-kv-heads", 3], ["4 query heads", "multiple of 3 KV heads"]),
-    ("bench_peers", [], ["cudnn", "CUDA device"]),
+    ("bench_attention", ["--peers"], ["--peers: ", "no CUDA device"]),
     ("bench_train", [], ["CUDA device", "--run"]),
     ("bench_train", ["--steps", 6], ["--steps 6", "multiple of --window 4", "at least 8"]),
     ("bench_train", ["--profile"], ["--profile", "no CUDA device"]),

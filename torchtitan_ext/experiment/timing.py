@@ -55,8 +55,10 @@ def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3) -> 
     return interleaved_times_ms({"": function}, repeats, warm_up)[""]
 
 
-def peak_gib(function: Callable[[], object]) -> float:
-    """GiB allocated on the GPU at most in a second call of the function."""
+def peak_gib(function: Callable[[], object]) -> float | None:
+    """GiB allocated on the GPU at most in a second call of the function; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
     function()
     torch.cuda.reset_peak_memory_stats()
     function()
