@@ -12,7 +12,7 @@ import torch
 from helpers.jobs import cut_short, only_problem, put_aside, save, start, start_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import LlamaConfig
 
@@ -348,6 +348,22 @@ def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_
     only_problem(job(*start), field, file, "can't be read")
     save_file({"lm_head.weight": torch.zeros(384, 64)}, file)
     only_problem(job(*start), tmp_path, "is not there")
+
+
+def test_weights_of_hugging_face_may_come_in_shards(job, tmp_path):
+    """Of whole tensors, as transformers writes, or of rows, as torch does from several ranks."""
+    from_hugging_face(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    names = sorted(state)
+    cuts = {name: (len(weight) + 1) // 2 for name, weight in state.items()}
+    whole = [{name: state[name] for name in names[i::2]} for i in range(2)], [None, None]
+    rows = [{n: w[: cuts[n]] for n, w in state.items()}, {n: w[cuts[n] :].clone() for n, w in state.items()}]
+    starts = [{n: {"saved_offsets": [i * cuts[n]] + [0] * (w.ndim - 1)} for n, w in state.items()} for i in range(2)]
+    (tmp_path / "model.safetensors").unlink()
+    for shards, metadata in (whole, (rows, [{"DCP_SHARDING_INFO": json.dumps(of_rank)} for of_rank in starts])):
+        for i in range(2):
+            save_file(shards[i], tmp_path / f"model-0000{i}.safetensors", metadata[i])
+        check_job(job(f"--checkpoint.initial_load_path={tmp_path}", "--checkpoint.initial_load_in_hf"))
 
 
 @pytest.mark.parametrize("spelling", ["exported", "transformers"])

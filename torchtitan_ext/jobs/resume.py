@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader, Metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 from torchtitan.config import JobConfig
@@ -166,20 +166,20 @@ def _hf_problems(job_config: JobConfig) -> Iterator[str]:
     path, field = job_config.checkpoint.initial_load_path, "checkpoint.initial_load_path"
     if not path:
         path, field = job_config.model.hf_assets_path, "model.hf_assets_path"
-    shapes: dict[str, list[int]] = {}
-    for file in Path(path).glob("*.safetensors"):
+    files = list(Path(path).glob("*.safetensors"))
+    for file in files:
         try:
-            with safe_open(file, "pt") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            safe_open(file, "pt")  # its error names no file, nor does that of torch's reader
         except (OSError, SafetensorError) as error:
             yield f"{field} = {path!r}: {file} can't be read ({error}); fetch it again"
             return
-    if not shapes:
+    if not files:
         yield f"{field} = {path!r}: no *.safetensors there; give the folder that holds them"
     elif args := flavors.get(job_config.model.flavor):
         weights = Llama3StateDictAdapter(args, None).to_hf(meta_model(args).state_dict())
         described = list(config_problems(job_config, field, Path(path)))  # of each number, not only of shapes
-        yield from described or _shape_problems(job_config, field, path, weights, shapes)
+        metadata = HuggingFaceStorageReader(path).read_metadata()  # joins the shards of a tensor
+        yield from described or _shape_problems(job_config, field, path, weights, metadata)
 
 
 def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
@@ -212,8 +212,7 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
         yield f"{field}: {error}{_recovery_hint(job_config, field, path)}"
         return
     if args := flavors.get(job_config.model.flavor):
-        weights = meta_model(args).state_dict()
-        yield from _shape_problems(job_config, field, path, weights, saved_shapes(metadata))
+        yield from _shape_problems(job_config, field, path, meta_model(args).state_dict(), metadata)
     if path == checkpoint_folder(job_config) / "step-0":
         return  # torchtitan's seed checkpoint: weights only
     yield from resume_problems(job_config, field, path, objects)
@@ -258,8 +257,8 @@ def shape_mismatch(weights: Weights, shapes: Shapes) -> str | None:
     return f"{len(wrong)} of {len(weights)} weights: {first} {there}"
 
 
-def _shape_problems(job: JobConfig, field: str, path: str | Path, weights: Weights, shapes: Shapes) -> Iterator[str]:
-    if mismatch := shape_mismatch(weights, shapes):
+def _shape_problems(job: JobConfig, field: str, path: str | Path, weights: Weights, saved: Metadata) -> Iterator[str]:
+    if mismatch := shape_mismatch(weights, saved_shapes(saved)):
         model = f"{path}, which {field} leads to, is of another model ({mismatch})"
         yield f"model.flavor = {job.model.flavor!r}: {model}; use the flavor that it was trained with"
 
