@@ -223,10 +223,10 @@ class Export:
 
 @dataclass
 class CheckData:
-    """Check text files: count documents, find damage, and list the missing files of a copy of C4.
+    """Check text files: count documents and find damage.
 
     Reads every file as training does, and compares its size with what a run reads.
-    Exit code: 0 no damage (files may be missing), 1 damage, 2 wrong arguments.
+    Exit code: 0 no damage, 1 damage, 2 wrong arguments.
     """
 
     dataset_path: Positional[str]  # a copy of C4, file, folder, glob, data set on the hub, or a job file: all it reads

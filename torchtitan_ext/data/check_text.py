@@ -1,21 +1,18 @@
-"""Check text files: count documents, find damage, list the missing files of a copy of C4."""
+"""Check text files: count documents and find damage."""
 
 import os
-import re
 import shlex
 import signal
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, groupby, repeat
+from itertools import repeat
 
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training
 
 from torchtitan_ext.data.datasets import OF_FILES, pieces_of_document, read_documents, sources, text_files
 
-FILE_NAME = re.compile(r"c4-train\.(\d{5})-of-(\d{5})\.json\.gz")
 PROBLEMS_KEPT = 5  # per file: a corrupt byte can damage every later line
 
 
@@ -79,34 +76,20 @@ def check_files(files: Sequence[str], workers: int, text_fields: Iterable[str] =
         yield from pool.map(check_file, files, text_fields)
 
 
-def check_names(files: list[str]) -> tuple[list[str], list[str]]:
-    """Problems and notes about the file names of a copy of C4."""
-    names = [match for file in files if (match := FILE_NAME.fullmatch(os.path.basename(file)))]
-    totals = Counter(match[2] for match in names)
-    if len(totals) > 1:
-        counts = ", ".join(f"-of-{total} ({n:,} files)" for total, n in totals.items())
-        problem = f"{os.path.dirname(files[0])}: the names give different totals, {counts}, so documents may come twice"
-        return [f"{problem}\n  remedy: keep the files of one copy in the folder"], []
-    missing = sorted(set(range(int(max(totals, default=0)))) - {int(match[1]) for match in names})
-    if not missing:
-        return [], []
-    download = _download(files[0], "--include", "en/c4-train.*")
-    note = f"{len(missing):,} of {int(max(totals)):,} files are not here: {_ranges(missing)}; c4_local trains on those "
-    return [], [f"{note}that are" + (f"; to get the rest: {download}" if download else "")]
-
-
 def remedy(file: str) -> str:
-    """How to get an intact copy of one file."""
+    """How to get an intact copy of one file: a command, if its layout is allenai/c4's."""
+    root, folder = os.path.split(os.path.dirname(os.path.abspath(file)))
+    if folder != "en":
+        return "put an intact copy of the file in its place"
     # Without --force-download, hf keeps a file that was damaged when it was fetched.
-    if download := _download(file, f"en/{os.path.basename(file)}", "--force-download"):
-        return f"fetch it again (or write it again, if the data is your own): {download}"
-    return "put an intact copy of the file in its place"
+    command = ["hf", "download", "allenai/c4", "--repo-type", "dataset", f"en/{os.path.basename(file)}"]
+    fetch = shlex.join([*command, "--force-download", "--local-dir", root])
+    return f"fetch it again (or write it again, if the data is your own): {fetch}"
 
 
 def report(files: Sequence[str], checked: list[Contents], training: Training) -> tuple[str, bool]:
     """The report on checked files, compared with what a run reads, and whether there is damage."""
-    by_folder = [check_names(list(group)) for _, group in groupby(files, os.path.dirname)]
-    problems, notes = (list(chain(*found)) for found in zip(*by_folder, strict=True))
+    problems: list[str] = []
     for file, contents in zip(files, checked, strict=True):
         problems += contents.problems
         if more := contents.n_problems - len(contents.problems):
@@ -122,7 +105,6 @@ def report(files: Sequence[str], checked: list[Contents], training: Training) ->
     left_out = ", damaged lines left out" if problems else ""
     lines = [
         *problems,
-        *(f"note: {note}" for note in notes),
         f"{len(files):,} files, {documents:,} documents{left_out}",
         f"text: {characters:,} characters, {utf8_bytes:,} bytes in UTF-8",
         f"byte tokenizer: {tokens:,} tokens with bos and eos, {sequences:,} sequences of {seq_len:,}, "
@@ -132,16 +114,3 @@ def report(files: Sequence[str], checked: list[Contents], training: Training) ->
         lines.append(f"{training.steps:,} such steps read {wanted:,} tokens: {wanted / tokens:,.2f} times the data")
     lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")
     return "\n".join(lines), bool(problems)
-
-
-def _download(file: str, *what: str) -> str | None:
-    """The command that downloads into the copy of `file`, if its layout is allenai/c4's."""
-    root, folder = os.path.split(os.path.dirname(os.path.abspath(file)))
-    command = ["hf", "download", "allenai/c4", "--repo-type", "dataset", *what, "--local-dir", root]
-    return shlex.join(command) if folder == "en" else None
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers with runs merged: 00001, 00005 to 00007."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0]:05d}" + (f" to {run[-1]:05d}" if len(run) > 1 else "") for run in runs)
