@@ -230,16 +230,12 @@ def pieces_in_order(path):
 @settings(max_examples=100)
 @given(
     text=st.text(st.sampled_from("aé漢🗼\ufffd\ufeff"), max_size=40),
-    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"]),
     stray=st.lists(st.sampled_from(b"a\x80\xbf\xc3\xe6\xf0\xff"), max_size=20).map(bytes),
     piece=st.sampled_from([4, 8, 12]),
 )
-def test_python_source_cuts_between_characters(text, encoding, stray, piece):
-    mark = "\ufeff" * encoding.endswith("be")  # the other encoders write it
-    data = (mark + text).encode(encoding)
-    if encoding == "utf-8":
-        data += stray
-        text = data.decode(errors="replace").removeprefix("\ufeff")
+def test_python_source_cuts_between_characters(text, stray, piece):
+    data = text.encode() + stray
+    text = data.decode(errors="replace").removeprefix("\ufeff")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "PIECE", piece)
         Path(folder, "a.txt").write_bytes(data)
@@ -251,20 +247,17 @@ def test_python_source_cuts_between_characters(text, encoding, stray, piece):
 @pytest.mark.parametrize(
     ("content", "warned"),
     [
-        ("\r\n\ufffd<eos>".encode(), None),
-        ("text".encode("utf-16"), None),
-        ("text".encode("utf-16-le"), "NUL"),
-        (b"\x7fELF\x00", "NUL"),
-        ("é".encode("latin-1"), "no utf-8"),
-        ("x".encode("utf-16") + b"\x00", "no utf-16-le"),
+        ("\r\n\ufffd<eos>".encode(), False),
+        ("text".encode("utf-16-le"), True),
+        (b"\x7fELF\x00", True),
+        ("é".encode("latin-1"), True),
     ],
 )
 def test_python_source_names_a_file_that_is_no_text(content, warned, tmp_path, caplog):
     (tmp_path / "a.txt").write_bytes(content)
     for _ in range(2):
         assert all("\ufeff" not in piece for piece in pieces_in_order(tmp_path)[1])
-    lines = [message for message in caplog.messages if str(tmp_path / "a.txt") in message]
-    assert [warned in line for line in lines] == [True] * bool(warned)
+    assert sum(f"{tmp_path}/a.txt' is no text in UTF-8" in message for message in caplog.messages) == warned
 
 
 def test_python_source_takes_any_file_name(tmp_path):
@@ -294,12 +287,11 @@ def test_python_source_is_the_standard_library_by_default_and_holds_some_files_o
         ("c5", None, ["training.dataset = 'c5'", *LOCAL]),
         ("c4_local", None, ["training.dataset_path = ''", "no file that ends in .parquet", "give a file"]),
         ("text", "missing", ["training.dataset_path = ", "missing", "no file", "give a file"]),
-        ("text", "empty", ["training.dataset_path = ", "empty", "holds no file"]),
+        ("text", "empty", ["training.dataset_path = ", "empty", "no file"]),
         ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
         ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
         ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
-        ("c4_test", "missing", ["training.dataset = ", "missing", "training.dataset_path"]),
-        ("text", "other", ["2 files", "'data/1.arrow' the largest", "docs/data.md"]),
+        ("text", "other", ["no file that ends in .parquet", "docs/data.md"]),
         ("text", "other/data/1.arrow", ["no file that ends in .parquet", "docs/data.md"]),
     ],
 )

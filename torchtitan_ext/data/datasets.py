@@ -1,6 +1,5 @@
 """Data sets added to torchtitan's `DATASETS`, and those that a job reads."""
 
-import codecs
 import glob
 import gzip
 import hashlib
@@ -12,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from io import TextIOWrapper
-from itertools import chain, islice
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,6 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 HELD_OUT = 128  # one of this many files is for validation
 # Without pieces a file of megabytes would fill many steps in a row.
 PIECE = 2**17  # bytes
-# Byte order marks, their encodings, and the bytes after a cut that complete the character before it.
-MARKS = {
-    codecs.BOM_UTF32_LE: ("utf-32-le", rb""),  # begins with UTF-16's
-    codecs.BOM_UTF32_BE: ("utf-32-be", rb""),
-    codecs.BOM_UTF16_LE: ("utf-16-le", rb"(?s:.[\xdc-\xdf])?"),
-    codecs.BOM_UTF16_BE: ("utf-16-be", rb"(?s:[\xdc-\xdf].)?"),
-    b"": ("utf-8", rb"[\x80-\xbf]{0,3}"),
-}
 # Memory and checkpoints hold a document's tokens until they are trained on, and encoding takes about 150 bytes per
 # character: 30 GB for 200 MB. C4's pages end at 1 MiB.
 LONGEST_DOCUMENT = 2**20  # characters
@@ -52,14 +43,13 @@ LONGEST_DOCUMENT = 2**20  # characters
 SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_source_validation": True}
 FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
 FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst"
-OTHER_FORMATS = "docs/data.md says how to train on other formats"
 
 
 def text_files(dataset_path: str) -> list[str]:
     """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
     root or `en`, those of `en/c4-train`. Raises ValueError if there are none."""
     files: list[str] = []
-    what = _what_lies_in(Path(dataset_path)) if os.path.isdir(dataset_path) else OTHER_FORMATS
+    what = "docs/data.md says how to train on other formats"
     try:
         if is_address(dataset_path):
             files = resolve_pattern(dataset_path, base_path="")
@@ -159,8 +149,7 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
         remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}"
-        lies = _what_lies_in(Path(dataset_path))
-        raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}; {lies}")
+        raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}")
     files, starts = zip(*pieces, strict=True)
     return Dataset.from_dict({"path": files, "start": starts})
 
@@ -184,18 +173,14 @@ def _pieces_of_tree(root: Path) -> list[tuple[bytes, str, int, bool]]:
 
 
 def check_dataset(dataset: str, dataset_path: str | None, text_field: str = "text") -> None:
-    """Raise ValueError for an unknown data set or missing files; doesn't ask the Hugging Face hub."""
+    """Raise ValueError for an unknown data set or missing files of ours; doesn't ask the Hugging Face hub."""
     name = dataset.lower()  # as torchtitan reads it
     if name not in DATASETS:
         known = ", ".join(sorted(DATASETS))
         raise ValueError(f"training.dataset = {dataset!r} is not a known data set; there are {known}")
     path = dataset_path or DATASETS[name].path
-    if name in OWN_DATASETS:
-        if name not in OF_FILES or not _is_remote(path):
-            _load(name, path, text_field)
-    elif name not in ("c4", "c4_validation") and not os.path.exists(path):  # which torchtitan streams from the hub
-        remedy = "set training.dataset_path to where it lies"
-        raise ValueError(f"training.dataset = {dataset!r} reads {path!r}, which doesn't exist: {remedy}")
+    if name in OWN_DATASETS and not (name in OF_FILES and _is_remote(path)):
+        _load(name, path, text_field)
 
 
 def _load(name: str, path: str | None, text_field: str) -> Dataset | IterableDataset:
@@ -266,14 +251,6 @@ def _mark(sample: dict[str, Any], source: int, text_of: Callable[[dict[str, Any]
     return {"text": text_of(sample), "source": source} if sample and "damage" not in sample else {}
 
 
-def _what_lies_in(root: Path) -> str:
-    files = sorted(path for path in islice(root.rglob("[!.]*"), 10_000) if path.is_file())
-    if not files:
-        return "it holds no file"
-    largest = max(files, key=os.path.getsize).relative_to(root)
-    return f"it holds {len(files):,} files, '{largest}' the largest; {OTHER_FORMATS}"
-
-
 def pieces_of_document(text: str) -> list[str]:
     """The text in pieces of LONGEST_DOCUMENT, which training treats as documents."""
     return [text[at : at + LONGEST_DOCUMENT] for at in range(0, max(1, len(text)), LONGEST_DOCUMENT)]
@@ -308,21 +285,15 @@ def _text(sample: dict[str, str]) -> str:
 
 def _text_of_piece(sample: dict[str, Any]) -> str:
     with open(sample["path"], "rb") as file:
-        beginning = file.read(4)
         file.seek(sample["start"])
         data = file.read(PIECE + 3)
-    encoding, tail = next(of_mark for mark, of_mark in MARKS.items() if beginning.startswith(mark))
     # A character belongs to the piece in which it begins.
-    begin, end = (at + len(re.findall(tail, data[at : at + 3])[0]) for at in (0, PIECE))
+    begin, end = (at + len(re.findall(rb"[\x80-\xbf]{0,3}", data[at : at + 3])[0]) for at in (0, PIECE))
     data = data[begin if sample["start"] else 0 : end]
-    text, unfit = data.decode(encoding, errors="replace"), ""
-    if "\0" in text:
-        unfit = "NUL characters, which no text has"
-    elif "\ufffd" in text and text.encode(encoding) != data:
-        unfit = f"bytes that are no {encoding}, and are trained on as U+FFFD"
-    if unfit:
+    text = data.decode(errors="replace")
+    if "\0" in text or ("\ufffd" in text and text.encode() != data):
         name = os.fsdecode(sample["path"])
-        warn_once(logger, f"{name!r} holds {unfit}: write it in UTF-8, or move it out of the tree")
+        warn_once(logger, f"{name!r} is no text in UTF-8, but is trained on: convert it, or move it out of the tree")
     return text if sample["start"] else text.removeprefix("\ufeff")
 
 
