@@ -71,7 +71,8 @@ def reference() -> str:
     return f"""# Settings
 
 Settings that this project adds to torchtitan's. Put them into a job's TOML, or pass `--section.field VALUE` on the
-command line, which wins. `make docs` writes this page. To list all settings of a job, torchtitan's included:
+command line, which wins. A file that begins with `extends = "stage1.toml"` holds only what differs from that one. To
+list all settings of a job, torchtitan's included:
 
 ```bash
 python -m torchtitan_ext.train --job.config_file configs/text/stage1.toml --help

@@ -23,7 +23,7 @@ from torchtitan_ext.lighthouse.scorers import SCORERS
         (dict(top_k=0), "top_k = 0: must be a multiple of tile_winners = 128.*128"),
         (dict(tile_winners=127), "tile_winners = 127: must be even"),
         (dict(tile_winners=0), "tile_winners = 0: must be even and at least 2"),
-        (dict(scorer="best"), "scorer = 'best': must be one of norm, dilated, gla"),
+        (dict(scorer="best"), f"scorer = 'best': must be one of {', '.join(SCORERS)}"),
         (dict(dilation=0), "dilation = 0"),
     ],
 )

@@ -8,7 +8,14 @@ from helpers.lighthouse_cases import DEVICE, TOLERANCE, error, pairs, qkv, rotar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, scorers, select_entries, torch_ops
+from torchtitan_ext.lighthouse import (
+    LighthouseAttention,
+    LighthouseConfig,
+    attention,
+    scorers,
+    select_entries,
+    torch_ops,
+)
 from torchtitan_ext.lighthouse.naive import naive_rotate, naive_scores, naive_select
 from torchtitan_ext.lighthouse.scorers import SCORERS
 
@@ -49,6 +56,33 @@ def test_equal_the_reference(scorer, seq_len, batch, n_kv_heads, group, head_dim
     inputs = qkv(seq_len, batch, n_kv_heads, group, head_dim, seed=seed)
     scores = base_scores(*inputs, config)
     torch.testing.assert_close(scores, by_reference(*inputs, config), rtol=0, atol=1e-10)
+
+
+def max_key(q, k, v, dilation, kernel):
+    """A scorer that rotation changes."""
+    scores = k.abs().amax(-1).mT
+    return torch.stack([scores, scores])
+
+
+def test_a_scorer_of_chunks_sees_rows_rotated_at_their_positions(monkeypatch):
+    monkeypatch.setitem(SCORERS, "max_key", scorers.Scorer(max_key, lambda *_: 0, per_token=True))
+    (q, k, v), table = qkv(256, batch=2, n_kv_heads=2, head_dim=8), rotary_table(256, 8)
+    config, starts = setting("max_key", rope="base"), (128, 0)
+
+    def chunks(x):
+        return torch.stack([x[:, start : start + 128] for start in starts], 1).flatten(0, 1)
+
+    rotated = [torch_ops.rotate(x, table.unsqueeze(1)) for x in (q, k)]
+    ours = attention.select_slots(*map(chunks, (q, k, v)), config, table, starts=starts)
+    assert torch.equal(ours, attention.select_slots(*map(chunks, (*rotated, v)), config, None, starts=starts))
+
+
+def test_what_a_scorer_returns_is_checked(monkeypatch):
+    monkeypatch.setitem(SCORERS, "max_key", scorers.Scorer(lambda *x: max_key(*x)[:1], lambda *_: 0))
+    with pytest.raises(
+        ValueError, match=r"'max_key' returned \(1, 1, 2, 64\), torch.float64: must return .* \(2, 1, 2,"
+    ):
+        base_scores(*qkv(64, n_kv_heads=2), setting("max_key"))
 
 
 @attention_scorers

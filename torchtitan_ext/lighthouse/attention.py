@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from . import torch_ops
 from .config import LighthouseConfig
 from .kernels import causal_attention
-from .scorers import SCORERS
 from .torch_ops import Selection, entries, gathered_rows
 
 try:
@@ -82,8 +81,9 @@ def select_slots(
     The scorer `dilated` attends with the kernel `attention.kernel`, by default torch's choice. Only a `per_token`
     scorer can score chunks of a sequence; `starts` is as in `torch_ops`."""
     ops = ops_for(q)
-    if freqs_cis is not None and config.rope == "base" and not SCORERS[config.scorer].per_token:
-        table = freqs_cis[: q.shape[1]].unsqueeze(1)
+    if freqs_cis is not None and config.rope == "base" and config.scorer != "norm":  # norms stay as they are
+        table = torch.stack([freqs_cis[start : start + q.shape[1]] for start in starts])
+        table = table.repeat(q.shape[0] // len(starts), 1, 1).unsqueeze(2)
         q, k = torch_ops.rotate(q, table), torch_ops.rotate(k, table)
     scores = ops.score(q, k, v, config, getattr(attention, "kernel", "sdpa"))
     return ops.select(scores, config, starts)

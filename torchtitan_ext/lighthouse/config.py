@@ -90,7 +90,7 @@ class LighthouseConfig:
         span, m, top_k = self.span(self.levels - 1), self.tile_winners, self.top_k
         unit = span * self.n_tiles
         if n_chunks > 1 and not SCORERS[self.scorer].per_token:
-            return f"scorer = {self.scorer!r}: scores a token by all tokens before it, those of other chunks too"
+            return f"scorer = {self.scorer!r}: is not `per_token`, so it needs the tokens of other chunks"
         if seq_len < unit or seq_len % unit:
             rule = f"must be a multiple of pooling_factor^(levels - 1) x tiles = {span} x {self.n_tiles} = {unit}"
             return f"seq_len = {seq_len}: {rule}"

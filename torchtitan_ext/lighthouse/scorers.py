@@ -112,7 +112,12 @@ SCORERS = {
 def base_scores(q: Tensor, k: Tensor, v: Tensor, scorer: str, dilation: int, kernel: str) -> Tensor:
     """Scores of each token without a gradient; see `Scorer.scores`."""
     with torch.autocast(q.device.type, enabled=False):
-        return SCORERS[scorer].scores(q, k, v, dilation, kernel).contiguous()
+        scores = SCORERS[scorer].scores(q, k, v, dilation, kernel).contiguous()
+    shape, dtype = (2, k.shape[0], k.shape[2], k.shape[1]), accumulator(k)
+    if scores.shape != shape or scores.dtype != dtype:
+        returned = f"{tuple(scores.shape)}, {scores.dtype}"
+        raise ValueError(f"scorer {scorer!r} returned {returned}: must return [2, B, H_kv, N] = {shape}, {dtype}")
+    return scores
 
 
 @base_scores.register_fake
