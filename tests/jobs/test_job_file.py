@@ -6,7 +6,7 @@ import pytest
 from helpers.jobs import ROOT
 from torchtitan.config import ConfigManager
 
-from torchtitan_ext.jobs.job_file import RENAMED, as_toml, parse_job, read_toml
+from torchtitan_ext.jobs.job_file import as_toml, parse_job, read_toml
 from torchtitan_ext.train.__main__ import main
 
 STAGE1 = ROOT / "configs/text/stage1.toml"
@@ -67,12 +67,6 @@ def test_the_sections_of_this_package_are_there_without_a_word(write):
 )
 def test_what_is_no_job_is_named(write, text, words):
     assert words in refusal(write(text))
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_an_old_recipes_new_name_is_given(old, new):
-    assert f"{old}/stage1.toml: No such file or directory; {old} is {new} now" in refusal(ROOT / old / "stage1.toml")
-    assert (ROOT / new / "stage1.toml").exists()
 
 
 def test_an_override_that_does_not_exist_is_named_beside_the_nearest_that_does():

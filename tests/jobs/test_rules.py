@@ -1,7 +1,6 @@
 """A job that can't run, or would lose state in silence, stops before anything is built."""
 
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -51,31 +50,6 @@ def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, ki
 )
 def test_a_path_with_a_scheme_is_refused(job, field, path):
     only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is no path on this machine: mount")
-
-
-@pytest.mark.parametrize(
-    ("environment", "netrc", "words"),
-    [
-        ({}, "", "no whole API key on this machine); call `wandb login`"),
-        ({"WANDB_API_KEY": "0" * 39}, "", "no whole API key"),
-        ({"WANDB_MODE": "offlin"}, "", "'offlin'"),
-        ({"WANDB_API_KEY": "0" * 40}, "", None),
-        ({"WANDB_MODE": "offline"}, "", None),
-        ({}, "machine api.wandb.ai login user password 0", None),
-    ],
-)
-def test_weights_and_biases_must_be_able_to_start(job, tmp_path, monkeypatch, environment, netrc, words):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".netrc").write_text(netrc)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    config = job("--metrics.enable_wandb")
-    if words:
-        only_problem(config, "metrics.enable_wandb = true", words, "WANDB_MODE=offline")
-        monkeypatch.setenv("RANK", "1")
-    check_job(config)
 
 
 def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(monkeypatch, capsys):

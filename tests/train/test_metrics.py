@@ -1,12 +1,16 @@
-"""What a run logs says what to do when the disk is full."""
+"""What a run logs says what to do when the disk is full; metrics that are asked for are recorded."""
 
+import os
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+import wandb
 from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Job
 
+from torchtitan_ext.jobs.rules import parallel_dims
 from torchtitan_ext.train.metrics import LighthouseMetricsProcessor
 
 
@@ -24,3 +28,19 @@ def test_a_full_disk_is_named_by_the_log_too(tmp_path, monkeypatch):
     events.symlink_to("/dev/full")
     with pytest.raises(RuntimeError, match=rf"step 2 could not .*{tmp_path}: .*No space left"):
         processor.log(2, 1.0, 1.0, 1.0)
+
+
+def test_weights_and_biases_must_start_where_metrics_are_recorded(job, tmp_path, monkeypatch):
+    """torchtitan would train without it."""
+    config = job("--metrics.enable_wandb", f"--job.dump_folder={tmp_path}")
+
+    def start(rank, mode):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+        with patch.dict(os.environ, WANDB_MODE=mode):
+            LighthouseMetricsProcessor(config, parallel_dims(config, 2), None).close()
+        wandb.teardown()
+
+    start(0, "disabled")
+    start(1, "offlin")
+    with pytest.raises(ValueError, match=r"metrics\.enable_wandb = true: .*WANDB_MODE=offline"):
+        start(0, "offlin")

@@ -2,9 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from netrc import netrc
 from operator import attrgetter
 from typing import Any, get_type_hints
 
@@ -53,7 +51,7 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
     if not hasattr(job_config, "lighthouse"):
         module = job_config.job.custom_config_module
         return [f"job.custom_config_module = {module!r}: no [lighthouse]; set it to 'torchtitan_ext.model.settings'"]
-    rules = _number_problems, _model_problems, _attention_problems, optimizer_problems, _data_problems, _wandb_problems
+    rules = _number_problems, _model_problems, _attention_problems, optimizer_problems, _data_problems
     problems, dims = [problem for rule in rules for problem in rule(job_config)], None
     if n_ranks is not None:
         try:
@@ -181,29 +179,6 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
             check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
         except ValueError as error:
             yield f"[lighthouse] on [{name}]: {error}"
-
-
-def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
-    """Why W&B couldn't start; torchtitan would train without it. Only on rank 0."""
-    if not job_config.metrics.enable_wandb or int(os.environ.get("RANK", 0)):
-        return
-    import wandb
-
-    reason = "it has no whole API key on this machine"
-    try:
-        settings = wandb.setup().settings  # wandb.login() would ask the server
-        has_key = settings.identity_token_file or len(settings.api_key or "") >= 40
-        if has_key or settings.mode in ("offline", "dryrun", "disabled"):
-            return
-        with suppress(FileNotFoundError):
-            logins = netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).hosts.values()
-            if any(name == "user" for name, *_ in logins):  # W&B's logins
-                return
-    except Exception as error:  # W&B raises many kinds
-        reason = str(error)
-    finally:
-        wandb.teardown()
-    yield f"metrics.enable_wandb = true: W&B can't start ({reason}); call `wandb login`, or set WANDB_MODE=offline"
 
 
 def _data_problems(job_config: JobConfig) -> Iterator[str]:

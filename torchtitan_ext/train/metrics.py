@@ -6,7 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger, _get_metrics_rank
+from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger, WandBLogger, _get_metrics_rank
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import BaseModelArgs
@@ -15,27 +15,31 @@ from torchtitan.tools.logging import logger
 from torchtitan_ext.jobs.recorded import LOG_FREQ, N_DEVICES
 
 
-def _continue_wandb_run(job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+def _continue_wandb_run(job_config: JobConfig) -> None:
     """Let every start of a run log to the same W&B run; its id is in the run's folder."""
-    rank, all_ranks = torch.distributed.get_rank(), job_config.metrics.save_for_all_ranks
-    records = all_ranks or rank == _get_metrics_rank(parallel_dims, job_config)
-    if not records or os.environ.keys() & {"WANDB_RESUME_FROM", "WANDB_FORK_FROM"}:
+    if os.environ.keys() & {"WANDB_RESUME_FROM", "WANDB_FORK_FROM"}:
         return
     os.environ.setdefault("WANDB_RESUME", "allow")
-    name = f"wandb_run_id_{rank}.txt" if all_ranks else "wandb_run_id.txt"
-    file = Path(job_config.job.dump_folder, name)
+    of_rank = f"_{torch.distributed.get_rank()}" if job_config.metrics.save_for_all_ranks else ""
+    file = Path(job_config.job.dump_folder, f"wandb_run_id{of_rank}.txt")
     if not (file.exists() and file.read_text().strip()):
         file.write_text(uuid4().hex + "\n")
     os.environ.setdefault("WANDB_RUN_ID", file.read_text().strip())
 
 
 class LighthouseMetricsProcessor(MetricsProcessor):
-    """Also logs the number of devices and `metrics.log_freq`, and flushes so that a kill loses no logged step."""
+    """Also logs the number of devices and `metrics.log_freq`, and flushes so that a kill loses no logged step. Raises
+    ValueError if W&B can't start: torchtitan would train without it."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, args: BaseModelArgs, tag: str | None = None):
-        if job_config.metrics.enable_wandb:
-            _continue_wandb_run(job_config, parallel_dims)
+        metrics, rank = job_config.metrics, torch.distributed.get_rank()
+        records = metrics.save_for_all_ranks or rank == _get_metrics_rank(parallel_dims, job_config)
+        if records and metrics.enable_wandb:
+            _continue_wandb_run(job_config)
         super().__init__(job_config, parallel_dims, tag)
+        if records and metrics.enable_wandb and WandBLogger not in map(type, self.logger._loggers):
+            remedy = "call `wandb login`, or set WANDB_MODE=offline"
+            raise ValueError(f"metrics.enable_wandb = true: W&B did not start, as the log says above; {remedy}")
         self.first_step = True
         self.constants = {N_DEVICES: parallel_dims.world_size, LOG_FREQ: job_config.metrics.log_freq}
         if job_config.lighthouse.enable:
