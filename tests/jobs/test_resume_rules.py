@@ -363,7 +363,10 @@ def test_weights_of_hugging_face_may_come_in_shards(job, tmp_path):
     for shards, metadata in (whole, (rows, [{"DCP_SHARDING_INFO": json.dumps(of_rank)} for of_rank in starts])):
         for i in range(2):
             save_file(shards[i], tmp_path / f"model-0000{i}.safetensors", metadata[i])
-        check_job(job(f"--checkpoint.initial_load_path={tmp_path}", "--checkpoint.initial_load_in_hf"))
+        config = job(f"--checkpoint.initial_load_path={tmp_path}", "--checkpoint.initial_load_in_hf")
+        check_job(config)
+    (tmp_path / "model-00000.safetensors").unlink()
+    only_problem(config, f"{len(names)} of {len(names)} weights: ", "is not there")
 
 
 @pytest.mark.parametrize("spelling", ["exported", "transformers"])

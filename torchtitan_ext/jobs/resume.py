@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader, Metadata
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -243,7 +243,9 @@ def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
 
 
 def saved_shapes(metadata: Metadata) -> Shapes:
-    return {name: stored.size for name, stored in metadata.state_dict_metadata.items() if hasattr(stored, "size")}
+    """Shapes of the tensors that are whole: torch loads the rest of one whose shard is missing, and says nothing."""
+    tensors = {name: x for name, x in metadata.state_dict_metadata.items() if isinstance(x, TensorStorageMetadata)}
+    return {name: x.size for name, x in tensors.items() if sum(c.sizes.numel() for c in x.chunks) == x.size.numel()}
 
 
 def shape_mismatch(weights: Weights, shapes: Shapes) -> str | None:
