@@ -352,21 +352,22 @@ def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_
 
 def test_weights_of_hugging_face_may_come_in_shards(job, tmp_path):
     """Of whole tensors, as transformers writes, or of rows, as torch does from several ranks."""
-    from_hugging_face(tmp_path)
+    config = job(*from_hugging_face(tmp_path))
     state = load_file(tmp_path / "model.safetensors")
-    names = sorted(state)
-    cuts = {name: (len(weight) + 1) // 2 for name, weight in state.items()}
-    whole = [{name: state[name] for name in names[i::2]} for i in range(2)], [None, None]
-    rows = [{n: w[: cuts[n]] for n, w in state.items()}, {n: w[cuts[n] :].clone() for n, w in state.items()}]
-    starts = [{n: {"saved_offsets": [i * cuts[n]] + [0] * (w.ndim - 1)} for n, w in state.items()} for i in range(2)]
     (tmp_path / "model.safetensors").unlink()
-    for shards, metadata in (whole, (rows, [{"DCP_SHARDING_INFO": json.dumps(of_rank)} for of_rank in starts])):
+
+    def rows(i):
+        starts = {name: {"saved_offsets": [i * ((len(w) + 1) // 2), 0][: w.ndim]} for name, w in state.items()}
+        shard = {name: w.tensor_split(2)[i].clone() for name, w in state.items()}
+        return shard, {"DCP_SHARDING_INFO": json.dumps(starts)}
+
+    for shard in (lambda i: (dict([*state.items()][i::2]), None), rows):
         for i in range(2):
-            save_file(shards[i], tmp_path / f"model-0000{i}.safetensors", metadata[i])
-        config = job(f"--checkpoint.initial_load_path={tmp_path}", "--checkpoint.initial_load_in_hf")
+            tensors, metadata = shard(i)
+            save_file(tensors, tmp_path / f"model-0000{i}.safetensors", metadata)
         check_job(config)
     (tmp_path / "model-00000.safetensors").unlink()
-    only_problem(config, f"{len(names)} of {len(names)} weights: ", "is not there")
+    only_problem(config, f"{len(state)} of {len(state)} weights: ", "is not there")
 
 
 @pytest.mark.parametrize("spelling", ["exported", "transformers"])

@@ -122,8 +122,8 @@ def test_each_problem_is_named_with_its_value_and_remedy(job, overrides, words):
     [
         (4, "--parallelism.data_parallel_shard_degree 3", ["dp_shard 3", "number of ranks, 4"]),
         (2, "--parallelism.data_parallel_replicate_degree 0", ["dp_replicate 0", "ranks, 2"]),
-        (3, "--training.global_batch_size 8", ["global_batch_size = 8", "1 x 3", "6 or 9"]),
-        (2, "--training.global_batch_size 1", ["global_batch_size = 1", "1 x 2", "nearest: 2"]),
+        (3, "--training.global_batch_size 8", ["global_batch_size = 8", "data-parallel degree = 3"]),
+        (2, "--training.global_batch_size 1", ["global_batch_size = 1", "data-parallel degree = 2"]),
     ],
 )
 def test_the_ranks_must_share_the_work(job, monkeypatch, n_ranks, overrides, words):

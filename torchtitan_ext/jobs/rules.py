@@ -100,13 +100,10 @@ def sequences_at_once(job_config: JobConfig, dims: ParallelDims) -> int:
 
 
 def _batch_problems(job_config: JobConfig, dims: ParallelDims) -> Iterator[str]:
-    training, at_once = job_config.training, sequences_at_once(job_config, dims)
-    wanted = training.global_batch_size
-    if at_once > 0 and (wanted == 0 or (wanted > 0 and wanted % at_once)):
-        below, product = wanted // at_once * at_once, f"{training.local_batch_size} x {data_parallel_degree(dims)}"
-        rule = f"must be a multiple of training.local_batch_size x data-parallel degree = {product} = {at_once}"
-        nearest = f"{below} or {below + at_once}" if below else at_once
-        yield f"training.global_batch_size = {wanted}: {rule}; nearest: {nearest}"
+    wanted, at_once = job_config.training.global_batch_size, sequences_at_once(job_config, dims)
+    if at_once > 0 and wanted >= 0 and (wanted == 0 or wanted % at_once):
+        rule = f"must be a positive multiple of training.local_batch_size x data-parallel degree = {at_once}"
+        yield f"training.global_batch_size = {wanted}: {rule}"
 
 
 def data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Validation]]:
