@@ -138,8 +138,11 @@ class BenchAttention:
                 self.output.write_text(json.dumps(records, indent=1) + "\n")
                 display.count(work)
 
-        tables = [table(rows), *([peers_table(peers)] if peers else [])]
-        print("", machine, *tables, f"records: {self.output}", sep="\n\n")
+        print(f"\n{machine}\n\n{table(rows)}\n")
+        if peers:
+            cells = [[f"{x:.2f}" if isinstance(x, float) else x for x in row.values()] for row in peers]
+            print(f"{figures.markdown_table([*peers[0]], cells)}\n")
+        print(f"records: {self.output}")
         if len({row["seq_len"] for row in rows}) > 1:
             path = self.output.with_suffix(".png")
             draw(rows, machine).savefig(path, dpi=150)
@@ -157,32 +160,30 @@ class BenchAttention:
 
     def time(self, seq_len: int, config: LighthouseConfig, kernel: str) -> dict:
         torch.manual_seed(0)
-        qkv = partial(timing.random_qkv, device=DEVICE, dtype=DTYPE)
-        inputs = qkv(seq_len, self.n_heads, self.n_kv_heads, self.head_dim)
+        sizes = self.n_heads, self.n_kv_heads, self.head_dim
+        inputs = timing.random_qkv(seq_len, *sizes)
         grad = torch.randn_like(inputs[0])
         # Each layer's peak before anything else is in memory.
-        dense, timed, peaks = partial(dense_attention, kernel=kernel), seq_len <= DENSE_UP_TO, {}
-        if timed:
-            peaks["dense_peak_gib"] = timing.peak_gib(partial(timing.forward_backward, dense, inputs, grad))
+        dense, timed = partial(dense_attention, kernel=kernel), seq_len <= DENSE_UP_TO
+        dense_peak = timing.peak_gib(partial(timing.forward_backward, dense, inputs, grad)) if timed else None
         freqs_cis, attention = precompute_freqs_cis(self.head_dim, seq_len).to(DEVICE), CausalAttention(kernel)
         lighthouse = partial(lighthouse_attention, config=config, freqs_cis=freqs_cis, attention=attention)
-        peaks["peak_gib"] = timing.peak_gib(partial(timing.forward_backward, lighthouse, inputs, grad))
-        gathered_len = config.gathered_len(seq_len)
-        rows = qkv(gathered_len, self.n_heads, self.n_kv_heads, self.head_dim)
+        peak = timing.peak_gib(partial(timing.forward_backward, lighthouse, inputs, grad))
+        rows = timing.random_qkv(config.gathered_len(seq_len), *sizes)
         cases = {"lighthouse": (lighthouse, inputs, grad), "floor": (dense, rows, torch.randn_like(rows[0]))}
         times = medians_ms(cases, self.repeats)
         if timed:
             times |= medians_ms({"dense": (dense, inputs, grad)}, max(self.repeats // 10, 2))
         stages = self.time_stages(config, attention, *inputs, freqs_cis)
         settings = {name: getattr(config, name) for name in ("levels", "pooling_factor", "top_k", "scorer")}
-        record = {"seq_len": seq_len, **settings, "kernel": kernel, "gathered_len": gathered_len, **times}
-        return record | peaks | {"score_ms": stages[0]["ms"], "stages": stages}
+        record = {"seq_len": seq_len, **settings, "kernel": kernel, "gathered_len": rows[0].shape[1], **times}
+        return record | {"peak_gib": peak, "dense_peak_gib": dense_peak, "score_ms": stages[0]["ms"], "stages": stages}
 
     def time_peer(self, name: str, seq_len: int) -> dict:
         function, heads, kv_heads, value_dim = PEERS[name]
-        row = {"seq_len": seq_len, "layer": name, "heads": heads, "kv_heads": kv_heads, "value_dim": value_dim}
+        row = {"layer": name, "seq_len": seq_len, "heads": heads, "kv_heads": kv_heads, "value_dim": value_dim}
         torch.manual_seed(0)
-        inputs = timing.random_qkv(seq_len, heads, kv_heads, PEER_DIM, value_dim, device=DEVICE, dtype=DTYPE)
+        inputs = timing.random_qkv(seq_len, heads, kv_heads, PEER_DIM, value_dim)
         grad = torch.randn(1, seq_len, heads, value_dim, device=DEVICE, dtype=DTYPE)
         step = partial(timing.forward_backward, function, inputs, grad)
         return row | {"peak_gib": timing.peak_gib(step), "ms": median(timing.times_ms(step, self.repeats))}
@@ -237,12 +238,6 @@ def table(rows: list[dict]) -> str:
         peaks = [r.get(name) if direction == "fwd_bwd" else None for name in ("peak_gib", "dense_peak_gib")]
         cells[-1] += [f"{peak:.2f}" if peak else "-" for peak in peaks]
     return figures.markdown_table(head, cells)
-
-
-def peers_table(rows: list[dict]) -> str:
-    columns = ("layer", "seq_len", "heads", "kv_heads", "value_dim", "ms", "peak_gib")
-    cells = [[row[column] for column in columns] for row in rows]
-    return figures.markdown_table(columns, ([f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in cells))
 
 
 def draw(rows: list[dict], machine: dict):

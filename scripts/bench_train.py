@@ -156,11 +156,10 @@ def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
     """
     timed = slice(1 if window == 1 else 2, -1 if profile else None)
     [file] = folder.glob("**/events.out.tfevents.*")
-    config = read_config(folder / CONFIG_FILE, "attention.kernel")
     values = {tag: [point.value for point in points] for tag, points in read_scalars(file).items()}
     return {
         "seq_len": job.training.seq_len,
-        "kernel": config["attention"]["kernel"],
+        "kernel": read_config(folder / CONFIG_FILE, "attention.kernel")["attention"]["kernel"],
         "tok_s_gpu": median(values[TOKENS_PER_SECOND][timed]),
         "step_s": median(values[SECONDS][timed]),
         "peak_gib": max(values[PEAK]),

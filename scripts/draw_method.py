@@ -11,12 +11,12 @@ from torchtitan_ext import figures
 from torchtitan_ext.arguments import start
 from torchtitan_ext.console import make_folder
 from torchtitan_ext.lighthouse import LighthouseConfig, select_entries, torch_ops
-from torchtitan_ext.lighthouse.torch_ops import Selection
 
 CONFIG = LighthouseConfig(levels=3, pooling_factor=4, top_k=4, tile_winners=2)
 SEQ_LEN = 128
 COLORS = (figures.BLUE, figures.ORANGE, figures.GREEN)  # of levels 0, 1, 2
 PALE = "#EEEEEE"
+Entries = list[tuple[int, int]]  # level and index of each gathered entry, in gathered order
 
 
 @dataclass
@@ -24,12 +24,12 @@ class DrawMethod:
     output: Path = Path(__file__).parents[1] / "docs"  # folder of the picture
 
     def run(self) -> None:
-        selection, reached = example()
+        entries, reached = example()
         figure = figures.new_figure(9, 7.2)
         panels = figure.subplots(3, height_ratios=(2.8, 2.4, 2.8))
-        draw_cascade(panels[0], selection)
-        draw_order(panels[1], selection)
-        draw_scatter(panels[2], selection, reached)
+        draw_cascade(panels[0], entries)
+        draw_order(panels[1], entries)
+        draw_scatter(panels[2], entries, reached)
         for panel in panels:
             panel.set(xlim=(0, SEQ_LEN), xticks=range(0, SEQ_LEN + 1, 16), xlabel="position in the sequence")
             panel.spines[["top", "right", "left"]].set_visible(False)
@@ -38,8 +38,8 @@ class DrawMethod:
         print(file)
 
 
-def example() -> tuple[Selection, torch.Tensor]:
-    """The entries gathered for one head of a random sequence, [S], and which of them reach each position, [N, S].
+def example() -> tuple[Entries, torch.Tensor]:
+    """The S entries gathered for one head of a random sequence, and which of them reach each position, [N, S].
 
     The latter is what the scatter does to the rows of an identity matrix.
     """
@@ -48,13 +48,12 @@ def example() -> tuple[Selection, torch.Tensor]:
     slots = torch_ops.select(torch_ops.score(q, k, v, CONFIG), CONFIG)
     rows = torch.eye(CONFIG.gathered_len(SEQ_LEN))[None, None]
     reached = torch_ops.scatter(rows, slots, CONFIG)[0, :, 0]
-    level, index = select_entries(q, k, v, CONFIG)
-    return Selection(level[0, 0], index[0, 0]), reached
+    level, index = (x[0, 0].tolist() for x in select_entries(q, k, v, CONFIG))
+    return list(zip(level, index, strict=True)), reached
 
 
-def draw_cascade(panel: Axes, selection: Selection) -> None:
+def draw_cascade(panel: Axes, gathered: Entries) -> None:
     """Every entry of the pyramid over the positions that it averages: gathered ones colored, winners marked."""
-    gathered = set(zip(*(x.tolist() for x in selection), strict=True))
     levels = range(CONFIG.levels)
     for level in levels:
         span = CONFIG.span(level)
@@ -71,28 +70,27 @@ def draw_cascade(panel: Axes, selection: Selection) -> None:
     panel.set_yticks([level + 0.36 for level in levels], [f"level {n}\nspan {CONFIG.span(n)}" for n in levels])
 
 
-def draw_order(panel: Axes, selection: Selection) -> None:
+def draw_order(panel: Axes, entries: Entries) -> None:
     """The gathered sequence, each entry joined to the position at which it ends."""
     width = SEQ_LEN / CONFIG.gathered_len(SEQ_LEN)
-    for slot, (level, index) in enumerate(zip(*(x.tolist() for x in selection), strict=True)):
+    for slot, (level, index) in enumerate(entries):
         color, end = COLORS[level], (index + 1) * CONFIG.span(level) - 1
         panel.add_patch(Rectangle((slot * width, 1), width, 0.3, color=color, ec="white"))
         panel.plot([(slot + 0.5) * width, end + 0.5], [1, 0], color=color, linewidth=0.8)
     panel.set(ylim=(0, 1.35), yticks=[1.15], yticklabels=["gathered\nsequence"])
 
 
-def draw_scatter(panel: Axes, selection: Selection, reached: torch.Tensor) -> None:
+def draw_scatter(panel: Axes, entries: Entries, reached: torch.Tensor) -> None:
     """The positions to which each gathered entry's output is added, and the number of outputs per position."""
-    for slot, level in enumerate(selection.level.tolist()):
+    for slot, (level, _) in enumerate(entries):
         positions = reached[:, slot].nonzero().flatten().tolist()
         if positions:  # the sequence's last entry may end with it
             panel.add_patch(Rectangle((positions[0], level + 1), len(positions), 0.72, ec="white", fc=COLORS[level]))
     levels, unit = range(CONFIG.levels), 0.8 / CONFIG.levels
     panel.stairs(reached.sum(1) * unit, range(SEQ_LEN + 1), baseline=None, color="black", lw=1.5)
-    panel.set_ylim(0, CONFIG.levels + 1)
     panel.set_ylabel("outputs\nper position", rotation=0, ha="right", va="center", y=0.13)
     ticks = {(n + 1) * unit: str(n + 1) for n in levels} | {level + 1.36: f"level {level}" for level in levels}
-    panel.set_yticks(list(ticks), list(ticks.values()))
+    panel.set(ylim=(0, CONFIG.levels + 1), yticks=[*ticks], yticklabels=[*ticks.values()])
 
 
 if __name__ == "__main__":

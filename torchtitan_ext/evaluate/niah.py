@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from torchtitan_ext.data.passkey import FILLER, QUESTION, encode, needle, question_and_answers
@@ -34,9 +34,6 @@ from torchtitan_ext.jobs.recorded import CONFIG_FILE
 from torchtitan_ext.model import LighthouseTransformer
 
 from .export_hf import Advance, find_checkpoint
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DEPTHS = (0, 15, 30, 50, 70, 85, 100)  # percent
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 98304)  # tokens
@@ -199,6 +196,7 @@ def write(
     mean = sum(cell.correct for cell in cells) / n_trials
     error = math.sqrt(mean * (1 - mean) / n_trials)
     name, precision = os.path.relpath(candidate.path), str(dtype).removeprefix("torch.")
+    shares = np.array([cell.correct / settings.trials for cell in cells]).reshape(len(settings.contexts), -1).T
     record = {
         "checkpoint": name,
         "trained_with_lighthouse": candidate.lighthouse,
@@ -209,7 +207,6 @@ def write(
         "standard_error": error,
         "cells": [asdict(cell) | {"correct": cell.correct, "mean": cell.correct / settings.trials} for cell in cells],
     }
-    shares = record_shares(record)
     titles = [*(f"{depth} %" for depth in settings.depths), "mean"]
     means = np.vstack([np.column_stack([shares, shares.mean(1)]), [*shares.mean(0), mean]])
     body = [[title, *map("{:.2f}".format, row)] for title, row in zip(titles, means, strict=True)]
@@ -221,26 +218,21 @@ def write(
     paths = [folder / file for file in ("table.md", "niah.json", "heatmap.png")]
     paths[0].write_text(text)
     paths[1].write_text(json.dumps(record, indent=2) + "\n")
-    draw(record, candidate.name).savefig(paths[2], dpi=150)
+    title = f"{candidate.name}, dense attention, {precision}\nmean {mean:.3f}"
+    draw(shares, settings, title).savefig(paths[2], dpi=150)
     return text, paths
 
 
-def record_shares(record: dict) -> np.ndarray:
-    """Shares of digits retrieved, [depth, context]."""
-    return np.array([cell["mean"] for cell in record["cells"]]).reshape(len(record["contexts"]), -1).T
-
-
-def draw(record: dict, name: str) -> "Figure":
-    """The heat map of a record of niah.json."""
-    shares, contexts = record_shares(record), [f"{context:,}" for context in record["contexts"]]
-    figure = new_figure(2.5 + 0.8 * len(contexts), 1.5 + 0.45 * len(shares))
+def draw(shares: np.ndarray, settings: Settings, title: str) -> Figure:
+    """The heat map of shares of digits retrieved, [depth, context]."""
+    figure = new_figure(2.5 + 0.8 * shares.shape[1], 1.5 + 0.45 * len(shares))
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         axes.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share < 0.6 else "black")
-    axes.set_xticks(range(len(contexts)), contexts)
-    axes.set_yticks(range(len(shares)), map(str, record["depths"]))
+    axes.set_xticks(range(shares.shape[1]), [f"{context:,}" for context in settings.contexts])
+    axes.set_yticks(range(len(shares)), map(str, settings.depths))
     axes.set(xlabel="context (tokens)", ylabel="depth (%)")
-    axes.set_title(f"{name}, dense attention, {record['dtype']}\nmean {record['mean']:.3f}", fontsize="medium")
+    axes.set_title(title, fontsize="medium")
     figure.colorbar(image, label="share of digits retrieved (chance 0.1)")
     return figure

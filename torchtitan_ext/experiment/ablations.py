@@ -22,8 +22,7 @@ def read_grid(file: Path) -> dict[str, list[str]]:
 def _arguments(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
     for section, fields in settings.items():
         for field, value in fields.items():
-            yield f"--{section}.{field}"
-            yield from map(str, value if isinstance(value, list) else [value])
+            yield from (f"--{section}.{field}", *map(str, value if isinstance(value, list) else [value]))
 
 
 def plan(
@@ -33,7 +32,6 @@ def plan(
     splits = splits or [parse_job(configs / "stage2.toml", overrides).training.steps * 10 // 16]
     runs = []
     for name, settings in cells.items():
-        both, only = [*settings, *overrides], ("stage1", "stage2")
-        experiment = runner.plan(configs, output / name, splits=splits, only=only, overrides=both)
+        experiment = runner.plan(configs, output / name, splits, ("stage1", "stage2"), [*settings, *overrides])
         runs += [replace(run, name=f"{name}/{run.name}") for run in experiment]
     return runs

@@ -87,15 +87,12 @@ def read_run(folder: Path) -> Run | None:
     if not starts:
         return None
     config = read_config(folder / CONFIG_FILE, "training.steps", "training.seq_len", "model.flavor", "debug.seed")
-    starts.sort(key=lambda points: points["wall_time"][0])
-    merged = starts[0]
-    for points in starts[1:]:
-        first = points["step"][0]
-        valid, validation_valid = merged["step"] < first, merged["validation_step"] < first
-        for name, later in points.items():
-            older = merged[name][validation_valid if name.startswith("validation") else valid]
-            merged[name] = np.concatenate([older, later])
-    del merged["wall_time"]
+    starts.sort(key=lambda points: points.pop("wall_time")[0])
+    ends = [min((later["step"][0] for later in starts[n:]), default=np.inf) for n in range(1, len(starts) + 1)]
+    merged = {}
+    for name in starts[0]:
+        step = "validation_step" if name.startswith("validation") else "step"
+        merged[name] = np.concatenate([p[name][p[step] < end] for p, end in zip(starts, ends, strict=True)])
     # torchtitan divides by log_freq, for any number of steps since the last point
     merged["seconds"] = merged["seconds"] * merged["log_freqs"]
     return Run(folder=folder, config=config, **merged)

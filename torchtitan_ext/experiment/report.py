@@ -9,18 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from torchtitan_ext import figures
 from torchtitan_ext.console import make_folder
-from torchtitan_ext.figures import markdown_table, write_csv
 
 from .records import Run, read_run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
 
@@ -59,7 +56,7 @@ def compare(row: Row, dense: Row) -> None:
 def markdown_rows(rows: Sequence[Row]) -> str:
     """A Markdown table of the columns in which any row has a value."""
     shown = [c for c in COLUMNS if any(cell(row, c) != "-" for row in rows)]
-    return markdown_table([COLUMNS[c][0] for c in shown], [[cell(row, c) for c in shown] for row in rows])
+    return figures.markdown_table([COLUMNS[c][0] for c in shown], [[cell(row, c) for c in shown] for row in rows])
 
 
 @dataclass
@@ -190,14 +187,14 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
         text += comparison([experiment, *map(read_experiment, others)])
     paths[0].write_text(text)
     columns = [*COLUMNS, "steps_after_switch", "status"]
-    write_csv(paths[1], columns, ([row.get(column) for column in columns] for row in table(experiment)))
+    figures.write_csv(paths[1], columns, ([row.get(column) for column in columns] for row in table(experiment)))
     points = []
     for run in experiment.runs:
         validated = dict(zip(run.validation_step, run.validation_loss, strict=True))
         for point in zip(*(getattr(run, name) for name in CURVES), strict=True):
             values = (*point, validated.get(point[0]))
             points.append([run.folder.name, *("" if x is None else f"{x:.7g}" for x in values)])
-    write_csv(paths[2], ["run", *CURVES, "validation_loss"], points)
+    figures.write_csv(paths[2], ["run", *CURVES, "validation_loss"], points)
     draw(experiment).savefig(paths[3], dpi=150)
     return text, paths
 
@@ -246,10 +243,10 @@ def comparison(experiments: Sequence[Experiment]) -> str:
                 difference = "-" if ours is None or usually is None else f"{ours - usually:+.4f}"
                 body.append([changed or "the first", *(cell(row, name) for name in names), difference])
     head = ["settings", *(COLUMNS[name][0] for name in names), "difference"]
-    return f"\n**Other seeds and settings**\n\n{markdown_table(head, body, 'll' + 'r' * 7)}\n"
+    return f"\n**Other seeds and settings**\n\n{figures.markdown_table(head, body, 'll' + 'r' * 7)}\n"
 
 
-def draw(experiment: Experiment) -> "Figure":
+def draw(experiment: Experiment) -> Figure:
     """Loss against steps and against device-hours. Pale: logged points. Solid: trailing mean over the window. Crosses:
     validation. Ring: switch. Dotted: jump."""
     stage1, runs = experiment.stage1, experiment.runs
@@ -257,8 +254,7 @@ def draw(experiment: Experiment) -> "Figure":
     figure = figures.new_figure(9.5, 4.5)
     panels = figure.subplots(1, 2, sharey=True)
 
-    labels = ["dense", "stage 1: Lighthouse"]
-    labels += [f"{_label(split, tail)}: dense" for split, tail in experiment.tails.items()]
+    labels = ["dense", "stage 1: Lighthouse", *(f"{_label(*tail)}: dense" for tail in experiment.tails.items())]
     colors = chain((figures.BLACK, figures.BLUE), cycle(TAIL_COLORS))
     for (run, split), label, color in zip(experiment.starts.values(), labels, colors, strict=False):
         if not run:

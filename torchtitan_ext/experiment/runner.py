@@ -6,8 +6,7 @@ interrupted ones continue from their newest checkpoint.
 
 import json
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchtitan.config import JobConfig
@@ -84,10 +83,9 @@ def plan(
 def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
     """The job config, checked as at launch, except for checkpoints. Raises ValueError."""
     config = parse_job(file, overrides)
-    checked = deepcopy(config)
-    checked.checkpoint.enable, checked.checkpoint.initial_load_path = False, None
+    without = replace(config.checkpoint, enable=False, initial_load_path=None)
     try:
-        check_job(checked)
+        check_job(replace(config, checkpoint=without))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if (interval := config.checkpoint.interval) < 1:
@@ -144,8 +142,7 @@ def train_command(run: PlannedRun, nproc: int) -> list[str]:
     # the last of repeated arguments wins
     command = [*torchrun(nproc, run.config_file), *run.overrides]
     command += ["--job.dump_folder", str(run.folder), "--training.steps", str(run.steps)]
-    # the table and the next run need these
-    command += ["--metrics.enable_tensorboard", "--checkpoint.enable"]
+    command += ["--metrics.enable_tensorboard", "--checkpoint.enable"]  # the table and the next run need these
     if run.load:
         command += ["--checkpoint.initial_load_path", str(run.load)]
     return command
@@ -180,11 +177,10 @@ def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
             remove_half_saved(folder)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-    log_file = run.folder / LOG
-    with training(command, log_file) as child:
+    with training(command, run.folder / LOG) as child:
         for step, loss, tps in child.steps():
             display.show(step, f"{step}/{run.steps}  loss {loss:.3f}  {tps} tok/s/device  ")
     if (code := child.process.returncode) or not run.has(run.steps):
         ending = f"exit code {code}" if code else f"ended without its checkpoint of step {run.steps}"
-        reason = f"{run.name} failed ({ending}), see above and {log_file}"
+        reason = f"{run.name} failed ({ending}), see above and {run.folder / LOG}"
         raise CommandFailed(f"{child.output}\n{reason}: correct that, and the same command continues")

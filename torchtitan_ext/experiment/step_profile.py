@@ -136,8 +136,7 @@ def measure_rates() -> dict[str, float]:
 
 def attention_ms(rows: int, args: LighthouseModelArgs) -> float:
     """Milliseconds of causal attention by the model's kernel, bf16, batch 1, forward and backward."""
-    heads, kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-    qkv = random_qkv(rows, heads, kv_heads, args.dim // heads)
+    qkv = random_qkv(rows, args.n_heads, args.n_kv_heads or args.n_heads, args.dim // args.n_heads)
     attention = partial(dense_attention, kernel=args.kernel)
     return median(times_ms(partial(forward_backward, attention, qkv, torch.randn_like(qkv[0])), 7))
 

@@ -24,11 +24,11 @@ def _record() -> Any:
     return event
 
 
-def random_qkv(n_rows: int, heads: int, kv_heads: int, dim: int, value_dim: int = 0, **like: Any) -> list[Tensor]:
-    """q [1, n_rows, heads, dim], k and v [1, n_rows, kv_heads, ...] that need gradients; by default bf16 on a GPU."""
+def random_qkv(n_rows: int, heads: int, kv_heads: int, dim: int, value_dim: int = 0) -> list[Tensor]:
+    """q [1, n_rows, heads, dim], k and v [1, n_rows, kv_heads, ...] that need gradients: bf16 on a GPU, else fp32."""
     shapes = [(heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)]
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True} | like
-    return [torch.randn(1, n_rows, *shape, **options) for shape in shapes]
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    return [torch.randn(1, n_rows, *shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> None:
