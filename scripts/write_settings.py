@@ -16,14 +16,13 @@ from torchtitan_ext.model import settings as own
 from torchtitan_ext.model.model import meta_model
 from torchtitan_ext.train.spec import register
 
-ROOT = Path(__file__).parents[1]
 FIELDS = ("field", "type", "default", "meaning")
 FLAVORS = ("flavor", "parameters", "dim", "layers", "heads", "KV heads", "vocabulary", "dense layers")
 
 
 @dataclass
 class WriteSettings:
-    output: Path = ROOT / "docs" / "settings.md"  # the file to write
+    output: Path = Path(__file__).parents[1] / "docs" / "settings.md"  # the file to write
 
     def run(self) -> None:
         self.output.write_text(reference())
