@@ -1,6 +1,7 @@
 """A job that can't run, or would lose state in silence, stops before anything is built."""
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -225,3 +226,26 @@ def test_a_tokenizer_that_changes_documents_or_cannot_be_built_is_named(job, tmp
             only_problem(config, "model.hf_assets_path", words)
         else:
             check_job(config)
+
+
+@pytest.mark.parametrize(
+    ("variable", "netrc", "refused"),
+    [
+        (None, "", True),
+        (("WANDB_API_KEY", "0" * 40), "", False),
+        (("WANDB_MODE", "offline"), "", False),
+        (None, "machine api.wandb.ai\n  login user\n  password 0", False),
+    ],
+)
+def test_weights_and_biases_need_a_key(job, tmp_path, monkeypatch, variable, netrc, refused):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text(netrc)
+    if variable:
+        monkeypatch.setenv(*variable)
+    config = job("--metrics.enable_wandb")
+    if refused:
+        only_problem(config, "metrics.enable_wandb = true", "no API key", "WANDB_MODE=offline")
+    else:
+        check_job(config)

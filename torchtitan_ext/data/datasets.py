@@ -49,7 +49,7 @@ def text_files(dataset_path: str) -> list[str]:
     """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
     root or `en`, those of `en/c4-train`. Raises ValueError if there are none."""
     files: list[str] = []
-    what = "docs/data.md says how to train on other formats"
+    what = _other_formats(dataset_path)
     try:
         if is_address(dataset_path):
             files = resolve_pattern(dataset_path, base_path="")
@@ -134,6 +134,11 @@ def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, st
         yield {"damage": what, "file": file}
 
 
+def _other_formats(folder: str) -> str:
+    first = next((repr(path.name) for path in Path(folder).rglob("[!.]*") if path.is_file()), "no file")
+    return f"it holds {first}; docs/data.md says how to train on other formats"
+
+
 def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     """The text files of a tree in pieces of `PIECE` bytes, one row each: file and offset of the first byte.
 
@@ -148,7 +153,9 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
-        remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}"
+        remedy = (
+            f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}; {_other_formats(dataset_path)}"
+        )
         raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}")
     files, starts = zip(*pieces, strict=True)
     return Dataset.from_dict({"path": files, "start": starts})

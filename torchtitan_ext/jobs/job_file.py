@@ -14,6 +14,8 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan_ext.arguments import errors_in_one_line
 from torchtitan_ext.model.settings import JobConfig as OwnSections
 
+RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
+
 
 def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The sections of a TOML file, merged over those of the file that it `extends`. Raises ValueError."""
@@ -23,7 +25,8 @@ def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, A
     try:
         values = tomllib.loads(file.read_text())
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; give the path of a job file") from error
+        moved = [f"{old} is {new} now" for old, new in RENAMED.items() if file.parent.as_posix().endswith(old)]
+        raise ValueError(f"{file}: {error.strerror}; {(moved or ['give the path of a job file'])[0]}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: no TOML ({error}); correct that") from error
     parent = values.pop("extends", None)

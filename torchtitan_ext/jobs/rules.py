@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -51,7 +52,7 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
     if not hasattr(job_config, "lighthouse"):
         module = job_config.job.custom_config_module
         return [f"job.custom_config_module = {module!r}: no [lighthouse]; set it to 'torchtitan_ext.model.settings'"]
-    rules = _number_problems, _model_problems, _attention_problems, optimizer_problems, _data_problems
+    rules = _number_problems, _model_problems, _attention_problems, optimizer_problems, _data_problems, _wandb_problems
     problems, dims = [problem for rule in rules for problem in rule(job_config)], None
     if n_ranks is not None:
         try:
@@ -176,6 +177,17 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
             check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
         except ValueError as error:
             yield f"[lighthouse] on [{name}]: {error}"
+
+
+def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
+    """Whether a key is missing on this machine; what else stops W&B, a launch finds as it starts it."""
+    netrc, env = Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), os.environ
+    has_key = env.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"} or (
+        netrc.is_file() and "login user" in " ".join(netrc.read_text().split())  # as `wandb login` leaves it
+    )
+    if job_config.metrics.enable_wandb and not has_key and env.get("WANDB_MODE", "online") in ("online", "run"):
+        remedy = "call `wandb login`, or set WANDB_MODE=offline"
+        yield f"metrics.enable_wandb = true: W&B has no API key on this machine; {remedy}"
 
 
 def _data_problems(job_config: JobConfig) -> Iterator[str]:
