@@ -135,8 +135,8 @@ def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, st
 
 
 def _other_formats(folder: str) -> str:
-    first = next((repr(path.name) for path in Path(folder).rglob("[!.]*") if path.is_file()), "no file")
-    return f"it holds {first}; docs/data.md says how to train on other formats"
+    first = next((f"it holds {path.name!r}; " for path in Path(folder).rglob("[!.]*") if path.is_file()), "")
+    return f"{first}docs/data.md says how to train on other formats"
 
 
 def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
@@ -153,10 +153,9 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
-        remedy = (
-            f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}; {_other_formats(dataset_path)}"
-        )
-        raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}")
+        remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}"
+        what = f"has no text file{among} ({_other_formats(dataset_path)})"
+        raise ValueError(f"training.dataset_path = {dataset_path!r} {what}: {remedy}")
     files, starts = zip(*pieces, strict=True)
     return Dataset.from_dict({"path": files, "start": starts})
 
