@@ -255,7 +255,7 @@ class CheckData:
                 checked.append(contents)
                 damaged += contents.n_problems > 0
                 display.count(1, f"{len(checked)}/{len(files)}, {damaged} damaged, ")
-        text, is_damaged = report(files, checked, training)
+        text, is_damaged = report(files, checked, job)
         print(text)
         return 1 if is_damaged else 0
 

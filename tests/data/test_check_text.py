@@ -13,7 +13,7 @@ from helpers.damage import SHARDS, SKIPPED, N, with_bytes, with_line
 from helpers.streams import loader, stopped, stream, write_c4
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchtitan.config.job_config import Training
+from torchtitan.config.job_config import JobConfig, Training
 
 from torchtitan_ext.data import check_text, datasets
 from torchtitan_ext.data.datasets import text_files
@@ -24,7 +24,7 @@ RUN = Training(seq_len=8, global_batch_size=2, steps=10)
 def check(path, workers=2):
     files = text_files(str(path))
     checked = list(check_text.check_files(files, workers))
-    return checked, *check_text.report(files, checked, RUN)
+    return checked, *check_text.report(files, checked, JobConfig(training=RUN))
 
 
 def total(checked, name):

@@ -270,3 +270,9 @@ def test_too_little_memory_is_a_problem_with_a_remedy_that_fits(check, config, g
     if remedy:
         n_gpus = ["--nproc=2"] if "parallelism" in remedy[0] else []
         assert not check(*arguments, *remedy, *n_gpus, file=file)[0]
+
+
+def test_memory_that_may_be_too_little_is_no_problem_but_said(check):
+    problems, report = check(LARGE[1], "--nproc=8", "--gpu-memory=70", file=LARGE[0])
+    assert not problems and "; tight: 'selective' would take" in report
+    assert "tight" not in check(LARGE[1], "--nproc=8", "--gpu-memory=80", file=LARGE[0])[1]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from torchtitan.config import JobConfig
-from torchtitan.config.job_config import Training
 
 from torchtitan_ext.data.datasets import OF_FILES, pieces_of_document, read_documents, sources, text_files
 
@@ -80,14 +79,14 @@ def remedy(file: str) -> str:
     """How to get an intact copy of one file: a command, if its layout is allenai/c4's."""
     root, folder = os.path.split(os.path.dirname(os.path.abspath(file)))
     if folder != "en":
-        return "put an intact copy of the file in its place"
+        return "put an intact copy of the file in its place, or set training.text_field to the field with the text"
     # Without --force-download, hf keeps a file that was damaged when it was fetched.
     command = ["hf", "download", "allenai/c4", "--repo-type", "dataset", f"en/{os.path.basename(file)}"]
     fetch = shlex.join([*command, "--force-download", "--local-dir", root])
     return f"fetch it again (or write it again, if the data is your own): {fetch}"
 
 
-def report(files: Sequence[str], checked: list[Contents], training: Training) -> tuple[str, bool]:
+def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig) -> tuple[str, bool]:
     """The report on checked files, compared with what a run reads, and whether there is damage."""
     problems: list[str] = []
     for file, contents in zip(files, checked, strict=True):
@@ -99,6 +98,7 @@ def report(files: Sequence[str], checked: list[Contents], training: Training) ->
 
     sizes = [(c.documents, c.characters, c.utf8_bytes, c.tokens) for c in checked]
     documents, characters, utf8_bytes, tokens = map(sum, zip(*sizes, strict=True))
+    training = job_config.training
     seq_len, batch = training.seq_len, training.global_batch_size
     # A sequence with its labels takes seq_len + 1 tokens.
     sequences, wanted = tokens // (seq_len + 1), training.steps * batch * (seq_len + 1)
@@ -111,6 +111,7 @@ def report(files: Sequence[str], checked: list[Contents], training: Training) ->
         f"{sequences // batch:,} steps of {batch:,} sequences",
     ]
     if tokens:
-        lines.append(f"{training.steps:,} such steps read {wanted:,} tokens: {wanted / tokens:,.2f} times the data")
+        times = f"{wanted / tokens:,.2f} times the data; by a BPE of 4 bytes per token {4 * wanted / tokens:,.2f} times"
+        lines.append(f"{job_config.job.config_file}: {training.steps:,} such steps read {wanted:,} tokens: {times}")
     lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")
     return "\n".join(lines), bool(problems)

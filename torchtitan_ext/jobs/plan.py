@@ -150,6 +150,8 @@ def _memory(plan: Plan, gpu_memory: float, problems: list[str]) -> str:
     if total > gpu_memory:
         mode = plan.job.activation_checkpoint.mode
         problems.append(f"activation_checkpoint.mode = {mode!r}: {fact}; {_what_fits(plan, gpu_memory, problems)}")
+    elif total > (safe := 0.85 * gpu_memory):
+        fact += f"; tight: {_what_fits(plan, safe, problems)}"
     return fact
 
 
@@ -184,7 +186,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     attention = f"dense in {args.n_layers - n_lighthouse} layers"
     if n_lighthouse:
         gathered = f"{args.lighthouse.gathered_len(seq_len):,} gathered rows of {seq_len:,}"
-        attention = f"Lighthouse in {n_lighthouse} layers, {gathered}; {attention}"
+        attention = f"Lighthouse in {n_lighthouse} layers, scorer {args.lighthouse.scorer}, {gathered}; {attention}"
     shared = " x ".join(f"{name} {n}" for name in DEGREES if (n := getattr(dims, name)) > 1 or name == "dp_shard")
     return {
         "model": f"{job.model.flavor}, {plan.n_params:,} parameters, {plan.flops / 1e9:.3g} GFLOPs per token",
