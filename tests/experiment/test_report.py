@@ -18,6 +18,7 @@ from torchtitan_ext.experiment import records, report
 from torchtitan_ext.experiment.report import mean_loss, recovery, window
 
 PUBLISHED = tomllib.loads((Path(__file__).parents[2] / "configs" / "published.toml").read_text(encoding="utf-8"))
+PUBLISHED["setting"] = "made, 16k steps"  # of the same model
 
 
 def logged_steps(start: int, end: int, log_freq: int) -> np.ndarray:
@@ -171,6 +172,7 @@ def test_files_written(made, tmp_path):
     assert all(f"| {row['run']} |" in ours for row in rows)
     published = [f"{row['final_loss']:.4f}" for row in PUBLISHED["split_points"]]
     assert all(loss in theirs and loss not in ours for loss in published)
+    assert "Published" not in report.markdown(experiment, PUBLISHED | {"setting": "530M, 16k steps"})
 
 
 def test_every_jump_lies_whole_in_both_panels(made):

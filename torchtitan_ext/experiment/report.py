@@ -200,7 +200,7 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
 
 
 def markdown(experiment: Experiment, published: dict) -> str:
-    """Our table, then the published rows, both labelled."""
+    """Our table; for the published model then the published rows, both labelled."""
     run = experiment.runs[0]
     w = window(run.total_steps, run.log_freq)
     status = {name: _status(*start) for name, start in experiment.starts.items()}
@@ -210,7 +210,7 @@ def markdown(experiment: Experiment, published: dict) -> str:
     theirs = [dense, *({"jump": published["jump"], "recovery": published["recovery"], **row} for row in splits)]
     for row in theirs[1:]:
         compare(row, dense)
-    return f"""**Measured**: {run.setting}
+    text = f"""**Measured**: {run.setting}
 
 {markdown_rows(table(experiment))}
 
@@ -218,10 +218,11 @@ Losses in nats per token, means over {w} steps; recovery counts the steps after 
 last {w} is back at its level before. From batch to batch the loss varies by {batch_noise(run):.3f}: a jump has to be \
 seen against that.
 
-{lacking}**Published, not measured here**: {published["source"]}, {published["hardware"]}, {published["setting"]}
-
-{markdown_rows(theirs)}
-"""
+{lacking}"""
+    if published["setting"].startswith(f"{run.config['model']['flavor']}, "):
+        source = f"{published['source']}, {published['hardware']}, {published['setting']}"
+        text += f"**Published, not measured here**: {source}\n\n{markdown_rows(theirs)}\n"
+    return text
 
 
 def comparison(experiments: Sequence[Experiment]) -> str:
