@@ -297,10 +297,11 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
     begin, end = (at + len(re.findall(rb"[\x80-\xbf]{0,3}", data[at : at + 3])[0]) for at in (0, PIECE))
     data = data[begin if sample["start"] else 0 : end]
     text = data.decode(errors="replace")
-    if "\0" in text or ("\ufffd" in text and text.encode() != data):
-        name = os.fsdecode(sample["path"])
-        warn_once(logger, f"{name!r} is no text in UTF-8, but is trained on: convert it, or move it out of the tree")
-    return text if sample["start"] else text.removeprefix("\ufeff")
+    is_text = "\0" not in text
+    if not is_text or ("\ufffd" in text and text.encode() != data):
+        name, fate = os.fsdecode(sample["path"]), "has wrong characters" if is_text else "is left out"
+        warn_once(logger, f"{name!r} is no text in UTF-8 and {fate}: convert it, or move it out of the tree")
+    return text.removeprefix("" if sample["start"] else "\ufeff") if is_text else ""
 
 
 # Not by load_dataset, which drops megabytes for one corrupt line and guesses column types.
