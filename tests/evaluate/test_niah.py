@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import string
 import sys
 from dataclasses import replace
 from itertools import product
@@ -17,12 +18,13 @@ from helpers.streams import TOKENIZER as BYTES
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from torchtitan_ext.data.passkey import FILLER, QUESTION, needle
+from torchtitan_ext.data.passkey import QUESTION, needle
 from torchtitan_ext.evaluate import niah
 from torchtitan_ext.evaluate.export_hf import export, find_checkpoint
 from torchtitan_ext.model import flavors
 
 NEEDLE = re.compile(r" The pass key is (\d)\.")
+ALPHABET = {*string.ascii_letters, *string.digits}
 CPU = torch.device("cpu")
 
 
@@ -71,16 +73,10 @@ def test_depth_is_the_share_of_the_filler_before_the_needle(context):
         text = bytes(prompts(context, depth, 3, 0)[1:]).decode()
         before, after = NEEDLE.split(text)[0], NEEDLE.split(text)[-1].removesuffix(QUESTION)
         filler = before + after
-        assert filler.isalnum() and filler.isascii() and len(filler) == context - prompts.shortest
+        assert len(filler) == context - prompts.shortest
+        assert set(filler) <= ALPHABET and (context < 1000 or set(filler) == ALPHABET)
         assert abs(len(before) - depth / 100 * len(filler)) <= 0.5
         assert (not before) == (depth == 0) and (not after) == (depth == 100)
-
-
-def test_filler_is_every_letter_and_digit_equally_often():
-    text = "".join(bytes(niah.Prompts(BYTES)(10000, 0, trial, 0)[1:]).decode() for trial in range(10))
-    expected = 10 * 10000 / len(FILLER)
-    assert len(FILLER) == 62
-    assert all(abs(text.count(c) - expected) < 5 * math.sqrt(expected) for c in FILLER if c not in QUESTION)
 
 
 def test_a_prompt_depends_only_on_seed_context_depth_and_trial(tokenizer):

@@ -1,4 +1,4 @@
-"""A whole transformer block on the Triton operators: compiled, checkpointed, sharded.
+"""A whole transformer block on the Triton operators: compiled and checkpointed.
 
 Runs on the GPU where there is one, else with the kernels under Triton's interpreter.
 """
@@ -8,11 +8,9 @@ from functools import cache
 
 import pytest
 import torch
-import torch.distributed as dist
-from helpers.lighthouse_cases import DEVICE, error
+from helpers.lighthouse_cases import DEVICE
 from helpers.models import args as small_args
 from helpers.models import build
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
@@ -88,20 +86,6 @@ def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(mode, s
     tolerance = dict(rtol=1e-4, atol=1e-6) if compiled else dict(rtol=0, atol=0)
     assert_same(gradients(compile_block(built) if compiled else built), plain, **tolerance)
     assert len(calls) == (scorer != "norm")  # the scores are kept
-
-
-def test_works_inside_fsdp(tmp_path):
-    backend = "nccl" if DEVICE == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        built = model()
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for module in (built.layers["0"], built):
-            fully_shard(module, mp_policy=policy).set_force_sum_reduction_for_comms(DEVICE == "cpu")
-        ours = [grad.full_tensor() for grad in gradients(built).values()]
-        assert max(map(error, ours, plain_gradients().values())) < 0.1
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.gpu

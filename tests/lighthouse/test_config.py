@@ -32,13 +32,6 @@ def test_illegal_settings(settings, message):
         LighthouseConfig(**settings)
 
 
-def test_the_published_lengths():
-    config = LighthouseConfig(levels=3, pooling_factor=4, top_k=1536)
-    config.check_seq_len(98_304)
-    assert config.gathered_len(98_304) == 18_432
-    assert LighthouseConfig(top_k=8192).gathered_len(524_288) == 98_304
-
-
 @given(
     levels=st.integers(2, 4),
     p=st.sampled_from((2, 4)),

@@ -8,7 +8,6 @@ from helpers.launches import ROOT
 from helpers.models import args, build
 from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.models.llama3 import Transformer, llama3_args
-from torchtitan.models.llama3.model.model import apply_rotary_emb, precompute_freqs_cis
 
 from torchtitan_ext.jobs.job_file import read_toml
 from torchtitan_ext.lighthouse.scorers import SCORERS, Scorer
@@ -131,18 +130,3 @@ def test_the_stages_differ_only_where_they_must(recipe):
     switched |= {"activation_checkpoint.mode"} if recipe == "530m-1m" else set()  # dense attention's outputs are longer
     assert differing(stage1, stage2) == initial_load | switched
     assert differing(stage2, dense) == initial_load | {"job.dump_folder"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_patched_rope_is_the_complex_product(dtype):
-    """Patched to real arithmetic, with and without given positions."""
-    g = torch.Generator().manual_seed(0)
-    xq, xk = (torch.randn(2, 16, heads, 8, generator=g).to(dtype) for heads in (4, 2))
-    table = precompute_freqs_cis(8, 32)
-    positions = torch.randperm(32, generator=g)[:16].expand(2, -1)
-    for given, rows in ((None, table[:16]), (positions, table[positions[0]])):
-        for x, got in zip((xq, xk), apply_rotary_emb(xq, xk, table, given), strict=True):
-            pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
-            expected = torch.view_as_real(pairs * rows[:, None].to(torch.complex128)).flatten(-2)
-            assert got.dtype == dtype
-            assert (got - expected).abs().max() <= {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
