@@ -81,7 +81,7 @@ WRONG = [
     ("export", ["{}/broken", "--output", "{}/hf"], ["config.json is not the job config", "restore"]),
     ("niah", ["{}/empty"], ["{}/empty is not a complete checkpoint", "give"]),
     ("check-data", ["{}/gone"], ["{}/gone': no file that ends in .parquet", "give a file, a folder"]),
-    ("check-data", [f"{TEXT}/stage1.toml"], ["'python_source' reads no files of text", "give the path"]),
+    ("check-data", [f"{TEXT}/stage1.toml"], ["'python_source' is not checked", "that `text` reads"]),
     ("draw_method", ["--output", "{}/file"], ["{}/file: File exists; choose another path"]),
     ("bench_attention", ["--output", "{}/empty"], ["--output {}/empty: is a folder; name"]),
     ("bench_attention", ["--n-kv-heads", 3], ["4 query heads", "multiple of 3 KV heads"]),

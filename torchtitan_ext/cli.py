@@ -243,10 +243,8 @@ class CheckData:
         if not is_job:
             job.training.dataset, job.training.dataset_path, job.training.mixture = "text", self.dataset_path, []
         files, text_fields = zip(*files_to_check(job), strict=True)
-        training = job.training
-        if training.global_batch_size < 1:
-            batch = f"training.global_batch_size = {training.global_batch_size} in {config_file}"
-            raise ValueError(f"{batch}: depends on the number of processes; add --training.global_batch_size N")
+        if job.training.global_batch_size < 1:  # as of one process
+            job.training.global_batch_size = job.training.local_batch_size
         checked, damaged = [], 0
         results = check_files(files, self.workers, text_fields)  # forks before the display's thread starts
         with Display() as display:

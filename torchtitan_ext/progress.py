@@ -16,8 +16,7 @@ class Display(Progress):
         console = Console(stderr=True)
         # the bar comes last: a narrow terminal cuts it first
         columns = (TextColumn("{task.description}  {task.fields[status]}", markup=False), BarColumn(20))
-        live = console.is_interactive
-        super().__init__(*columns, console=console, disable=not live, speed_estimate_period=math.inf)
+        super().__init__(*columns, console=console, disable=not console.is_interactive, speed_estimate_period=math.inf)
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -279,8 +279,9 @@ def test_python_source_is_the_standard_library_by_default_and_holds_some_files_o
         ("text", "missing", ["training.dataset_path = ", "missing", "no file", "give a file"]),
         ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
         ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
+        ("python_source", "other", ["no text file", "2 other files", ".csv", "docs/data.md"]),
         ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
-        ("text", "other", ["no file that ends in .parquet", "it holds '", "docs/data.md"]),
+        ("text", "other", ["no file that ends in .parquet", "' doesn't", "docs/data.md"]),
         ("text", "other/data/1.arrow", ["no file that ends in .parquet", "docs/data.md"]),
     ],
 )

@@ -42,7 +42,7 @@ def files_to_check(job_config: JobConfig) -> list[tuple[str, str]]:
     parts = sources(job_config)
     of_files = [source for source in parts if source["dataset"] in OF_FILES]
     if not of_files:
-        raise ValueError(f"training.dataset = {parts[0]['dataset']!r} reads no files of text: give the path of some")
+        raise ValueError(f"training.dataset = {parts[0]['dataset']!r} is not checked: give files that `text` reads")
     return [(file, source["text_field"]) for source in of_files for file in text_files(source["path"] or "")]
 
 
@@ -102,10 +102,9 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
     seq_len, batch = training.seq_len, training.global_batch_size
     # A sequence with its labels takes seq_len + 1 tokens.
     sequences, wanted = tokens // (seq_len + 1), training.steps * batch * (seq_len + 1)
-    left_out = ", damaged lines left out" if problems else ""
     lines = [
         *problems,
-        f"{len(files):,} files, {documents:,} documents{left_out}",
+        f"{len(files):,} files, {documents:,} documents{', damaged lines left out' if problems else ''}",
         f"text: {characters:,} characters, {utf8_bytes:,} bytes in UTF-8",
         f"byte tokenizer: {tokens:,} tokens with bos and eos, {sequences:,} sequences of {seq_len:,}, "
         f"{sequences // batch:,} steps of {batch:,} sequences",

@@ -8,6 +8,7 @@ import os
 import re
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from io import TextIOWrapper
@@ -42,6 +43,7 @@ LONGEST_DOCUMENT = 2**20  # characters
 # None: all files; False: without those held out for validation; True: only those
 SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_source_validation": True}
 FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
+OTHER_FORMATS = "docs/data.md says how to train on other formats"
 FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst"
 
 
@@ -49,7 +51,7 @@ def text_files(dataset_path: str) -> list[str]:
     """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
     root or `en`, those of `en/c4-train`. Raises ValueError if there are none."""
     files: list[str] = []
-    what = _other_formats(dataset_path)
+    what = ""
     try:
         if is_address(dataset_path):
             files = resolve_pattern(dataset_path, base_path="")
@@ -63,6 +65,7 @@ def text_files(dataset_path: str) -> list[str]:
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if known := [file for file in files if FORMAT.search(file) and os.path.basename(file) not in FILES_TO_IGNORE]:
         return known
+    what = what or (f"{os.path.basename(files[-1])!r} doesn't; " if files else "") + OTHER_FORMATS
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
     raise ValueError(f"training.dataset_path = {dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
 
@@ -134,11 +137,6 @@ def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, st
         yield {"damage": what, "file": file}
 
 
-def _other_formats(folder: str) -> str:
-    first = next((f"it holds {path.name!r}; " for path in Path(folder).rglob("[!.]*") if path.is_file()), "")
-    return f"{first}docs/data.md says how to train on other formats"
-
-
 def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     """The text files of a tree in pieces of `PIECE` bytes, one row each: file and offset of the first byte.
 
@@ -149,33 +147,39 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     if not os.path.isdir(dataset_path):
         raise ValueError(f"training.dataset_path = {dataset_path!r} is not a folder: give one that exists")
     # Names are bytes: they need not be UTF-8.
-    tree = _pieces_of_tree(Path(dataset_path))
+    tree, others = _pieces_of_tree(Path(dataset_path))
     pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
         remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}"
-        what = f"has no text file{among} ({_other_formats(dataset_path)})"
-        raise ValueError(f"training.dataset_path = {dataset_path!r} {what}: {remedy}")
+        raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}; {others}")
+    if others:
+        logger.info(others)
     files, starts = zip(*pieces, strict=True)
     return Dataset.from_dict({"path": files, "start": starts})
 
 
 @cache  # large trees take seconds, and a job asks several times
-def _pieces_of_tree(root: Path) -> list[tuple[bytes, str, int, bool]]:
-    """Digest, file, start and whether the file is held out, by digest."""
-    pieces = []
+def _pieces_of_tree(root: Path) -> tuple[list[tuple[bytes, str, int, bool]], str]:
+    """Digest, file, start and whether the file is held out, by digest; and what other files there are."""
+    pieces, ignored = [], Counter[str]()
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = {name for name in subfolders if name[0] != "."} - SKIPPED_FOLDERS
         for name in names:
             file = Path(folder, name)
-            if name[0] == "." or not name.endswith(TEXT_SUFFIXES) or file.is_symlink():
+            if name[0] == "." or file.is_symlink():
+                continue
+            if not name.endswith(TEXT_SUFFIXES):
+                ignored[file.suffix or name] += 1
                 continue
             digest = hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
             is_held_out = digest[-1] % HELD_OUT == 0
             for start in range(0, max(1, file.stat().st_size), PIECE):
                 mixed = hashlib.sha256(digest + str(start).encode()).digest()
                 pieces.append((mixed, str(file), start, is_held_out))
-    return sorted(pieces)
+    most = ", ".join(suffix for suffix, _ in ignored.most_common(3))
+    others = f"{ignored.total():,} other files in {root} are not read ({most}); {OTHER_FORMATS}"
+    return sorted(pieces), others if ignored else ""
 
 
 def check_dataset(dataset: str, dataset_path: str | None, text_field: str = "text") -> None:

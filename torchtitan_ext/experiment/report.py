@@ -25,7 +25,7 @@ TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE,
 COLUMNS = {
     "run": ("run", ""),
     "device_hours": ("device-hours", ",.4g"),
-    "ktok_s": ("stage-1 tok/s per device (k)", ",.4g"),
+    "ktok_s": ("tok/s per device (k)", ",.4g"),
     "final_loss": ("final loss", ".4f"),
     "jump": ("jump (nats)", "+.4f"),
     "recovery": ("steps to recover", ","),

@@ -182,9 +182,8 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
 def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
     """Whether a key is missing on this machine; what else stops W&B, a launch finds as it starts it."""
     netrc, env = Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), os.environ
-    has_key = env.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"} or (
-        netrc.is_file() and "login user" in " ".join(netrc.read_text().split())  # as `wandb login` leaves it
-    )
+    logged_in = netrc.is_file() and "login user" in " ".join(netrc.read_text().split())  # as `wandb login` leaves it
+    has_key = logged_in or env.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"}
     if job_config.metrics.enable_wandb and not has_key and env.get("WANDB_MODE", "online") in ("online", "run"):
         remedy = "call `wandb login`, or set WANDB_MODE=offline"
         yield f"metrics.enable_wandb = true: W&B has no API key on this machine; {remedy}"
