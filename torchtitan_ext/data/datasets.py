@@ -152,7 +152,9 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
         remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}"
-        raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}; {others}")
+        raise ValueError(
+            f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}{others and '; '}{others}"
+        )
     if others:
         logger.info(others)
     files, starts = zip(*pieces, strict=True)
