@@ -151,10 +151,8 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
-        remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}"
-        raise ValueError(
-            f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}{others and '; '}{others}"
-        )
+        remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}; {others}".removesuffix("; ")
+        raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}")
     if others:
         logger.info(others)
     files, starts = zip(*pieces, strict=True)

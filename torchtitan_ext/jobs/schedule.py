@@ -22,7 +22,8 @@ def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
         return  # no run continues this one
     if 0 < total < schedule.warmup_steps:
         remedy = f"set it to {total} at most, or lr_scheduler.total_steps to the steps of the whole training"
-        yield f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: more than the {total} steps, so a later part's rate would jump; {remedy}"
+        rule = f"more than {total} steps, so the rate would jump if the run went on"
+        yield f"lr_scheduler.warmup_steps = {schedule.warmup_steps}: {rule}; {remedy}"
     if job_config.lighthouse.enable and schedule.decay_ratio != 0.0 and schedule.total_steps is None:
         remedy = "set it to 0.0, or lr_scheduler.total_steps to the steps of both stages"
         yield f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the dense stage's rate would jump back; {remedy}"
