@@ -61,7 +61,7 @@ soak: setup  ## 2,000 steps with 20 kills against an undisturbed run, on the CPU
 bench: setup  ## one attention layer beside dense SDPA and the floor
 	$(BIN)/python scripts/bench_attention.py
 
-docs: setup  ## docs/settings.md and the picture of docs/method.md, written anew from the code
+docs: setup  ## docs/settings.md and the picture of docs/method.md, regenerated from the code
 	$(BIN)/python scripts/write_settings.py
 	$(BIN)/python scripts/draw_method.py
 

@@ -3,8 +3,8 @@
 All three attend by the same kernel. On a GPU: bf16, 8 heads of 128, the settings of the paper's latency figure over a
 range of contexts, and the recipe's context by each scorer; minutes. On a CPU: one small case by each; seconds. Writes
 the records as JSON and, for several lengths, a log-log plot of the first scorer beside them. --peers also times other
-layers for long contexts, which need flash-linear-attention and [fa4]. NSA has 16 query heads and one for keys and
-values; with --n-heads 16 --n-kv-heads 1 dense attention and Lighthouse have them too.
+layers for long contexts, which need flash-linear-attention and [fa4]. NSA has 16 query heads and one KV
+head; --n-heads 16 --n-kv-heads 1 gives dense attention and Lighthouse the same.
 """
 
 import json
@@ -49,7 +49,7 @@ CURVES = {
     "floor": ("gathered rows only", figures.GREEN),
 }
 STYLES = ("o-", "x--", ".:", "+-.")  # of the kernels
-WINDOW = 4_096  # of the layer that has nothing else
+WINDOW = 4_096  # tokens that each token sees in the layer with a window only
 PEER_DIM = 128  # channels of a peer's query and key
 
 
@@ -75,7 +75,7 @@ def nsa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return parallel_nsa(q, k, v, gates, gates, block_counts=16, block_size=64) + window(q, k, v, 512)
 
 
-# the function of q, k and v; heads, key and value heads, channels of a value
+# function of q, k and v; query heads, KV heads, channels per value
 PEERS = {
     f"window of {WINDOW:,}, FlashAttention-4": (window, 8, 8, 128),
     "gated linear attention": (gla, 4, 4, 256),
@@ -85,9 +85,9 @@ PEERS = {
 
 @dataclass
 class BenchAttention:
-    seq_lens: Positives = () if ON_GPU else (8192,)  # tokens; on a GPU, without any, those of the figure
-    scorers: tuple[Literal[tuple(SCORERS)], ...] = tuple(SCORERS)  # of a call with --seq-lens
-    kernels: tuple[Literal[KERNELS], ...] = ()  # that attend; without any, cuDNN and FlashAttention-4, what can run
+    seq_lens: Positives = () if ON_GPU else (8192,)  # tokens; on a GPU, by default those of the figure
+    scorers: tuple[Literal[tuple(SCORERS)], ...] = tuple(SCORERS)  # used with --seq-lens
+    kernels: tuple[Literal[KERNELS], ...] = ()  # of attention; by default cuDNN and FlashAttention-4, if they can run
     levels: Positive = 3  # of the pyramid, the base included
     pooling_factor: Positive = 4  # entries that one of the next level averages
     top_k: int = 0 if ON_GPU else 256  # winners; 0 is a 64th of the tokens
@@ -132,7 +132,7 @@ class BenchAttention:
                 display.say(f"{title} ...")
                 try:
                     measured.append(measure())
-                except Exception as error:  # the others go on
+                except Exception as error:  # the next starts
                     display.say(traceback.format_exc())
                     errors[title] = f"{type(error).__name__}: {error}"[:200]
                 self.output.write_text(json.dumps(records, indent=1) + "\n")
@@ -189,7 +189,7 @@ class BenchAttention:
         return row | {"peak_gib": timing.peak_gib(step), "ms": median(timing.times_ms(step, self.repeats))}
 
     def time_stages(self, config: LighthouseConfig, attention: CausalAttention, q, k, v, freqs_cis) -> list[dict]:
-        """Each stage alone: its milliseconds, and the megabytes that it must move."""
+        """Milliseconds of each stage, timed separately, and the megabytes that it must move."""
         ops, n_heads, n_kv_heads = layer.ops_for(q), self.n_heads, self.n_kv_heads
         row = self.head_dim * q.element_size() / 1e6
         base, all_rows = q.shape[1] * row, (q.shape[1] + config.gathered_len(q.shape[1])) * row
@@ -226,7 +226,7 @@ def medians_ms(cases: dict[str, tuple], repeats: int) -> dict[str, float]:
 
 def table(rows: list[dict]) -> str:
     """Milliseconds and the two ratios, forward and forward + backward."""
-    head = ["seq_len", "L, p, k", "S", "scorer", "its own ms", "kernel", "pass", "dense ms", "floor ms"]
+    head = ["seq_len", "L, p, k", "S", "scorer", "score ms", "kernel", "pass", "dense ms", "floor ms"]
     head += ["Lighthouse ms", "against dense", "of the floor", "peak GiB", "dense peak GiB"]
     cells = []
     for r, (direction, label) in product(rows, DIRECTIONS.items()):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU keeps of its speed beside seven others: scripts/bench_eight.sh fsdp|cp|one [arguments of bench_train.py]
+# Measure a GPU's speed beside seven others: scripts/bench_eight.sh fsdp|cp|one [arguments of bench_train.py]
 #
 #   fsdp   NGPU=8 GPUs, 98,304 tokens each: stage 1 and dense
 #   cp     one sequence on all of them: 1,048,576 tokens (1m, 1m-selective) and 262,144 with dense layers (256k)
@@ -17,7 +17,7 @@ selective=activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns=non
 recipe=(--run stage1 configs/530m/stage1.toml --run dense configs/530m/dense.toml)
 
 bench() {
-    # All ranks of a sequence read the whole of it, in a quarter of a second per million tokens: beside the trainer.
+    # A worker reads: every rank reads its whole sequence, which takes 0.25 s per million tokens.
     python3 scripts/bench_train.py --append --output "${OUTPUT:-results/bench_eight.json}" \
         --steps 8 --window 2 --settings training.dataloader.num_workers=1 "$@" || failed=1
 }
@@ -41,7 +41,7 @@ one)
         lighthouse.top_k=1760 lighthouse.tile_winners=110 "$@"
     ;;
 *)
-    echo "'$part': say what to measure, fsdp, cp or one (--help says more)" >&2
+    echo "'$part': must be fsdp, cp or one; see --help" >&2
     exit 2
     ;;
 esac

@@ -1,7 +1,7 @@
 """Train a few steps of several job files in one call: speed, memory, MFU and the ratio to the first.
 
-Every run trains on local sources, one sequence per data-parallel rank and step, without checkpoints. One that
-fails, for want of memory say, is reported and the others go on. For example: --nproc 1 2
+Every run trains on local sources, one sequence per data-parallel rank and step, without checkpoints. A run
+that fails, for example out of memory, is reported, and the next starts. For example: --nproc 1 2
 --run stage1 configs/530m/stage1.toml --run full configs/530m/stage1.toml activation_checkpoint.mode=full
 """
 
@@ -42,13 +42,13 @@ NamedRuns = UseAppendAction[tuple[tuple[str, ...], ...]]
 class BenchTrain:
     runs: Annotated[NamedRuns, arg(name="run", metavar="NAME CONFIG [SETTING ...]")] = ()
     """a run's name, job file and settings, section.field=value; without any, the 530M recipe's dense and stage 1"""
-    nproc: Positives = (1,)  # processes, one per device; all runs at each number
+    nproc: Positives = (1,)  # processes, one per device; every run at each number
     steps: Positive = 16  # of each run
     window: Positive = 4  # steps timed at a time; the first of them warm up
     settings: tuple[str, ...] = ()  # section.field=value for every run
-    profile: bool = False  # take the last step apart, every part beside its limit on this GPU
+    profile: bool = False  # split the last step's time into parts, each beside its limit on this GPU
     output: Path = Path("results" if ON_GPU else "outputs", "bench_train.json")  # the records; logs go beside it
-    append: bool = False  # add to the records in --output, so that the runs of several calls stand side by side
+    append: bool = False  # add to the records in --output, to compare the runs of several calls
 
     def run(self) -> None:
         output, least = self.output, (3 if self.profile else 2) * self.window
@@ -57,7 +57,7 @@ class BenchTrain:
         if self.profile and not ON_GPU:
             raise ValueError("--profile: there is no CUDA device here")
         if not ON_GPU and not self.runs:
-            raise ValueError("the 530M recipe needs a CUDA device, which is not here: name other runs by --run")
+            raise ValueError("the 530M recipe needs a CUDA device, which is missing here: give other runs with --run")
         if output.is_dir():
             raise ValueError(f"--output {output}: is a folder; name a file")
         register()
@@ -67,13 +67,13 @@ class BenchTrain:
             if len(words) < 2 or not Path(words[1]).is_file():
                 raise ValueError(f"{where}: give a name and the path of a job file")
             if name in jobs or not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(f"{where}: give each run a name of its own, of letters, digits, _ and -")
+                raise ValueError(f"{where}: give each run a unique name of letters, digits, _ and -")
             jobs[name] = load_job(Path(words[1]), self.job_arguments(words))
         records: dict = {"machine": this_machine(), "commands": [], "rows": [], "profiles": {}}
         if self.append and output.exists():
             records = json.loads(output.read_text())
             if records["machine"] != this_machine():
-                raise ValueError(f"--append: {output} is of {records['machine']}, this is {this_machine()}")
+                raise ValueError(f"--append: {output} has records of {records['machine']}, this is {this_machine()}")
         records["commands"].append(" ".join(["python", *sys.argv]))
         make_folder(output.parent)
 
@@ -120,7 +120,7 @@ class BenchTrain:
             print(f"\n{key}\n\n{step_profile.table(profile['parts_ms'], profile.get('limits_ms'))}")
         print(f"\n{records['machine']}\n\n{table(records['rows'])}\n\nrecords: {output}")
         if failed := [row["name"] for row in records["rows"][-len(todo) :] if "error" in row]:
-            raise CommandFailed(f"failed: {', '.join(failed)}; why is said above and in the logs beside {output}")
+            raise CommandFailed(f"failed: {', '.join(failed)}; the reasons are above and in the logs beside {output}")
 
     def job_arguments(self, words: tuple[str, ...]) -> list[str]:
         """A run's torchtitan arguments after its job file: no checkpoints, local sources, and the run's settings."""
@@ -152,7 +152,7 @@ class BenchTrain:
 def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
     """A row's figures, from the run's TensorBoard events; medians over the timed windows.
 
-    The first window warms up (step 1 is logged whatever the window), and the end of the last one is what is profiled.
+    The first window warms up (step 1 is always logged); a profile covers the end of the last one.
     """
     timed = slice(1 if window == 1 else 2, -1 if profile else None)
     [file] = folder.glob("**/events.out.tfevents.*")
@@ -171,7 +171,7 @@ def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
 
 
 def share_of_one(row: dict, rows: list[dict]) -> str:
-    """Its share of the speed that the run of the same name has on one device."""
+    """Speed per device, as a share of that of the same run on one device."""
     alone = [r for r in rows if (r["name"], r["n_gpus"]) == (row["name"], 1) and "error" not in r]
     return f"{100 * row['tok_s_gpu'] / alone[-1]['tok_s_gpu']:.1f} %" if alone and row["n_gpus"] > 1 else "-"
 

@@ -84,7 +84,7 @@ def draw_scatter(panel: Axes, entries: Entries, reached: torch.Tensor) -> None:
     """The positions to which each gathered entry's output is added, and the number of outputs per position."""
     for slot, (level, _) in enumerate(entries):
         positions = reached[:, slot].nonzero().flatten().tolist()
-        if positions:  # the sequence's last entry may end with it
+        if positions:  # an entry that ends with the sequence reaches none
             panel.add_patch(Rectangle((positions[0], level + 1), len(positions), 0.72, ec="white", fc=COLORS[level]))
     levels, unit = range(CONFIG.levels), 0.8 / CONFIG.levels
     panel.stairs(reached.sum(1) * unit, range(SEQ_LEN + 1), baseline=None, color="black", lw=1.5)

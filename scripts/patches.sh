@@ -3,7 +3,7 @@
 #     scripts/patches.sh [CHECKOUT [FOLDER]]
 # CHECKOUT  git checkout of torchtitan (default: build/torchtitan; made from the installed package if it is missing)
 # FOLDER    where the patches go (default: patches)
-# PYTHON    of the environment with the installed package, a variable (default: .venv/bin/python)
+# PYTHON    a variable: Python of the environment with the installed package (default: .venv/bin/python)
 # To change a patch: call this once, change the commits in CHECKOUT (git rebase -i released), call this again.
 set -euo pipefail
 [[ ${1:-} =~ ^(-h|--help)$ ]] && sed -n '2,/^set/s/^# //p' "$0" && exit

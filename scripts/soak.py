@@ -1,8 +1,8 @@
-"""Train a small run twice on the CPU, once undisturbed and once killed again and again: are the losses the same?
+"""Train a small run twice on the CPU, undisturbed and with random kills, and compare all losses bit by bit.
 
 Each kill is a SIGKILL to a random rank at a random moment of a random step; then torchrun restarts all ranks from the
 newest checkpoint. Writes all losses, and the undisturbed ranks' resident memory and open files. Takes 10 minutes on 2
-cores. Exit code: 0 all is equal, 1 a loss differs in a single bit or a process grows, 2 wrong arguments.
+cores. Exit code: 0 equal losses, 1 a loss differs in any bit or a process grows, 2 wrong arguments.
 """
 
 import random
@@ -32,8 +32,8 @@ SETTINGS = (
 )
 RANKS = 2
 SAMPLE = 20  # steps between two looks at the processes
-APART = 5  # steps per kill at least: the log lags behind
-NOISE = 0.02  # of the resident memory: growth that counts as none
+APART = 5  # least steps between two kills: the log lags behind
+NOISE = 0.02  # of the resident memory: smaller growth is ignored
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Soak:
             raise CommandFailed(f"{child.output}\n{ended}: correct that, and call again with another --output")
 
     def report(self) -> bool:
-        """Write what was seen; returns whether something is wrong."""
+        """Write the records; return whether something is wrong."""
         whole, killed = losses(self.output / "undisturbed"), losses(self.output / "killed")
         every = range(1, self.steps + 1)
         unequal = [step for step in every if {*whole[step]} != {*killed[step]} or len(whole[step]) != 1]

@@ -3,11 +3,11 @@
 #     NGPU=8 CONFIG=configs/530m/stage1.toml scripts/train.sh [overrides]
 # CONFIG  the job file
 # NGPU    processes, one per GPU (default: 8)
-# Overrides are torchtitan's: --metrics.log_freq 1. On many nodes the same command runs on each of them, with
-# NNODES        their number (default: 1)
-# RDZV_ENDPOINT host:port at which they meet, the host being one of them
+# Overrides are torchtitan's: --metrics.log_freq 1. On several nodes, run the same command on each, and set too:
+# NNODES        number of nodes (default: 1)
+# RDZV_ENDPOINT host:port at which they meet, on one of them
 # RDZV_ID       a name for this launch (default: train)
-# set too; scripts/train.slurm does that for a cluster. PET_MAX_RESTARTS=3 is torchrun's --max_restarts=3.
+# scripts/train.slurm does that on a SLURM cluster. PET_MAX_RESTARTS=3 is torchrun's --max_restarts=3.
 set -euo pipefail
 [[ ${1:-} =~ ^(-h|--help)$ ]] && sed -n '2,/^set/s/^# //p' "$0" && exit
 fail() { echo "$1" >&2 && exit 1; }
@@ -17,9 +17,9 @@ fail() { echo "$1" >&2 && exit 1; }
     : "${RDZV_ENDPOINT:?RDZV_ENDPOINT is not set: NNODES = $NNODES nodes meet at the host:port of one of them}"
 command -v torchrun > /dev/null ||
     fail "torchrun is not on the PATH: activate the environment first (after make setup: source .venv/bin/activate)"
-# Segments of GPU memory that can grow leave no gaps that an activation of a long sequence doesn't fit into.
+# Growing segments of GPU memory leave no gaps too small for the activations of a long sequence.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
-# In a store that outlives torchrun's restart, ranks find the addresses of the killed ones, and wait for them.
+# In a store that outlives torchrun's restart, ranks find addresses of killed ranks, and wait for them.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 exec torchrun --nnodes="${NNODES:-1}" --nproc_per_node="${NGPU:-8}" --rdzv_backend=c10d \
     --rdzv_endpoint="${RDZV_ENDPOINT:-localhost:0}" --rdzv_id="${RDZV_ID:-train}" \

@@ -32,7 +32,7 @@ def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:
     for value in vars(parsed[0] if isinstance(parsed, tuple) else parsed).values():
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path) and is_address(str(path)):
-                raise ValueError(f"{path} is no path on this machine: {MOUNT}")
+                raise ValueError(f"{path} is not a path on this machine: {MOUNT}")
     return parsed
 
 

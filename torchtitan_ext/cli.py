@@ -18,7 +18,7 @@ from .progress import Display
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = CONFIGS / "published.toml"
-FIRST_STAGE = "of a first stage (lighthouse.enable = true), not finished under dense attention"
+FIRST_STAGE = "from a first stage (lighthouse.enable = true), without dense steps after it"
 JobFile = Annotated[Path, arg(name="job.config_file")]
 
 
@@ -26,7 +26,7 @@ JobFile = Annotated[Path, arg(name="job.config_file")]
 class Patch:
     """Patch torchtitan, check whether it is patched, or restore the release: all patches or none.
 
-    Exit code: 0 done, now or before (check: patched); 1 check found torchtitan as released; 2 error.
+    Exit code: 0 done, or nothing to do (check: patched); 1 check found torchtitan as released; 2 error.
     """
 
     action: Positional[Literal["apply", "check", "revert"]]
@@ -46,7 +46,7 @@ class Patch:
 
 @dataclass
 class Preflight:
-    """Check a whole run before it costs anything, in seconds: no training, no GPU, on any machine.
+    """Check a whole run in seconds, before it costs anything: on any machine, without training or a GPU.
 
     Lists every problem of versions, patches, settings, data, checkpoint, disk and GPU memory, and estimates time and
     resources. Overrides are torchtitan's, as for training: --lighthouse.top_k 2048.
@@ -55,7 +55,7 @@ class Preflight:
 
     config_file: JobFile  # the job file
     nproc: Positive = 1  # processes of the run on all nodes, one per GPU
-    gpu_memory: float | None = None  # GiB of one GPU; None for this machine's, or the 139 of an NVIDIA H200
+    gpu_memory: float | None = None  # GiB per GPU; None for this machine's, or the 139 of an NVIDIA H200
     tok_s: float | None = None  # tokens per second per GPU, `tps` in a log; None for an estimate from an H200's MFU
 
     def run(self, overrides: list[str]) -> int:
@@ -64,7 +64,7 @@ class Preflight:
         for name, value in (("--gpu-memory", self.gpu_memory), ("--tok-s", self.tok_s)):
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} {value}: must be a positive number")
-        # Libraries' warnings are no problems of the run.
+        # Warnings of libraries are not problems of the run.
         logging.disable(logging.ERROR)
         warnings.simplefilter("ignore")
         problems = list(environment_problems())
@@ -111,7 +111,7 @@ class Table:
     """Make the split-point table and plot from the records of `splits`."""
 
     folder: Positional[Path]  # the experiment: dense/, stage1/, stage2-*/
-    output: Path | None = None  # folder of table and plot; None for the experiment's
+    output: Path | None = None  # folder of table and plot; None for the experiment's folder
     others: tuple[Path, ...] = ()  # experiments with other seeds or settings, such as those of `ablate`
 
     def run(self) -> None:
@@ -124,9 +124,9 @@ class Table:
 
 @dataclass
 class Ablate:
-    """Run cells of an ablation grid: stage 1 to ten sixteenths of the steps, then stage 2 to the end.
+    """Run cells of an ablation grid: stage 1 for ten sixteenths of the steps, then stage 2 to the end.
 
-    A cell is the job files in --configs with the settings of its entry in the grid. Without --cells, lists them.
+    A cell is the job files in --configs with the settings of its entry in the grid. Without --cells, lists the cells.
     """
 
     cells: tuple[str, ...] = ()  # names, or all
@@ -183,7 +183,7 @@ class Niah:
             beyond = f"beyond the {candidate.max_context} of training"
             print(f"left out: contexts {', '.join(map(str, left_out))}, {beyond}", file=sys.stderr)
         if candidate.lighthouse:
-            print(f"note: {candidate.path} is {FIRST_STAGE}, which is what this evaluates", file=sys.stderr)
+            print(f"note: {candidate.path} is {FIRST_STAGE}", file=sys.stderr)
         logits = candidate.load(torch.device(device), dtype)
         with Display() as display:
             n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials
@@ -229,7 +229,7 @@ class CheckData:
     Exit code: 0 no damage, 1 damage, 2 wrong arguments.
     """
 
-    dataset_path: Positional[str]  # a copy of C4, file, folder, glob, data set on the hub, or a job file: all it reads
+    dataset_path: Positional[str]  # a copy of C4, file, folder, glob, data set on the hub, or job file (all its files)
     workers: Positive = os.cpu_count() or 1  # processes that read
     config_file: JobFile = CONFIGS / "530m" / "dense.toml"  # the run; overrides follow: --training.steps 1000
 
@@ -243,7 +243,7 @@ class CheckData:
         if not is_job:
             job.training.dataset, job.training.dataset_path, job.training.mixture = "text", self.dataset_path, []
         files, text_fields = zip(*files_to_check(job), strict=True)
-        if job.training.global_batch_size < 1:  # as of one process
+        if job.training.global_batch_size < 1:  # that of one process
             job.training.global_batch_size = job.training.local_batch_size
         checked, damaged = [], 0
         results = check_files(files, self.workers, text_fields)  # forks before the display's thread starts

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-MOUNT = "mount what lies there, or copy it, and give its path"
+MOUNT = "mount or copy what is there, and give its path"
 REMEDIES = {
     errno.ENOENT: "give one that exists",
     errno.EISDIR: "give a file",

@@ -256,7 +256,7 @@ def test_python_source_names_a_file_that_is_no_text(content, read, warned, tmp_p
     (tmp_path / "a.txt").write_bytes(content)
     for _ in range(2):
         assert "".join(pieces_in_order(tmp_path)[1]) == read
-    assert sum(f"{tmp_path}/a.txt' is no text in UTF-8" in message for message in caplog.messages) == warned
+    assert sum(f"{tmp_path}/a.txt' is not text in UTF-8" in message for message in caplog.messages) == warned
 
 
 def test_python_source_is_the_standard_library_by_default_and_holds_some_files_out_for_validation():

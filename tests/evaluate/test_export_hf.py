@@ -80,7 +80,7 @@ def test_weights_keep_their_values_in_the_dtype_asked_for(tmp_path, monkeypatch,
     model, option = build(), ["--dtype", dtype] if dtype != "float32" else []  # the default
     path = save_run(tmp_path, model, lighthouse=not option)
     assert run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option) == 0
-    assert (f"warning: {path} is of a first stage" in capsys.readouterr().err) == (not option)
+    assert (f"warning: {path} is from a first stage" in capsys.readouterr().err) == (not option)
     expected = Llama3StateDictAdapter(model.model_args, None).to_hf(model.state_dict())
     got, dtype = load_file(tmp_path / "hf" / "model.safetensors"), getattr(torch, dtype)
     assert got.keys() == expected.keys()
@@ -195,7 +195,7 @@ SPOILED = {
     "wrong flavor": (job("model", "flavor", "270M"), ".", "no model of flavor '270M'", "correct model.flavor"),
     "no tokenizer": (job("model", "hf_assets_path", "gone"), ".", "hf_assets_path = 'gone'", "correct the path"),
     "no extension": (job("experimental", "custom_import", "gone"), ".", "custom_import = 'gone' in ", "call from the"),
-    "another tokenizer": (another_tokenizer, ".", 'transformers would encode "In 2023 it was', "look at the tokens"),
+    "another tokenizer": (another_tokenizer, ".", 'transformers would encode "In 2023 it was', "compare the tokens"),
     "full folder": (lambda path: None, ".", "exists and is not empty", "name another folder"),
 }
 

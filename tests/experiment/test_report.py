@@ -221,7 +221,7 @@ def test_seeds_are_compared_run_by_run(made, tmp_path):
     loss = curve(TOTAL) + 0.25
     assert first[:2] + first[-2:] == ["the first", "dense", f"{loss:.4f}", "+0.0000"]
     assert other[:2] + other[-2:] == ["seed = 2", "dense", f"{loss + 0.125:.4f}", "+0.1250"]
-    with pytest.raises(ValueError, match="has the first one's seed and settings"):
+    with pytest.raises(ValueError, match="has the first's settings and seed"):
         report.write(folder, tmp_path / "out", PUBLISHED, [folder])
 
 

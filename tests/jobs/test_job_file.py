@@ -57,7 +57,7 @@ def test_the_sections_of_this_package_are_there_without_a_word(write):
         ("extends = 'a/b.toml'", "b.toml: No such file"),
         ("extends = ''", "Is a directory; give the path of a job file"),
         ("extends = ['a.toml']", "extends = ['a.toml']: must be the path of one job file"),
-        ("steps: 3", "no TOML"),
+        ("steps: 3", "not TOML"),
         ("steps = 3", "{'steps'}; correct that in the file"),
         ("[lighthouse]\ntopk = 64", "Lighthouse'> data: {'topk'}"),
         ("[validation]\nenable = true\nsteps = 0", "validation steps"),

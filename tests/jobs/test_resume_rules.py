@@ -88,7 +88,7 @@ def test_a_run_whose_folder_was_moved_goes_on_as_it_would_have_there(job, tmp_pa
     save(tmp_path / "outputs/run", step=20)
     (tmp_path / "outputs").rename(tmp_path / "moved")
     for wrong in (start_from(other), ()):
-        only_problem(job(*wrong, dump="moved/run"), f"set it to {old} (which is gone, but is not read again)")
+        only_problem(job(*wrong, dump="moved/run"), f"set it to {old} (deleted since, but not read again)")
     check_job(job(*start_from(old), dump="moved/run"))
     start(job(*start_from(tmp_path / "moved/stage1/checkpoint/step-10"), dump="moved/run"))
     save(tmp_path / "outputs/stage1")
@@ -380,7 +380,7 @@ def test_weights_of_hugging_face_may_come_in_shards(job, tmp_path):
         ({"rope_scaling": None}, ["rope_scaling is None there and {'rope_type': 'llama3'"]),
         ({"rope_scaling": ROPE | {"factor": 32.0}}, ["'factor': 32.0", "'factor': 8.0"]),
         ({"rms_norm_eps": 1e-6}, ["rms_norm_eps is 1e-06 there and 1e-05 here"]),
-        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu' there", "no flavor can be like it (hidden_act is 'gelu'"]),
+        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu' there", "no flavor can match it (hidden_act is 'gelu'"]),
         ({"hidden_size": 96, "intermediate_size": 344, "head_dim": 48}, ["hidden_size is 96", "flavors['mine'] = "]),
         ({"num_hidden_layers": 3, "rope_scaling": None}, ["num_hidden_layers is 3", "flavors['mine'] = "]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings is True there"]),

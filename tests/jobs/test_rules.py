@@ -47,7 +47,7 @@ def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, ki
     ],
 )
 def test_a_path_with_a_scheme_is_refused(job, field, path):
-    only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is no path on this machine: mount")
+    only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is not a path on this machine: mount")
 
 
 def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(monkeypatch, capsys):

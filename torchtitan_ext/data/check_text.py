@@ -110,7 +110,7 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
         f"{sequences // batch:,} steps of {batch:,} sequences",
     ]
     if tokens:
-        times = f"{wanted / tokens:,.2f} times the data; by a BPE of 4 bytes per token {4 * wanted / tokens:,.2f} times"
+        times = f"{wanted / tokens:,.2f} times the data; a BPE of 4 bytes per token {4 * wanted / tokens:,.2f} times"
         lines.append(f"{job_config.job.config_file}: {training.steps:,} such steps read {wanted:,} tokens: {times}")
     lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")
     return "\n".join(lines), bool(problems)

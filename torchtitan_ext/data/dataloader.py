@@ -24,8 +24,8 @@ from torchtitan_ext.data.unpickling import load_plain
 
 
 class TextDataset(HuggingFaceTextDataset):
-    """torchtitan's data set, but streams resume after a re-loop, map-style data has a new order in each pass, and only
-    the answers of passkey documents are labels.
+    """torchtitan's data set, but streams resume in later passes too, map-style data has a new order in each pass, and
+    only the answers of passkey documents are labels.
 
     documents: from `load_documents`. skip: leave out the damage that `read_documents` yields.
     """
@@ -37,13 +37,13 @@ class TextDataset(HuggingFaceTextDataset):
         self.dataset_name, samples, self._text_processor, self._mixed = documents
         self._data = data = split_dataset_by_node(samples, rank, n_ranks)
         n = f"{data.num_shards} shards" if isinstance(data, IterableDataset) else f"{len(data)} documents"
-        self._documents = f"{self.dataset_name}, {n}"  # which a position belongs to
+        self._documents = f"{self.dataset_name}, {n}"  # the data that a saved position belongs to
         self._tokenizer, self.seq_len, self.infinite, self._skip_damaged = tokenizer, seq_len, infinite, skip
         self._sample_idx = 0
         self._token_buffer: list[int] = []
         self._drawn = [[0, 0] for _ in self._mixed]  # documents and characters of each source of a mixture
         self._n_skipped = 0  # over all launches of the run
-        self._n_passes = 0  # complete
+        self._n_passes = 0  # completed
         self._named: set[str] = set()  # files whose damage the log has named
         # Until its first sample, a resumed stream reports its start as its position.
         self._resumed_at: dict[str, Any] | None = None
@@ -58,7 +58,7 @@ class TextDataset(HuggingFaceTextDataset):
             self._resumed_at = None
             if self._skip_damaged and "damage" in sample:
                 self._skip(sample)
-            elif sample:  # no blank line
+            elif sample:  # not a blank line
                 if self._mixed and "source" in sample:
                     self._count(sample)
                 yield sample
@@ -169,7 +169,7 @@ def build_dataloader(
     documents = load_documents(job_config, section, n_ranks)
     try:
         dataset = TextDataset(documents, tokenizer, data.seq_len, rank, n_ranks, infinite, skip)
-        # A rank without a document would search forever. Only a deep copy leaves the data's position.
+        # A rank without a document would search forever. A shallow copy would move the data's position.
         probe = copy(dataset)
         probe._data, probe._mixed = deepcopy(dataset._data), []
         probe._text_processor(next(probe._get_data_iter()))

@@ -1,4 +1,4 @@
-"""Data sets added to torchtitan's `DATASETS`, and those that a job reads."""
+"""Define the data sets that this project adds to torchtitan's, and load those that a job names."""
 
 import glob
 import gzip
@@ -92,7 +92,7 @@ def _rows(file: Any, text_field: str) -> Iterator[pa.Scalar]:
 
 
 def _sample(entry: Any, text_field: str) -> dict[str, str]:
-    """The sample of a line of JSON, a piece of text or a row of Parquet. Raises an Exception if it is no string."""
+    """The sample of a line of JSON, a piece of text or a row of Parquet. Raises an Exception if it is not a string."""
     text = entry.as_py() if isinstance(entry, pa.Scalar) else entry
     if isinstance(entry, bytes):
         if not (line := entry.decode().strip().strip("\ufeff")):
@@ -107,7 +107,7 @@ def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, st
     that name; or text, in pieces of LONGEST_DOCUMENT.
 
     Yields {"text": document}; {} for a blank line, so that positions count lines; for damage {"damage": message with
-    file and line, from 1; "file": file}. Raises ValueError if the file can't be opened or read, which is no damage.
+    file and line, from 1; "file": file}. Raises ValueError if the file can't be opened or read, which is not damage.
     """
     number = 0
     # Bound early: at exit a generator may be closed after the module's names are gone.
@@ -161,7 +161,7 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
 
 @cache  # large trees take seconds, and a job asks several times
 def _pieces_of_tree(root: Path) -> tuple[list[tuple[bytes, str, int, bool]], str]:
-    """Digest, file, start and whether the file is held out, by digest; and what other files there are."""
+    """Digest, file, start and whether the file is held out, by digest; and a message on files of other types."""
     pieces, ignored = [], Counter[str]()
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = {name for name in subfolders if name[0] != "."} - SKIPPED_FOLDERS
@@ -278,10 +278,10 @@ def _read_files(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
 def _file_dataset(dataset_path: str, text_field: str = "text") -> IterableDataset:
     files, field = text_files(dataset_path), f"training.dataset_path = {dataset_path!r}"
     if gone := [file for file in files if not is_address(file) and not os.path.isfile(file)]:
-        reason = f"{len(gone):,} of its files are links to nothing or no files, {gone[0]} first"
-        raise ValueError(f"{field}: {reason}; put the files there, or take the names away")
+        reason = f"{len(gone):,} of its files are broken links or not files, {gone[0]} first"
+        raise ValueError(f"{field}: {reason}; put the files there, or remove the names")
     if not any(_read_files(files, text_field)):
-        raise ValueError(f"{field}: no document in its {len(files):,} files; give others")
+        raise ValueError(f"{field}: no document in its {len(files):,} files; give other files")
     return IterableDataset.from_generator(_read_files, gen_kwargs={"files": files, "text_field": text_field})
 
 
@@ -304,7 +304,7 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
     is_text = "\0" not in text
     if not is_text or ("\ufffd" in text and text.encode() != data):
         name, fate = os.fsdecode(sample["path"]), "has wrong characters" if is_text else "is left out"
-        warn_once(logger, f"{name!r} is no text in UTF-8 and {fate}: convert it, or move it out of the tree")
+        warn_once(logger, f"{name!r} is not text in UTF-8 and {fate}: convert it, or move it out of the tree")
     return text.removeprefix("" if sample["start"] else "\ufeff") if is_text else ""
 
 

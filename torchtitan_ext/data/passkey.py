@@ -33,7 +33,7 @@ def question_and_answers(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], li
     asked = [encode(tokenizer, QUESTION + digit) for digit in DIGITS]
     question, answers = asked[0][:-1], [tokens[-1] for tokens in asked]
     if any(tokens[:-1] != question for tokens in asked) or len(set(answers)) < len(DIGITS):
-        raise ValueError(f"the tokenizer has not one token per digit after {QUESTION!r}; use another tokenizer")
+        raise ValueError(f"the tokenizer does not have one token per digit after {QUESTION!r}; use another")
     return question, answers
 
 
@@ -41,7 +41,7 @@ def passkey_documents(dataset_path: str) -> Dataset:
     """`N_DOCUMENTS` rows for `passkey_text`; `dataset_path` is the documents' length in characters, as digits."""
     if not dataset_path.isdecimal() or int(dataset_path) < MIN_LENGTH:
         wanted = f"passkey takes its documents' length in characters, {MIN_LENGTH} or more"
-        hint = "with bytes as tokens, training.seq_len - 1 lets each fill a sequence"
+        hint = "with a byte tokenizer, training.seq_len - 1 fills a sequence"
         raise ValueError(f"training.dataset_path = {dataset_path!r}: {wanted}; {hint}")
     return Dataset.from_dict({"index": np.arange(N_DOCUMENTS), "length": np.full(N_DOCUMENTS, int(dataset_path))})
 

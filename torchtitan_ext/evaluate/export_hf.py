@@ -34,7 +34,7 @@ from torchtitan_ext.model.hf_config import llama_config
 from torchtitan_ext.model.model import meta_model
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# its fields that change no encoding, apart from named tokens
+# its fields that don't change the encoding, besides named tokens
 NAMES_AND_TEMPLATES = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "chat_template"}
 NAMES_AND_TEMPLATES |= {"clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side"}
 TEXTS = (
@@ -91,7 +91,7 @@ class Checkpoint:
         weights = meta_model(self.model_args).state_dict()
         state = {key: torch.empty_like(weight, dtype=dtype, device="cpu") for key, weight in weights.items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what we want
+            warnings.filterwarnings("ignore", "torch.distributed is")  # one process is intended
             for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
                 part = self.as_saved({key: state[key] for key in keys})
                 dcp.load(part, storage_reader=self._reader, no_dist=True)
@@ -109,7 +109,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     path = path.resolve()
     is_run = (path / CONFIG_FILE).is_file()
     if not is_run and not resume.is_saved(path):
-        missing = f"it has no .metadata and no {CONFIG_FILE}; give the step-N folder of another, or its run's folder"
+        missing = f"it has no .metadata and no {CONFIG_FILE}; give a complete step-N folder, or its run's folder"
         raise ValueError(f"{path} is not a complete checkpoint or a run's folder: {missing}")
     config_file = (path if is_run else path.parents[1]) / CONFIG_FILE
     job = read_config(config_file, *JOB_FIELDS)
@@ -174,7 +174,7 @@ def _save_small_files(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) 
         theirs, ids = exported(text).input_ids, tokenizer.encode(text, add_bos=True, add_eos=False)
         if theirs != ids:
             reason = f"transformers would encode {text!r} as {theirs}, and training encoded it as {ids}"
-            remedy = f"look at the tokens that {TOKENIZER_CONFIG} names and tokenizer.json lacks or has otherwise"
+            remedy = f"compare the tokens that {TOKENIZER_CONFIG} names with those of tokenizer.json"
             raise ValueError(f"model.hf_assets_path = {str(source)!r}: {reason}; {remedy}")
 
 
@@ -185,7 +185,7 @@ def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path)
         bos = [(tokenizer.bos_token, tokenizer.bos_id)]
         saved.post_processor = TemplateProcessing(single=f"{tokenizer.bos_token} $A", special_tokens=bos)
     saved.save(str(folder / "tokenizer.json"))
-    # It reads tokenizer.json unchanged, which the source's class may not.
+    # This class reads tokenizer.json unchanged; the source's may not.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, value in (tokenizer.config or {}).items():
         if re.fullmatch(r"(?!add_)\w+_token", name):

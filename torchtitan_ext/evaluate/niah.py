@@ -47,7 +47,7 @@ class Candidate:
     """A checkpoint to evaluate; `load` reads its weights."""
 
     path: Path
-    name: str  # for a folder
+    name: str  # names the folder of the results
     tokenizer: HuggingFaceTokenizer
     max_context: int  # tokens that it was trained for
     lighthouse: bool  # whether its run trained with Lighthouse

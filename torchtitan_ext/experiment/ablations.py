@@ -11,12 +11,12 @@ from . import runner
 
 
 def read_grid(file: Path) -> dict[str, list[str]]:
-    """torchtitan arguments of each cell, by name. Raises ValueError if the file is no grid."""
+    """torchtitan arguments of each cell, by name. Raises ValueError if the file is not a grid."""
     try:
         return {cell["run"]: [*_arguments(cell["settings"])] for cell in tomllib.loads(file.read_text())["ablations"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "give a TOML file of [[ablations]], each with a run and its settings, like configs/published.toml"
-        raise ValueError(f"--grid {file} is no grid ({error!r}): {remedy}") from error
+        raise ValueError(f"--grid {file} is not a grid ({error!r}): {remedy}") from error
 
 
 def _arguments(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:

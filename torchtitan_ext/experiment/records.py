@@ -16,10 +16,10 @@ from torchtitan_ext.jobs.recorded import CONFIG_FILE, LOG_FREQ, N_DEVICES, read_
 
 LOSS = "loss_metrics/global_avg_loss"
 TOKENS_PER_SECOND = "throughput(tps)"
-LOG = "log.txt"  # of `splits`, in the run's folder
+LOG = "log.txt"  # written by `splits`, in the run's folder
 SECONDS = "time_metrics/end_to_end(s)"
 VALIDATION_LOSS = "validation_metrics/loss"
-# tags by field of Run
+# TensorBoard tag of each field of Run
 TAGS = {"loss": LOSS, "tokens_per_second": TOKENS_PER_SECOND, "seconds": SECONDS}
 TAGS |= {"n_devices": N_DEVICES, "log_freqs": LOG_FREQ}
 
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def log_freq(self) -> int:
-        """The largest of all starts."""
+        """The largest `metrics.log_freq` of all starts."""
         return int(self.log_freqs.max())
 
     @property

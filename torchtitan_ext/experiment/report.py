@@ -36,7 +36,7 @@ COLUMNS = {
 }
 # columns of curves.csv
 CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
-# A row lacks values that are not recorded yet; a published range is a string.
+# Values that are not recorded yet are missing; a published range is a string.
 Row = dict[str, Any]
 
 
@@ -200,7 +200,7 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
 
 
 def markdown(experiment: Experiment, published: dict) -> str:
-    """Our table; for the published model then the published rows, both labelled."""
+    """Our table and, for the published model, the published rows; both are labelled."""
     run = experiment.runs[0]
     w = window(run.total_steps, run.log_freq)
     status = {name: _status(*start) for name, start in experiment.starts.items()}
@@ -215,8 +215,8 @@ def markdown(experiment: Experiment, published: dict) -> str:
 {markdown_rows(table(experiment))}
 
 Losses in nats per token, means over {w} steps; recovery counts the steps after the switch until the mean of the \
-last {w} is back at its level before. From batch to batch the loss varies by {batch_noise(run):.3f}: a jump has to be \
-seen against that.
+last {w} is back at its level before. From batch to batch the loss varies by {batch_noise(run):.3f}: compare jumps \
+with that.
 
 {lacking}"""
     if published["setting"].startswith(f"{run.config['model']['flavor']}, "):
@@ -235,7 +235,7 @@ def comparison(experiments: Sequence[Experiment]) -> str:
     for number, (rows, own) in enumerate(zip(tables, settings, strict=True)):
         changed = ", ".join(f"{name} = {value}" for name, value in own.items() if value != settings[0][name])
         if number and not changed:
-            raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first one's seed and settings")
+            raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first's settings and seed")
         for key, row in rows.items():
             both = (row, tables[0].get(key, {}))
             ours, usually = (r.get("validation_loss", r.get("final_loss")) for r in both)
@@ -276,7 +276,7 @@ def draw(experiment: Experiment) -> Figure:
     if any(run.validation_loss.size for run in runs):
         panels[1].plot([], [], "x", color="0.4", markersize=5, label="validation")
 
-    # the first steps' fall would flatten the rest
+    # The steep fall of the first steps would flatten the rest.
     later = np.concatenate([run.loss[run.step > run.total_steps / 10] for run in runs])
     if (later := later[np.isfinite(later)]).size:
         margin = 0.05 * np.ptp(later) or 0.1

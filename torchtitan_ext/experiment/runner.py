@@ -59,7 +59,7 @@ def plan(
     and 12 sixteenths of stage 2's training.steps. only: which of STAGES. overrides: torchtitan arguments of every run.
     Raises ValueError, with field, value and remedy, for anything that would stop or spoil a later run.
     """
-    # runs first, so that messages name their files
+    # stages of `only` first, so that messages name their files
     order = sorted(STAGES, key=lambda stage: stage not in only)
     files = {stage: configs / f"{stage}.toml" for stage in STAGES}
     loaded = {stage: load_job(files[stage], overrides) for stage in order}
@@ -99,9 +99,9 @@ def _split_problems(
     total, steps, checkpoint = tails[0].steps, stage1.config.training.steps, stage1.config.checkpoint
     if (dense_steps := dense.config.training.steps) != total:
         ends = f"training.steps = {dense_steps}, but {tails[0].config_file} ends at {total}"
-        yield f"{dense.config_file}: {ends}: set both alike, or their final losses don't compare"
+        yield f"{dense.config_file}: {ends}: set both alike, so that their final losses compare"
     for tail in tails:
-        split, gone = tail.start, f"{tail.load} is not there for {tail.name}"
+        split, gone = tail.start, f"{tail.name} starts from {tail.load}, which does not exist"
         if not 0 < split < total:
             yield f"split {split}: must lie between 0 and stage 2's training.steps = {total}"
         elif split > steps:
@@ -119,7 +119,7 @@ def _split_problems(
     n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
     if 0 < checkpoint.keep_latest_k < n_checkpoints:
         setting = f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k}"
-        remedy = f"set it to 0 (keep all) or to {n_checkpoints} at least"
+        remedy = f"set it to 0 (keep all) or to at least {n_checkpoints}"
         yield f"{setting} would delete step {tails[0].start} before stage 2 starts from it; {remedy}"
 
 

@@ -127,7 +127,7 @@ def breakdown(kernels: list[Kernel], seq_len: int, vocab_size: int) -> tuple[dic
 
 
 def measure_rates() -> dict[str, float]:
-    """This GPU's best: `tflops`, a bf16 product of 8,192-square matrices; `gb_s`, a copy of 2 GiB, read and written."""
+    """This GPU's peak rates: `tflops` in a bf16 product of 8,192-square matrices, `gb_s` in a copy, both ways."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     torch.cuda.synchronize()
     time.sleep(2)  # a cool GPU is faster for some milliseconds
@@ -142,7 +142,7 @@ def attention_ms(rows: int, args: LighthouseModelArgs) -> float:
 
 
 def limits(seq_len: int, batch: int, args: LighthouseModelArgs, rates: dict[str, float]) -> dict[str, float]:
-    """Milliseconds that each part of a step on one device takes at least, with no activation recomputed.
+    """Least milliseconds of each part of a step on one device that recomputes no activation.
 
     Every kernel reads its inputs and writes its outputs once, in bf16. Operations between two GEMMs or attention calls
     count as one kernel; sums of gradients count as part of a GEMM.
@@ -176,13 +176,13 @@ def limits(seq_len: int, batch: int, args: LighthouseModelArgs, rates: dict[str,
     rows += 5  # the first norm, and the last one's backward
     found[ELEMENTWISE] = rows * row / bytes_per_ms
     found[EMBEDDING] = 4 * row / bytes_per_ms
-    found[SHARDING] = n_params * 2 * (4 + BF16) / bytes_per_ms  # parameters to bf16, gradients from it
+    found[SHARDING] = n_params * 2 * (4 + BF16) / bytes_per_ms  # parameters to bf16, gradients back to fp32
     found[OPTIMIZER] = n_params * 4 * 8 / bytes_per_ms  # the gradient twice, three tensors read and written
     return found
 
 
 def table(parts: dict[str, float], least: dict[str, float] | None = None) -> str:
-    """The parts of a step, beside their limits if there are any, as Markdown."""
+    """The parts of a step, with their limits if given, as Markdown."""
     step = sum(parts.values())
     head, rows = ["part of the step", "ms", "share"], []
     for part, ms in [*parts.items(), ("step", step)]:

@@ -56,7 +56,7 @@ def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3) -> 
 
 
 def peak_gib(function: Callable[[], object]) -> float | None:
-    """GiB allocated on the GPU at most in a second call of the function; None on a CPU."""
+    """Peak GiB allocated on the GPU during a second call of the function; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     function()

@@ -21,7 +21,7 @@ def lock_folders(job_config: JobConfig) -> None:
     dump, folder = job_config.job.dump_folder, job_config.checkpoint.folder
     _held.append(lock(f"job.dump_folder = {dump!r}", Path(dump, LOCK)))
     if job_config.checkpoint.enable:
-        # Another dump folder may share it. Beside it, because an existing folder counts as one to load from.
+        # Other dump folders may share it. The lock lies beside it: torchtitan loads from a folder that exists.
         path = checkpoint_folder(job_config).resolve()
         _held.append(lock(f"checkpoint.folder = {folder!r}", path.with_name(f"{path.name}.lock")))
 
@@ -35,9 +35,9 @@ def lock(field: str, path: Path) -> IO[str]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        holder, remedy = file.read() or "it has just started", "wait for its end, end it, or choose another folder"
+        holder, remedy = file.read() or "it has just started", "wait until it ends, stop it, or choose another folder"
         reason = f"{field}: a launch that is still running writes there ({holder})"
-        raise ValueError(f"{reason}; {remedy}, or, if its host is down: rm {path}") from error
+        raise ValueError(f"{reason}; {remedy}; if its host is down: rm {path}") from error
     except OSError as error:
         logger.warning(f"{path} can't be locked ({error}): launch nothing else into its folder")
     file.truncate(0)

@@ -28,7 +28,7 @@ def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, A
         moved = [f"{old} is {new} now" for old, new in RENAMED.items() if file.parent.as_posix().endswith(old)]
         raise ValueError(f"{file}: {error.strerror}; {(moved or ['give the path of a job file'])[0]}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: no TOML ({error}); correct that") from error
+        raise ValueError(f"{file}: not TOML ({error}); correct that") from error
     parent = values.pop("extends", None)
     if parent is None:
         return values
@@ -63,7 +63,7 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
     except ImportError as error:
         raise ValueError(f"{where}: {error}; drop job.custom_config_module") from error
     except (AssertionError, TypeError, ValueError) as error:
-        # the rest is about torchtitan's launcher
+        # the rest advises on torchtitan's launcher
         said = str(error).splitlines()[0].partition(" We'll try")[0]
         raise ValueError(f"{where}: {said.rstrip('.')}; correct that in the file or argument") from error
     if job.experimental.custom_import:

@@ -1,4 +1,4 @@
-"""Estimate what a planned run will read, hold and take, and name what it can't: the job's part of the preflight."""
+"""Preflight: estimate a run's time, disk and memory, and report what would fail."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequence
 
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
 FA4_MFU = {"none": 52, "selective": 52, "full": 44}
-PRODUCTS = ("attention.w", "feed_forward.w")  # the names of a block's linears begin so
+PRODUCTS = ("attention.w", "feed_forward.w")  # prefixes of the names of a block's linear layers
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def plan_report(
         facts["disk"] = _disk(plan, problems)
         facts["memory"] = _memory(plan, gpu_memory or memory, problems)
         problems += _reading_problems(plan)
-    except Exception:  # of any kind: settings that were found wrong are no plan
+    except Exception:  # of any kind: wrong settings, which `problems` lists, may not make a plan
         if not problems:
             raise
     return facts, problems
 
 
 def _reading_problems(plan: Plan) -> Iterator[str]:
-    """Read a batch of the first rank and of the last, which gets the fewest documents, where each will go on."""
+    """Read a batch of the first rank and of the last, which gets the fewest documents, from where the run continues."""
     job, degree = plan.job, data_parallel_degree(plan.dims)
     position = data_position(job, plan.dims)
     for name, section in data_sections(job):
@@ -124,14 +124,14 @@ def _checkpoints_to_come(plan: Plan) -> int:
 
 
 def _disk(plan: Plan, problems: list[str]) -> str:
-    """Space that checkpoints need on the disk; adds why they don't fit there."""
+    """Disk space that the checkpoints to come need; adds a problem if they don't fit."""
     folder = Path(plan.job.job.dump_folder).resolve()
     disk = next(path for path in (folder, *folder.parents) if path.exists())
     field, count = f"job.dump_folder = {plan.job.job.dump_folder!r}", _checkpoints_to_come(plan)
     n_bytes = 3 * TORCH_DTYPE_MAP[plan.job.training.dtype].itemsize * plan.n_params  # weights and two moments
     needed, free = count * n_bytes, shutil.disk_usage(disk).free
     each, whole, left = (decimal(n, precision=2) for n in (n_bytes, needed, free))
-    fact = f"{count} checkpoints more at most, of {each}: {whole} of {left} free in {disk}"
+    fact = f"at most {count} more checkpoints of {each}: {whole} of {left} free in {disk}"
     if not disk.is_dir() or not os.access(disk, os.W_OK):
         problems.append(f"{field}: nothing can be written in {disk}; choose another folder")
     elif needed > free:
@@ -141,7 +141,7 @@ def _disk(plan: Plan, problems: list[str]) -> str:
 
 
 def _memory(plan: Plan, gpu_memory: float, problems: list[str]) -> str:
-    """GPU memory that the run takes; adds what would fit if it doesn't."""
+    """GPU memory that the run needs; adds a problem, with what would fit, if it doesn't."""
     if reason := no_estimate_reason(plan.job, plan.dims):
         return f"no estimate: {reason}"
     parts = peak_memory(plan.job, plan.args, plan.dims)
@@ -156,7 +156,7 @@ def _memory(plan: Plan, gpu_memory: float, problems: list[str]) -> str:
 
 
 def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
-    """The smallest change that fits, and that adds nothing to the `others`' problems."""
+    """The smallest change that fits and adds no problem to `others`."""
     # More GPUs share out weights, gradients and moments only; those of one sequence its activations too.
     for more, sharing in [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (8, 8)]:
         n_gpus, degree = plan.dims.world_size * more, plan.dims.cp * sharing
@@ -174,7 +174,7 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
                 changes += f" on {n_gpus} GPUs" if more > 1 else ""
                 changes += f" with parallelism.context_parallel_degree = {degree}" if sharing > 1 else ""
                 return f"{mode!r} would take {needed:.1f}{changes}"
-    return "nothing fits, nor on 8 times the GPUs: lower training.seq_len or training.local_batch_size"
+    return "nothing fits, even on 8 times the GPUs: lower training.seq_len or training.local_batch_size"
 
 
 def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
@@ -200,10 +200,10 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
 
 
 def _kernel(job: JobConfig, problems: list[str]) -> str:
-    """The kernel that attends on this machine; adds why the wanted one can't."""
+    """The attention kernel on this machine; adds a problem if attention.kernel can't run."""
     wanted = job.attention.kernel
     if not torch.cuda.is_available():
-        return f"{wanted}, chosen where the run starts: there is no CUDA device here"
+        return f"{wanted}, chosen where the run starts: this machine has no CUDA device"
     try:
         kernel, reasons = choose_kernel(job)
     except ValueError as error:

@@ -104,7 +104,7 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
         remedy = "set it to false, and export the last checkpoint with python -m torchtitan_ext export"
         yield f"checkpoint.last_save_in_hf = true: that format can't hold a checkpoint, only weights; {remedy}"
     if job_config.lighthouse.enable and checkpoint.last_save_model_only:
-        yield "checkpoint.last_save_model_only = true: a dense stage can't go on from weights alone; set it to false"
+        yield "checkpoint.last_save_model_only = true: a dense stage can't continue from weights only; set it to false"
     if initial and checkpoint.initial_load_model_only and not checkpoint.initial_load_in_hf:
         yield f"checkpoint.initial_load_model_only = true: drops all but the weights of {initial}; set it to false"
     yield from (_resume_problems if folder.exists() else _start_problems)(job_config, dims)
@@ -121,7 +121,7 @@ def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterato
         yield from _state_problems(job_config, dims, "checkpoint.initial_load_path", Path(initial))
         counted = TRAIN_STATE not in checkpoint.exclude_from_loading  # else steps count from 0
         if counted and step_of(initial) >= steps:
-            yield f"training.steps = {steps}: {initial} has done as many; count from the start of the first stage"
+            yield f"training.steps = {steps}: {initial} has reached that step; count from the start of the first stage"
 
 
 def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
@@ -140,9 +140,9 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
     path = checkpoint_to_load(job_config)
     step = step_of(path) if path else -1
     if steps and not _same_checkpoint(start, initial):
-        gone = "" if not start or os.path.exists(start) else " (which is gone, but is not read again)"
+        gone = "" if not start or os.path.exists(start) else " (deleted since, but not read again)"
         remedy = f"to continue that one, {f'set it to {start}{gone}' if start else 'drop the path'}"
-        remedy += f"; to start anew, choose another job.dump_folder or delete {folder}"
+        remedy += f"; to start over, choose another job.dump_folder or delete {folder}"
         yield f"{ignored} {folder} holds a run that started from {start or 'scratch'}: {remedy}"
     elif step in (-1, *steps) and (rewritten := _rewrite_problem(job_config, step)):
         yield rewritten
@@ -177,7 +177,7 @@ def _hf_problems(job_config: JobConfig) -> Iterator[str]:
         yield f"{field} = {path!r}: no *.safetensors there; give the folder that holds them"
     elif args := flavors.get(job_config.model.flavor):
         weights = Llama3StateDictAdapter(args, None).to_hf(meta_model(args).state_dict())
-        described = list(config_problems(job_config, field, Path(path)))  # of each number, not only of shapes
+        described = list(config_problems(job_config, field, Path(path)))  # clearer than shapes
         metadata = HuggingFaceStorageReader(path).read_metadata()  # joins the shards of a tensor
         yield from described or _shape_problems(job_config, field, path, weights, metadata)
 
@@ -193,7 +193,7 @@ def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
         return None
     held = f"{folder} holds {', '.join(path.name for path in later)}, which this launch would write over"
     aside = f"put them aside ({_put_aside(folder, later)})"
-    return f"{cause}: {held}; to give them up, {aside} and launch again, without checkpoint.load_step"
+    return f"{cause}: {held}; to go on without them, {aside} and launch again, without checkpoint.load_step"
 
 
 def _put_aside(folder: Path, checkpoints: list[Path]) -> str:
@@ -235,21 +235,21 @@ def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
     others = (place / f"step-{step}" for place in places for step in complete_steps(place)[::-1])
     newest = next((other for other in others if other != path), None)
     if not own:
-        return f"; the newest near it is {newest}: to start from that, set {field} to it" if newest else ""
+        return f"; the newest complete one near it is {newest}: to start from that, set {field} to it" if newest else ""
     if newest is None:
-        return f"; {folder} holds no other: to start anew, choose another job.dump_folder"
+        return f"; {folder} holds no other: to start over, choose another job.dump_folder"
     aside = f"put it aside ({_put_aside(folder, [path])}) and " if path.exists() else ""
     return f"; to go on from {newest.name}, {aside}launch again, without checkpoint.load_step"
 
 
 def saved_shapes(metadata: Metadata) -> Shapes:
-    """Shapes of the tensors that are whole: torch loads the rest of one whose shard is missing, and says nothing."""
+    """Shapes of the complete tensors: torch silently loads only the rest of a tensor whose shard is missing."""
     tensors = {name: x for name, x in metadata.state_dict_metadata.items() if isinstance(x, TensorStorageMetadata)}
     return {name: x.size for name, x in tensors.items() if sum(c.sizes.numel() for c in x.chunks) == x.size.numel()}
 
 
 def shape_mismatch(weights: Weights, shapes: Shapes) -> str | None:
-    """How many weights a checkpoint of these shapes lacks or has in another shape, and the first; None without any."""
+    """How many weights are missing or of another shape in a checkpoint of `shapes`, and the first; None for none."""
     expected = {name: list(weight.shape) for name, weight in weights.items()}
     wrong = [name for name, shape in expected.items() if list(shapes.get(name, ())) != shape]
     if not wrong:

@@ -79,7 +79,7 @@ def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
             yield f"{name} = {value!r}: must be of type {kind}{why}"
         may_be_address = field.name == "dataset_path" and str(settings.dataset).lower() == "text"
         if isinstance(value, str) and name.endswith(("folder", "path")) and is_address(value) and not may_be_address:
-            yield f"{name} = {value!r} is no path on this machine: {MOUNT}"
+            yield f"{name} = {value!r} is not a path on this machine: {MOUNT}"
 
 
 def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
@@ -145,19 +145,19 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
     tied = args and args.enable_weight_tying
     if tied or job_config.loss.fuse_output:
         legal: dict[str, tuple] = {"tensor_parallel_degree": (1,), "pipeline_parallel_degree": (1,)}
-        reason, remedy = "the flavor's embeddings are", ""
+        reason, remedy = "the flavor's embeddings are also", ""
         if not tied:
             legal["fsdp_reshard_after_forward"] = ("default", "never")
-            reason, remedy = "loss.fuse_output needs, whole,", ", or set loss.fuse_output to false"
+            reason, remedy = "loss.fuse_output needs all of", ", or set loss.fuse_output to false"
         for field, values in legal.items():
             if (value := getattr(parallelism, field)) not in values:
                 use = " or ".join(map(repr, values)) + remedy
-                yield f"parallelism.{field} = {value!r}: {reason} the output projection too; use {use}"
+                yield f"parallelism.{field} = {value!r}: {reason} the output projection; use {use}"
     degree, tensor_parallel = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     if args and degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
         n_kv_heads = args.n_kv_heads or args.n_heads
         try:
-            if 0 < tensor_parallel <= n_kv_heads:  # else torch says so
+            if 0 < tensor_parallel <= n_kv_heads:  # else torch reports it
                 check_heads(args.n_heads // tensor_parallel, n_kv_heads // tensor_parallel, degree)
         except ValueError as error:
             remedy = "or set parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
@@ -169,7 +169,7 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
     degree, balancer = parallelism.context_parallel_degree, parallelism.context_parallel_load_balancer
     ring = degree > 1 and parallelism.context_parallel_rotate_method == "alltoall"
     if ring and balancer is None and compiled.enable and "model" in compiled.components:
-        reason = "without a load balancer each rank compiles another graph, and from torch 2.14 on they wait forever"
+        reason = "without a load balancer ranks compile different graphs, and from torch 2.14 on they wait forever"
         remedy = "set parallelism.context_parallel_load_balancer to 'headtail', or compile.enable to false"
         yield f"parallelism.context_parallel_rotate_method = 'alltoall': {reason}; {remedy}"
     for name, section in data_sections(job_config) if lighthouse.enable else ():
@@ -180,7 +180,7 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
 
 
 def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
-    """Whether a key is missing on this machine; what else stops W&B, a launch finds as it starts it."""
+    """A missing key on this machine; a launch finds what else keeps W&B from starting."""
     netrc, env = Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), os.environ
     logged_in = netrc.is_file() and "login user" in " ".join(netrc.read_text().split())  # as `wandb login` leaves it
     has_key = logged_in or env.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"}

@@ -55,5 +55,5 @@ def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[s
             names = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor", "total_steps")
             settings = ", ".join(f"{name} = {getattr(schedule, name)!r}" for name in names)
             settings += f" with training.steps = {job_config.training.steps}"
-            jump = f"the rate would jump from {rates[0]:.3g} to {rate:.3g} at step {step}, where {path} goes on"
-            yield f"[lr_scheduler] {settings}: {jump}; set them as they were{on_purpose}"
+            jump = f"the rate would jump from {rates[0]:.3g} to {rate:.3g} at step {step}, where {path} continues"
+            yield f"[lr_scheduler] {settings}: {jump}; restore them{on_purpose}"

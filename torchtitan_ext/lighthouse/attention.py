@@ -94,7 +94,7 @@ def call_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Ten
 
     Raises ValueError if `attention` returns another shape."""
     shape, dtype = q.shape, q.dtype
-    # Under dynamic shapes the comparison is no bool.
+    # Under dynamic shapes the comparison is not a bool.
     enable_gqa = True if q.shape[1] > k.shape[1] else False  # noqa: SIM210
     out = attention(q, k, v, enable_gqa=enable_gqa)
     returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

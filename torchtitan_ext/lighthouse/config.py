@@ -54,7 +54,7 @@ class LighthouseConfig:
         require(self.scorer in SCORERS, "scorer", f"must be one of {', '.join(SCORERS)}")
         require(self.dilation >= 1, "dilation", "must be at least 1")
         require(self.rope in ROPE_PLACEMENTS, "rope", f"must be one of {', '.join(ROPE_PLACEMENTS)}")
-        # The last rule: its proposal keeps the others.
+        # Last, because its proposal relies on the other rules.
         nearest = max(m, (self.top_k + m // 2) // m * m)
         rule = f"must be a multiple of tile_winners = {m}, for example {nearest}"
         require(self.top_k >= m and self.top_k % m == 0, "top_k", rule)
@@ -107,8 +107,8 @@ class LighthouseConfig:
         return None
 
     def check_seq_len(self, seq_len: int, n_chunks: int = 1) -> None:
-        """Raise ValueError unless `allows` is true. It lists, per field, the nearest legal values if only that changes;
-        for top_k also the one nearest to seq_len / 64, the recipe's."""
+        """Raise ValueError unless `allows` is true. It lists the nearest legal values of each field, others unchanged,
+        and for top_k also the value nearest to the recipe's, seq_len / 64."""
         problem = self._broken_rule(seq_len, n_chunks)
         if problem is None:
             return

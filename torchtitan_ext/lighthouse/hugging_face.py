@@ -21,7 +21,7 @@ def settings_of(config: Any) -> tuple[LighthouseConfig, list[int]]:
     Raises ValueError if it is missing, for an unknown key or layer, and as `LighthouseConfig` does."""
     given = getattr(config, "lighthouse", None)
     if given is None:
-        raise ValueError("the model's config has no `lighthouse`: set it to a dict, as {'levels': 3, 'top_k': 1536}")
+        raise ValueError("the model's config has no `lighthouse`: set it to a dict, like {'levels': 3, 'top_k': 1536}")
     settings = {name: value for name, value in given.items() if name != "dense_layers"}
     if unknown := [name for name in settings if name not in FIELDS]:
         raise ValueError(f"config.lighthouse[{unknown[0]!r}]: must be one of {', '.join(FIELDS)}, dense_layers")
@@ -51,7 +51,7 @@ def attend(
 
     for name in ("softcap", "s_aux", "position_bias", "cu_seq_lens_q"):  # sdpa ignores some
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name} has no effect under attn_implementation = 'lighthouse': take another")
+            raise ValueError(f"{name} has no effect under attn_implementation = 'lighthouse': use another")
     config, layers = settings_of(module.config) if module.training else (None, [])
     if config is None or module.layer_idx not in layers:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal} | kwargs
@@ -68,7 +68,7 @@ def attend(
         (attention_mask is not None, f"{hides}, or torch.compile made it; give whole rows, compile layer by layer"),
         (restart, "position_ids restart (packed documents); give whole rows"),
         (dropout, f"dropout is {dropout}; set attention_dropout to 0"),
-        (not is_causal, "is_causal is false; take attn_implementation = 'sdpa'"),
+        (not is_causal, "is_causal is false; use attn_implementation = 'sdpa'"),
     ):
         if refused:
             dense = f"or add {module.layer_idx} to config.lighthouse['dense_layers']"

@@ -71,7 +71,7 @@ class CausalAttention(nn.Module):
         return causal_attention(q, k, v, kernel=self.kernel, enable_gqa=enable_gqa)
 
 
-# Private functions: no public one is a backward pass.
+# Private functions, because flash-attn-4 has no public backward pass.
 @torch.library.custom_op("lighthouse::flash_attention_4", mutates_args=())
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of q [B, S, H, D] over k and v [B, S, H_kv, D]: the output [B, S, H, D] and, for the

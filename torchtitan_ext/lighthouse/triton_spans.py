@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .triton_score import heads_together
 
-# Rows of a span that a program loads before it uses the first, so that enough bytes are in flight; spread loads
-# from rows that few entries have, and keeps more programs on the chip with less.
+# Rows of a span that a program loads before it uses the first, so that enough bytes are in flight. Spread loads
+# fewer, because few entries have a row to load: more programs then fit on the chip.
 _REDUCE_AT_ONCE, _SPREAD_AT_ONCE = tl.constexpr(16), tl.constexpr(4)
 
 
-# What a launch passes.
+# Run-time arguments.
 Sizes = namedtuple("Sizes", "N M S D n_heads n_blocks stride_b stride_n first_start last_start")
 # One head's arrays: `rows` [N, D], `gathered` [S, D], `slots` [M] and the rotary `table` [N, D / 2, 2]. `carried` is
 # the slot of the entry before a level's first, less the level; negative where it has none.
@@ -88,7 +88,7 @@ def _weighted(y, slot, index, LEVEL: tl.constexpr, DIRECTION: tl.constexpr, head
 
 @triton.jit
 def _slots_of(index, LEVEL: tl.constexpr, head, SPEC: tl.constexpr):
-    """Slots of entries of a level, -1 outside the sequence but for a carried entry before the first."""
+    """Slots of entries of a level, -1 outside the sequence, except for a carried entry before the first."""
     slots = head.slots
     length = head.N
     for _ in tl.static_range(LEVEL):
@@ -177,8 +177,8 @@ def _sum_spans(index, LEVEL: tl.constexpr, head, SPEC: tl.constexpr):
 
 @triton.jit
 def _spread_spans(total, index, LEVEL: tl.constexpr, head, SPEC: tl.constexpr):
-    """The adjoint of `_sum_spans`: write to each position of the spans of the entries `index` of a level the sum of
-    `total`, what the coarser levels contribute, and of the rows that this level and the finer ones do."""
+    """The adjoint of `_sum_spans`: to each position of the spans of the entries `index` of a level, write the sum of
+    `total`, from the coarser levels, and the rows of its entries of this level and below."""
     P: tl.constexpr = SPEC.p
     if P**LEVEL > _SPREAD_AT_ONCE:
         slot = _slots_of(index, LEVEL, head, SPEC)

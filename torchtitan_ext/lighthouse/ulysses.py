@@ -36,7 +36,7 @@ def check_heads(n_heads: int, n_kv_heads: int, degree: int) -> None:
     if not fits(degree):
         degrees = ", ".join(str(n) for n in range(1, n_heads + 1) if fits(n))
         heads = f"{n_heads} heads and {n_kv_heads} KV heads"
-        raise ValueError(f"{heads} can't be shared out to {degree} ranks, but to {degrees}")
+        raise ValueError(f"{heads} can't be divided among {degree} ranks, only among {degrees}")
 
 
 def _in_order(rows: Tensor, order: list[int]) -> Tensor:

@@ -17,7 +17,7 @@ from .settings import Lighthouse
 
 @dataclass
 class LighthouseModelArgs(TransformerModelArgs):
-    """llama3's arguments, the flavor's dense layers and what the job's own sections say of the model."""
+    """llama3's arguments, the flavor's dense layers, and the job's settings in this package's sections."""
 
     dense_layers: tuple[int, ...] = ()
     enable_weight_tying: bool = False  # the embeddings are the output projection too
@@ -27,7 +27,7 @@ class LighthouseModelArgs(TransformerModelArgs):
 
     @property
     def lighthouse_layers(self) -> list[int]:
-        """The layers that attend with Lighthouse: none of them when it is switched off."""
+        """The layers that attend with Lighthouse: none if lighthouse.enable is false."""
         if not self.lighthouse.enable:
             return []
         dense = self.dense_layers if self.lighthouse.dense_layers is None else self.lighthouse.dense_layers
@@ -51,8 +51,8 @@ class LighthouseModelArgs(TransformerModelArgs):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and the FLOPs per token that training computes, forward and backward.
 
-        torchtitan's count, but of the attention that is there: a token pays for N/2 keys in a dense layer and for
-        S^2/2N in a Lighthouse layer, where torchtitan counts N, and for its scorer.
+        torchtitan's count, corrected for attention: a token attends to N/2 keys in a dense layer and to S^2/2N in a
+        Lighthouse layer, where torchtitan counts N; Lighthouse's scorer is added.
         """
         nparams, flops = super().get_nparams_and_flops(model, seq_len)
         if self.enable_weight_tying:  # torchtitan counts the embeddings in neither
@@ -90,7 +90,7 @@ flavors = {
     # The body of 530M with a byte vocabulary, padded to a multiple of 128.
     "270M": replace(_530M, vocab_size=384),  # type: ignore[call-arg]  # torchtitan has no types
     "530M": _530M,
-    # Llama 3.2's and 3.1's own, grouped heads and all, with as many dense layers at either end.
+    # Llama 3.2 (1B, 3B) and 3.1 (8B) as published, with two dense layers at either end.
     "1B": LighthouseModelArgs(
         **_LLAMA_32, dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, dense_layers=(0, 1, 14, 15)
     ),
@@ -100,9 +100,9 @@ flavors = {
 
 
 def choose_kernel(job_config: JobConfig) -> tuple[str, list[str]]:
-    """The kernel by which a job attends on this machine, and why none of the faster ones.
+    """The attention kernel of a job on this machine, and why each faster one can't run.
 
-    Raises ValueError for a kernel that the job names and that can't run.
+    Raises ValueError if the job names a kernel that can't run.
     """
     args, parallelism, wanted = flavors[job_config.model.flavor], job_config.parallelism, job_config.attention.kernel
     ring = parallelism.context_parallel_degree > 1 and parallelism.context_parallel_rotate_method == "alltoall"
@@ -112,7 +112,7 @@ def choose_kernel(job_config: JobConfig) -> tuple[str, list[str]]:
     for kernel in KERNELS if wanted == "auto" else (wanted,):
         reason = unusable_reason(kernel, dtype, args.dim // args.n_heads, job_config.debug.deterministic, device)
         if ring and kernel == "fa4":
-            reason = "torch's ring attention (parallelism.context_parallel_rotate_method) is for torch's kernels"
+            reason = "torch's ring attention (parallelism.context_parallel_rotate_method) needs one of torch's kernels"
         if not reason:
             return kernel, reasons
         reasons.append(f"{kernel}: {reason}")

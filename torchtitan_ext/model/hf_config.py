@@ -12,12 +12,12 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from .args import LighthouseModelArgs, flavors
 from .model import meta_model
 
-# What transformers takes where a config.json leaves the field out.
+# transformers' defaults for fields that a config.json leaves out
 SAME = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # in every flavor
 DEFAULTS: dict[str, Any] = {**SAME, "tie_word_embeddings": False, "quantization_config": None}
 DEFAULTS |= {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 DEFAULTS |= {"num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-# its fields by a flavor's
+# names in config.json of a flavor's fields
 FIELDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 FIELDS |= {"n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}
 FIELDS |= {"rope_theta": "rope_theta", "enable_weight_tying": "tie_word_embeddings"}
@@ -76,7 +76,7 @@ def _remedy(there: dict[str, Any], chosen: set[str]) -> str:
     scaling = [rope[name] for name in SCALING] if rope.get("rope_type") == "llama3" else [1.0]
     values["rope_scaling_args"] = RoPEScalingArgs(*scaling)
     if impossible := _difference(there, LighthouseModelArgs(**values), chosen):
-        return f"no flavor can be like it ({impossible}): give weights of another model"
+        return f"no flavor can match it ({impossible}): give weights of another model"
     numbers = ", ".join(f"{name}={value!r}" for name, value in values.items())
     return f"docs/extend.md says where to add its flavor: flavors['mine'] = LighthouseModelArgs({numbers})"
 

@@ -20,7 +20,7 @@ except ImportError:  # no Triton on this platform
 _CHUNK = 4096  # tokens whose logits exist at once; with fewer the products take longer
 
 
-class ProjectionForLoss(nn.Module):  # no nn.Linear, which model converters (float8) would replace
+class ProjectionForLoss(nn.Module):  # not an nn.Linear, which model converters (float8) would replace
     """The output projection, left to the loss: forward hands on its input and its weight."""
 
     def __init__(self, dim: int, vocab_size: int) -> None:
@@ -66,8 +66,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
-    """Tokens of a chunk of Liger-Kernel's, and its setting for them: it takes a power of two, here `_CHUNK` where its
-    setting, the logits of a chunk in multiples of the hidden states, can say so, else the nearest above."""
+    """Tokens per chunk of Liger-Kernel's loss, and the setting that leads to them, a chunk's logits in multiples of
+    the hidden states. The tokens are a power of two: `_CHUNK`, or the nearest above that a setting leads to."""
     multiple = max(1, vocab_size // (dim * max(1, n_tokens // _CHUNK)))
     n_chunks = -(-vocab_size // (multiple * dim))
     chunk = 1 << (-(-n_tokens // n_chunks) - 1).bit_length()
@@ -81,7 +81,7 @@ def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Te
     (from 2.13) returns the sum in the dtype of its input: in bf16 it is off by some tenths of a percent, more than the
     differences that a training curve has to show.
 
-    pred: what `ProjectionForLoss` returns. labels: [B, N], int64; `IGNORE_INDEX` counts for nothing.
+    pred: what `ProjectionForLoss` returns. labels: [B, N], int64; `IGNORE_INDEX` is left out.
     """
     hidden, weight = pred
     hidden, labels = hidden.flatten(0, 1), labels.flatten()
@@ -94,7 +94,7 @@ def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Te
 
 
 def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any) -> LossFunction:
-    """torchtitan's loss, or the one above where `loss.fuse_output` asks for it."""
+    """torchtitan's loss, or `linear_cross_entropy_loss` if `loss.fuse_output` is true."""
     if job_config.loss.fuse_output:
         if device_type == "cuda" and not liger_fused_linear_cross_entropy:
             logger.warning("Liger-Kernel can't be imported: the loss takes more time and memory without it")

@@ -1,4 +1,4 @@
-"""The model: torchtitan's Llama whose layers attend by Lighthouse where set."""
+"""The model: torchtitan's Llama with Lighthouse Attention in chosen layers."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ class TiedProjection(nn.Module):
 
     def __init__(self, embeddings: nn.Embedding, fuse_output: bool) -> None:
         super().__init__()
-        self.embeddings = (embeddings,)  # not registered here too, because in a tuple
+        self.embeddings = (embeddings,)  # in a tuple, so that it is not registered twice
         self.project = as_product if fuse_output else nn.functional.linear
 
     @property

@@ -43,7 +43,7 @@ class Rope:
     """Base of the frequencies. None, here and below, is the flavor's"""
 
     scaling_factor: float | None = None
-    """How many times slower the slow rotations become; 1 is no scaling"""
+    """How many times slower the slow rotations become; 1 leaves them as they are"""
 
     original_max_position_embeddings: int | None = None
     """Tokens per sequence before the extension. Rotations that took less than a quarter of these are never scaled."""

@@ -14,8 +14,8 @@ from torchtitan_ext.jobs.resume import INTERRUPTED, complete_steps, stale_checkp
 class LighthouseCheckpointManager(CheckpointManager):
     """torchtitan's checkpoint manager for interruptible runs; see `stale_checkpoints`."""
 
-    interrupting = False
-    bridging = False
+    interrupting = False  # saving on SIGTERM
+    bridging = False  # at a step that is not due
     saving = ""  # the latest checkpoint begun
     due = CheckpointManager._should_save  # whether `save` saves a step that is not the last
 

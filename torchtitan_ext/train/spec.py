@@ -39,7 +39,7 @@ def register() -> None:
     # Threads of the tokenizer would warn at every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     DATASETS.update(OWN_DATASETS)
-    # Selective checkpointing repeats neither attention, as of torch's kernels, nor scores and selection.
+    # Selective checkpointing keeps torch's attention outputs; keep ours, the scores and the selection too.
     for name in ("flash_attention_4", "base_scores", *(("select",) if triton_ops else ())):
         _op_sac_save_list.add(getattr(torch.ops.lighthouse, name).default)
     spec = replace(

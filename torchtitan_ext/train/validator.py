@@ -25,7 +25,7 @@ class LighthouseValidator(Validator):
         source, validation = (dp_world_size, dp_rank, tokenizer), job_config.validation
         whole = validation.steps == -1
         loader = build_dataloader(*source, job_config, infinite=not whole, section="validation")
-        super().__init__(job_config, *source, **kwargs)  # later: its own loader's errors are less clear
+        super().__init__(job_config, *source, **kwargs)  # after our loader, whose errors are clearer
         batches = list(islice(loader, None if whole else validation.steps))
         n_batches = torch.tensor(len(batches), device=device_type)
         torch.distributed.all_reduce(n_batches, torch.distributed.ReduceOp.MIN)
