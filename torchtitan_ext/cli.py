@@ -183,7 +183,7 @@ class Niah:
             beyond = f"beyond the {candidate.max_context} of training"
             print(f"left out: contexts {', '.join(map(str, left_out))}, {beyond}", file=sys.stderr)
         if candidate.lighthouse:
-            print(f"note: {candidate.path} is {FIRST_STAGE}", file=sys.stderr)
+            print(f"note: {candidate.path} is {FIRST_STAGE}; evaluated as it is", file=sys.stderr)
         logits = candidate.load(torch.device(device), dtype)
         with Display() as display:
             n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials

@@ -27,7 +27,7 @@ def read_config(file: Path, *fields: str) -> dict:
             config[section][field]
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{file} is not the job config of a run ({error!r})"
-        raise ValueError(f"{reason}: restore the file that the training wrote there") from error
+        raise ValueError(f"{reason}: restore the one that a training of llama3_lighthouse wrote") from error
     return config
 
 
