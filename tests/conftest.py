@@ -1,4 +1,4 @@
-"""Kernels run on the GPU where there is one, else under Triton's interpreter, on the CPU."""
+"""Run kernels on the GPU if there is one, else in Triton's interpreter on the CPU."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Every command says what it takes, and ends in one line where something is wrong.
+"""Every command has help, and reports a user's error in one line.
 
 The commands are found, not listed: a new one without help fails here.
 """

@@ -1,4 +1,4 @@
-"""What the pages say is what the code says: settings, messages, links, commands."""
+"""The pages agree with the code: settings, messages, links, commands."""
 
 import ast
 import csv

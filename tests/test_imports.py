@@ -1,4 +1,4 @@
-"""What imports what, and that importing changes nothing but the modules that there are."""
+"""Which module imports which, and that an import only adds modules."""
 
 import ast
 import json

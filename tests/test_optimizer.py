@@ -1,4 +1,4 @@
-"""What a launch sets of optimizer and schedule, on a checkpoint that was trained with something else."""
+"""Optimizer and schedule of a launch from a checkpoint that was trained with other settings."""
 
 from copy import deepcopy
 

@@ -1,4 +1,4 @@
-"""Patching on real copies of the released torchtitan, and what each patch makes it do."""
+"""Patching on real copies of the released torchtitan, and the effect of each patch."""
 
 import base64
 import hashlib

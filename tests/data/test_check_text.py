@@ -1,4 +1,4 @@
-"""The check of a local copy of C4 counts what is there, names all that is damaged, and so does training."""
+"""The check of a local copy of C4: it counts the contents and names all damage, as training does."""
 
 import codecs
 import gzip

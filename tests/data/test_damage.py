@@ -1,4 +1,4 @@
-"""Damage in the data: left out where that is asked for, exactly, through resumes; what is huge stays bounded."""
+"""Damaged data: skipped on request, exactly, across resumes; huge documents take bounded memory."""
 
 import gzip
 import logging

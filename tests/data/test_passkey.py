@@ -1,4 +1,4 @@
-"""Properties of the passkey documents: what is hidden can be found, and only that is a label."""
+"""Properties of the passkey documents: the hidden digit can be found, and only that digit is a label."""
 
 import random
 import string

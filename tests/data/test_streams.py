@@ -1,4 +1,4 @@
-"""Properties of the byte tokenizer and of the token streams: every byte, once an epoch, exact on resume."""
+"""Properties of the byte tokenizer and of the token streams: every byte, once per epoch, exact on resume."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Text of any format, alone and mixed: what is read, what damage does, the share of each source; killed and resumed."""
+"""Text data of every format, alone and mixed: content, damage, shares of the sources, resume after a kill."""
 
 import logging
 import re

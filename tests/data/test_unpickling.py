@@ -1,4 +1,4 @@
-"""A checkpoint that was made to run code runs none, wherever in it the code is, and the error names the file."""
+"""A malicious checkpoint runs no code, wherever the code is hidden, and the error names the file."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What is exported is the trained model: transformers computes, generates and tokenizes as we do."""
+"""The exported model is the trained model: transformers computes, generates and tokenizes as we do."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The retrieval evaluation: its prompts, its counting, its loading, and that it tells good models from bad."""
+"""The retrieval evaluation: prompts, counting, loading, and that good models score higher than bad ones."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Every cell of the grids that come with the repository is a job that can run."""
+"""Every cell of the repository's grids is a job that can run."""
 
 import tomllib
 

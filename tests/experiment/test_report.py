@@ -1,4 +1,4 @@
-"""The report: its definitions on made curves, its table of made experiments, and of runs killed and resumed."""
+"""The report: its definitions on synthetic curves, its tables of synthetic experiments and of resumed runs."""
 
 import csv
 import json

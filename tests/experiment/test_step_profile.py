@@ -1,4 +1,4 @@
-"""The parts of a profiled step: every kernel in one, none twice, beside limits that grow as they should."""
+"""The parts of a profiled step: every kernel counts in exactly one, and the limits grow as they should."""
 
 import dataclasses
 import json

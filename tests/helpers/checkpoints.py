@@ -1,4 +1,4 @@
-"""Dense models and the checkpoints that their runs would leave."""
+"""Make dense models and the checkpoints that their runs would save."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Compile every kernel for a Hopper GPU, which needs none: the interpreter runs what the compiler refuses."""
+"""Compile every kernel for a Hopper GPU, on any machine: the interpreter runs code that the compiler rejects."""
 
 import triton
 from triton.backends.compiler import GPUTarget

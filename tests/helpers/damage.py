@@ -1,4 +1,4 @@
-"""Copies of C4 with what may be wrong in them."""
+"""Make damaged copies of C4."""
 
 import gzip
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""What test_faults' jobs import: it makes a fault happen.
+"""Cause a fault in a job that imports this module, for test_faults.
 
-FAULTS: "NAME RANK STEP" for each start by torchrun, separated by commas, and what happens to that rank in that step:
+FAULTS: "NAME RANK STEP" for each start by torchrun, separated by commas. What happens to that rank in that step:
     killed             SIGKILL, between its backward pass and the update
     killed-saving      SIGKILL, when the shards of that step's checkpoint are written
     full-disk          from that step's checkpoint on no file can grow beyond 64 KiB

@@ -1,4 +1,4 @@
-"""Import every module of the package, then the one whose job it is to change things; print what each step changed."""
+"""Import every module of the package, then the module that may change things; print what each step changed."""
 
 import json
 import os

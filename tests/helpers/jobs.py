@@ -1,4 +1,4 @@
-"""Checkpoints as a run saves them, and what a check says of a job."""
+"""Make checkpoints as a run saves them, and list the problems that a check finds in a job."""
 
 import pickle
 import re

@@ -1,7 +1,7 @@
-"""Ranks without the seconds that each would need to import torchtitan: they are forked from a process that has.
+"""Launch ranks in less time: they are forked from a process that has imported torchtitan.
 
-With GPUs each imports it, because a process that has used one can't be forked. What torchrun does beside starting ranks
-is tested with torchrun itself.
+With GPUs each rank imports it, because a process that has used one can't be forked. Tests of torchrun's other work use
+torchrun itself.
 """
 
 import multiprocessing

@@ -1,5 +1,6 @@
-"""What test_resume's jobs import: it records what they see, and adds a flavor for eight ranks that share a sequence and
-one of few layers at the 530M recipe's size.
+"""Record what a job that imports this module sees, for test_resume.
+
+Adds two flavors: one for eight ranks that share a sequence, one with few layers at the 530M recipe's size.
 
 RECORDS: folder for each rank's batches, in the order drawn, and for the state after loading.
 KILL_AT_BATCH: every rank kills itself when it draws that batch.

@@ -1,4 +1,4 @@
-"""torch's ring attention on a CPU: importing this has it use the CPU's kernel, which it doesn't know."""
+"""Make torch's ring attention use the CPU's kernel, which it doesn't support, when this module is imported."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Data sets on a disk, and what a loader makes of them."""
+"""Write data sets to a disk and read them with a loader."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A job file is read with what it extends, and what is wrong with it is named in one line."""
+"""Job files: read with the file that they extend; each error is one line."""
 
 import json
 

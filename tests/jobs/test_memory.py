@@ -1,4 +1,4 @@
-"""The memory estimates are near what was measured, and count what a block keeps."""
+"""The memory estimates are close to measured peaks, and count what a block keeps."""
 
 import json
 from dataclasses import replace

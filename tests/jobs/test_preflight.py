@@ -1,4 +1,4 @@
-"""The preflight names everything that would stop a run, and says what the run takes."""
+"""The preflight names everything that would stop a run, and reports what the run needs."""
 
 import gzip
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""A launch loads the checkpoint that it should, whole, or says why not."""
+"""A launch loads the right checkpoint completely, or says why not."""
 
 import json
 import shutil

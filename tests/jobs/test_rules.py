@@ -1,4 +1,4 @@
-"""A job that can't run, or would lose state in silence, stops before anything is built."""
+"""A job that can't run, or would lose state silently, stops before anything is built."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Causal attention by a kernel of a name: all compute the same, and a job gets the fastest that can run."""
+"""Causal attention with a named kernel: all compute the same, and a job gets the fastest that can run."""
 
 import sys
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""Every rule of the settings names the field, the value and what would be right."""
+"""Every rule of the settings names the field, the value and a legal value."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Models of transformers under `attn_implementation = "lighthouse"`: layers are the layer's own function, or refuse."""
+"""transformers models with `attn_implementation = "lighthouse"`: layers compute what our layer does, or refuse."""
 
 import pytest
 import torch

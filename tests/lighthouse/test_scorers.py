@@ -1,4 +1,4 @@
-"""The scorers: equal to the fp64 reference, causal, and the attention that they are named after."""
+"""The scorers: equal to the fp64 reference, causal, and true to the attention that names them."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The layer's benchmark times every scorer in one call, the scorer's own part apart."""
+"""The layer's benchmark times every scorer in one call, and the scorer's part separately."""
 
 import json
 import sys

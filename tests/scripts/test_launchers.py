@@ -1,4 +1,4 @@
-"""scripts/train.sh and scripts/train.slurm, with stand-ins for SLURM and, but for one test, for torchrun."""
+"""scripts/train.sh and scripts/train.slurm, with a fake SLURM and, in all tests but one, a fake torchrun."""
 
 import os
 import signal

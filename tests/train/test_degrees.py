@@ -1,4 +1,4 @@
-"""Ranks train, and validate, what one rank does with all sequences, however they share the work."""
+"""However ranks share the work, they train and validate as one rank with all sequences does."""
 
 from dataclasses import replace
 from functools import cache

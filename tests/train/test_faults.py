@@ -1,6 +1,6 @@
-"""What happens to a run of days, on two gloo ranks: after each fault the same command continues, to the same losses.
+"""Faults of a long run, on two gloo ranks: after each, the same command continues to the same losses.
 
-One run suffers every fault in turn, each start from where the one before left off.
+One run suffers every fault in turn; each start continues where the one before stopped.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a run logs says what to do when the disk is full; metrics that are asked for are recorded."""
+"""A run's log says what to do when the disk is full; the requested metrics are recorded."""
 
 import os
 from types import SimpleNamespace

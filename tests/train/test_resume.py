@@ -1,8 +1,8 @@
 """Exact resume, seen from outside: runs of torchtitan.train, on one process and on several.
 
-On a CPU with the demo's jobs, with -m eight on eight processes; with -m gpu, with six layers of the 530M recipe on one
-GPU and two: each layer more costs time, and the parameters of a large vocabulary gigabytes per checkpoint. On GPUs the
-groups of runs go on at once.
+On a CPU the tests train the demo's jobs, with -m eight on eight processes. With -m gpu they train six layers of the
+530M recipe on one GPU and on two: more layers cost time, a large vocabulary gigabytes per checkpoint. On GPUs the
+groups of runs train at the same time.
 """
 
 from types import SimpleNamespace

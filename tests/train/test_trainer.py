@@ -1,4 +1,4 @@
-"""The trainer and the checkpoint manager, on parts of a run: ranks that agree, gradients, what is purged."""
+"""The trainer and the checkpoint manager, on parts of a run: agreement of ranks, gradients, deleted checkpoints."""
 
 import math
 from collections import deque

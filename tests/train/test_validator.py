@@ -1,4 +1,4 @@
-"""On what ranks validate: as many batches each, of the labels that training counts."""
+"""Validation data: every rank gets the same number of batches, with the labels that training counts."""
 
 import pytest
 import torch.distributed as dist
