@@ -1,3 +1,5 @@
+"""Plan, run, interrupt and continue split-point experiments, with stand-ins for the trainings."""
+
 import json
 import os
 import re

@@ -1,4 +1,4 @@
-"""Cross entropy from the last hidden states, so that the logits of a long sequence never exist whole."""
+"""Cross entropy from the last hidden states, so that the full logits of a sequence are never stored."""
 
 from typing import Any
 
