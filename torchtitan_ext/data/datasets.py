@@ -165,12 +165,12 @@ def _pieces_of_tree(root: Path) -> tuple[list[tuple[bytes, str, int, bool]], str
     pieces, ignored = [], Counter[str]()
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = {name for name in subfolders if name[0] != "."} - SKIPPED_FOLDERS
-        for name in names:
+        for name in (name for name in names if name[0] != "."):
             file = Path(folder, name)
-            if name[0] == "." or file.is_symlink():
-                continue
             if not name.endswith(TEXT_SUFFIXES):
                 ignored[file.suffix or name] += 1
+                continue
+            if file.is_symlink():
                 continue
             digest = hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
             is_held_out = digest[-1] % HELD_OUT == 0

@@ -181,12 +181,12 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
 
 def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
     """A missing key on this machine; a launch finds what else keeps W&B from starting."""
-    netrc, env = Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), os.environ
+    if not job_config.metrics.enable_wandb or os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
+        return
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     logged_in = netrc.is_file() and "login user" in " ".join(netrc.read_text().split())  # as `wandb login` leaves it
-    has_key = logged_in or env.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"}
-    if job_config.metrics.enable_wandb and not has_key and env.get("WANDB_MODE", "online") in ("online", "run"):
-        remedy = "call `wandb login`, or set WANDB_MODE=offline"
-        yield f"metrics.enable_wandb = true: W&B has no API key on this machine; {remedy}"
+    if not logged_in and not os.environ.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"}:
+        yield "metrics.enable_wandb = true: W&B has no API key here; call `wandb login`, or set WANDB_MODE=offline"
 
 
 def _data_problems(job_config: JobConfig) -> Iterator[str]:

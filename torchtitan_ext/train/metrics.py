@@ -34,10 +34,11 @@ class LighthouseMetricsProcessor(MetricsProcessor):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, args: BaseModelArgs, tag: str | None = None):
         metrics, rank = job_config.metrics, torch.distributed.get_rank()
         records = metrics.save_for_all_ranks or rank == _get_metrics_rank(parallel_dims, job_config)
-        if records and metrics.enable_wandb:
+        to_wandb = records and metrics.enable_wandb
+        if to_wandb:
             _continue_wandb_run(job_config)
         super().__init__(job_config, parallel_dims, tag)
-        if records and metrics.enable_wandb and WandBLogger not in map(type, self.logger._loggers):
+        if to_wandb and WandBLogger not in map(type, self.logger._loggers):
             remedy = "call `wandb login`, or set WANDB_MODE=offline"
             raise ValueError(f"metrics.enable_wandb = true: W&B did not start, as the log says above; {remedy}")
         self.first_step = True
