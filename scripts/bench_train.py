@@ -99,8 +99,8 @@ class BenchTrain:
                     if self.profile and not failure:
                         key = name if nproc == 1 else f"{name} on {nproc}"
                         [trace] = Path(folder).glob("profile_traces/*/rank0_trace.json")
-                        found, vocab_size = step_profile.read_kernels(trace), flavors[job.model.flavor].vocab_size
-                        parts, kernels = step_profile.breakdown(found, job.training.seq_len, vocab_size)
+                        launched, vocab_size = step_profile.read_kernels(trace), flavors[job.model.flavor].vocab_size
+                        parts, kernels = step_profile.breakdown(launched, job.training.seq_len, vocab_size)
                         profiles[key] = {"parts_ms": parts, "kernels": kernels[:60]}
                         # The limits are those of one device that recomputes nothing.
                         if nproc == 1 and job.activation_checkpoint.mode == "none":

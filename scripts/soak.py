@@ -115,11 +115,11 @@ def ranks(launcher: int) -> dict[int, psutil.Process]:
 
 def losses(folder: Path) -> dict[int, list[float]]:
     """The losses that all starts of a run logged for each step."""
-    found = defaultdict(list)
+    values = defaultdict(list)
     for file in folder.glob("tb/*/*tfevents*"):
         for event in read_scalars(file).get(LOSS, []):
-            found[event.step].append(event.value)
-    return found
+            values[event.step].append(event.value)
+    return values
 
 
 if __name__ == "__main__":

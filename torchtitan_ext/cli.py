@@ -73,10 +73,10 @@ class Preflight:
             from .train.spec import register
 
             register()
-            facts, found = plan_report(str(self.config_file), overrides, self.nproc, self.gpu_memory, self.tok_s)
+            facts, more = plan_report(str(self.config_file), overrides, self.nproc, self.gpu_memory, self.tok_s)
         except ImportError as error:
-            facts, found = {}, [f"the job can't be checked before this environment is complete: {error}"]
-        problems += found
+            facts, more = {}, [f"the job can't be checked before this environment is complete: {error}"]
+        problems += more
         for name, fact in facts.items():
             print(f"{name:10} {fact}")
         print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}:" if problems else "no problems")

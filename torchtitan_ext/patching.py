@@ -49,11 +49,11 @@ def installed_root() -> Path:
 def is_patched(root: Path) -> bool:
     """Whether the torchtitan/ in `root` is patched or as released. Raises ValueError where it is neither."""
     ids = blob_ids()
-    found = {name: _blob_id(root / name) for name in ids}
+    present = {name: _blob_id(root / name) for name in ids}
     for patched in (False, True):
-        if found == {name: known[-patched] for name, known in ids.items()}:
+        if present == {name: known[-patched] for name, known in ids.items()}:
             return patched
-    files = " ".join(name for name, known in ids.items() if found[name] != known[0])
+    files = " ".join(name for name, known in ids.items() if present[name] != known[0])
     remedy = f"git checkout v{VERSION} -- {files}" if (root / ".git").exists() else REINSTALL
     state = f"neither torchtitan {VERSION} as released nor with all patches: {files}"
     raise ValueError(f"{root / 'torchtitan'} is {state}\nRestore it: {remedy}")

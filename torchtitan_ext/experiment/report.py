@@ -204,8 +204,8 @@ def markdown(experiment: Experiment, published: dict) -> str:
     run = experiment.runs[0]
     w = window(run.total_steps, run.log_freq)
     status = {name: _status(*start) for name, start in experiment.starts.items()}
-    lacking = "".join(f"- {name}: {how}\n" for name, how in status.items() if how != "finished")
-    lacking += "\n" if lacking else ""
+    unfinished = "".join(f"- {name}: {how}\n" for name, how in status.items() if how != "finished")
+    unfinished += "\n" if unfinished else ""
     dense, *splits = published["split_points"]
     theirs = [dense, *({"jump": published["jump"], "recovery": published["recovery"], **row} for row in splits)]
     for row in theirs[1:]:
@@ -218,7 +218,7 @@ Losses in nats per token, means over {w} steps; recovery counts the steps after 
 last {w} is back at its level before. From batch to batch the loss varies by {batch_noise(run):.3f}: compare jumps \
 with that.
 
-{lacking}"""
+{unfinished}"""
     if published["setting"].startswith(f"{run.config['model']['flavor']}, "):
         source = f"{published['source']}, {published['hardware']}, {published['setting']}"
         text += f"**Published, not measured here**: {source}\n\n{markdown_rows(theirs)}\n"
