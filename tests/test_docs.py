@@ -1,7 +1,6 @@
 """The pages agree with the code: settings, messages, links, commands."""
 
 import ast
-import csv
 import re
 import shlex
 import sys
@@ -22,7 +21,6 @@ from markdown_it import MarkdownIt
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from torchtitan_ext.cli import PUBLISHED
-from torchtitan_ext.experiment.report import markdown_rows
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.memory import no_estimate_reason, peak_memory
 from torchtitan_ext.jobs.plan import Plan
@@ -206,15 +204,6 @@ def test_the_data_set_that_is_shown_is_read_whole_shared_out_and_resumed(tmp_pat
             del DATASETS[name]
     assert [[text.decode() for text in rank] for rank in ranks] == [texts[0::2], texts[1::2]]
     assert drawn == expected
-
-
-def test_the_quickstart_shows_the_table_of_make_demo():
-    with (ROOT / "results/passkey/table.csv").open(newline="") as file:
-        text = ("run", "status")
-        rows = [
-            {k: x if k in text else ast.literal_eval(x) for k, x in row.items() if x} for row in csv.DictReader(file)
-        ]
-    assert markdown_rows(rows) in (ROOT / "docs/quickstart.md").read_text()
 
 
 def test_the_settings_to_choose_from_are_the_published_grid():

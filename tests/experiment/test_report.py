@@ -17,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan_ext.experiment import records, report
 from torchtitan_ext.experiment.report import mean_loss, recovery, window
 
-PUBLISHED_FILE = Path(__file__).parents[2] / "configs" / "published.toml"
-PUBLISHED = tomllib.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+PUBLISHED = tomllib.loads((ROOT / "configs/published.toml").read_text(encoding="utf-8"))
 PUBLISHED["setting"] = "made, 16k steps"  # of the same model
 
 
@@ -323,30 +323,43 @@ def test_a_file_cut_off_anywhere_gives_its_beginning(tmp_path):
 
 def recorded(file: Path) -> report.Experiment:
     """The experiment that `table` wrote as `file`, a curves.csv; each of its runs has ended."""
+    runs: dict = {}
     with file.open(newline="") as lines:
-        points = list(csv.DictReader(lines))
-    runs = {}
-    for name in dict.fromkeys(point["run"] for point in points):
-        own = [point for point in points if point["run"] == name]
-        validated = [point for point in own if point["validation_loss"]]
-        fields = {key: np.array([float(point[key]) for point in own]) for key in report.CURVES}
-        for key, column in (("validation_step", "step"), ("validation_loss", "validation_loss")):
-            fields[key] = np.array([float(point[column]) for point in validated])
-        fields |= {"log_freqs": np.full(len(own), 10), "starts": np.arange(len(own)) == 0}
-        runs[name] = records.Run(Path(name), {"training": {"steps": int(own[-1]["step"])}}, **fields)
+        for point in csv.DictReader(lines):
+            runs.setdefault(point.pop("run"), []).append([float(value or "nan") for value in point.values()])
+    for name, points in runs.items():
+        fields = dict(zip((*report.CURVES, "validation_loss"), np.array(points).T, strict=True))
+        validated = np.isfinite(fields["validation_loss"])
+        fields["validation_step"] = fields["step"][validated]
+        fields["validation_loss"] = fields["validation_loss"][validated]
+        fields |= {
+            "log_freqs": np.full(len(points), np.diff(fields["step"]).max()),
+            "starts": np.arange(len(points)) == 0,
+        }
+        runs[name] = records.Run(Path(name), {"training": {"steps": int(fields["step"][-1])}}, **fields)
     tails = {int(name.removeprefix("stage2-")): run for name, run in runs.items() if name.startswith("stage2-")}
     return report.Experiment(runs.get("dense"), runs["stage1"], tails)
 
 
-def test_the_numbers_of_the_page_on_85M_are_those_of_its_records():
-    folder = PUBLISHED_FILE.parents[1] / "results"
-    page, niah = (folder / "split_points/README.md").read_text(), json.loads((folder / "niah/records.json").read_text())
+@pytest.mark.parametrize(
+    "curves, page",
+    [
+        ("passkey/curves.csv", "docs/quickstart.md"),
+        ("split_points/curves/85m-seed0.csv", "results/split_points/README.md"),
+    ],
+)
+def test_pages_show_the_tables_that_their_curves_give(curves, page):
+    rows = [row for row in report.table(recorded(ROOT / "results" / curves)) if row["status"] == "finished"]
+    assert report.markdown_rows(rows) in (ROOT / page).read_text()
+
+
+def test_the_other_numbers_of_the_page_on_85M_are_those_of_its_records():
+    page, folder = (ROOT / "results/split_points/README.md").read_text(), ROOT / "results"
     experiment = recorded(folder / "split_points/curves/85m-seed0.csv")
-    rows = report.table(experiment)[1:]
-    assert report.markdown_rows(rows) in page
     speed = np.median(np.concatenate([run.tokens_per_second[1:] for run in experiment.tails.values()]))
     hours = 2000 * 4 * 32768 / speed / 3600
-    shares = " and ".join(f"{100 * row['device_hours'] / hours:.0f}" for row in rows)
+    shares = " and ".join(f"{100 * row['device_hours'] / hours:.0f}" for row in report.table(experiment)[1:])
     assert f"at {speed / 1000:.1f}k tok/s; dense would take {hours:.3f} hours" in page and f"{shares} %" in page
-    for name in ("85M-stage1-1500", "85M-stage2-1250"):
-        assert f"{niah[name]['mean']:.2f} (standard error {niah[name]['standard_error']:.2f})" in page
+    niah = json.loads((folder / "niah/records.json").read_text())
+    for record in (niah["85M-stage1-1500"], niah["85M-stage2-1250"]):
+        assert f"{record['mean']:.2f} (standard error {record['standard_error']:.2f})" in page
