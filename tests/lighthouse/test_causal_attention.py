@@ -83,6 +83,12 @@ def test_the_dilated_scorer_attends_by_the_same_kernel(fa4):
     torch.testing.assert_close(out, LighthouseAttention(config)(*rows))
 
 
+def test_an_installation_that_does_not_fit_is_a_reason(fa4, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delattr(sys.modules[kernels._FA4], "_flash_attn_bwd")
+    assert "_flash_attn_bwd'); pip install" in kernels.unusable_reason("fa4", torch.bfloat16, 128)
+
+
 @pytest.mark.parametrize("can_run", KERNELS)
 def test_a_job_attends_by_the_fastest_kernel_that_can_run(can_run, monkeypatch):
     slower = KERNELS[KERNELS.index(can_run) :]
@@ -91,6 +97,8 @@ def test_a_job_attends_by_the_fastest_kernel_that_can_run(can_run, monkeypatch):
 
 
 def test_a_named_kernel_that_cannot_run_is_refused_and_the_ring_takes_torchs(monkeypatch):
+    with pytest.raises(ValueError, match="kernel = 'auto': must be one of fa4, cudnn, flash, sdpa"):
+        CausalAttention("auto")
     refusal = r"attention\.kernel = 'cudnn' can't run: cudnn: there is no CUDA device; .*'auto'"
     with pytest.raises(ValueError, match=refusal):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

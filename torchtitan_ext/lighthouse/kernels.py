@@ -1,6 +1,7 @@
 """Causal attention by named kernels: torch's own, or FlashAttention-4 as one operator."""
 
 from importlib import import_module
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ def unusable_reason(
         return "there is no CUDA device"
     if kernel == "fa4":
         try:
-            import_module(_FA4)
-        except ImportError as error:
+            attrgetter("_flash_attn_fwd", "_flash_attn_bwd")(import_module(_FA4))
+        except Exception as error:  # whatever versions that don't fit raise
             return f"flash-attn-4 can't be imported ({error}); pip install 'torchtitan-lighthouse[fa4]'"
         major, minor = torch.cuda.get_device_capability(device)
         most = {9: 256, 10: 128}.get(major, 0)  # channels of a head
@@ -65,6 +66,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa") -> Te
 class CausalAttention(nn.Module):
     def __init__(self, kernel: str = "sdpa") -> None:
         super().__init__()
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel = {kernel!r}: must be one of {', '.join(KERNELS)}")
         self.kernel = kernel
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
