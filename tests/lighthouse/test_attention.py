@@ -107,6 +107,11 @@ def test_keeps_dtype_and_shape_and_stays_near_the_fp64_result(dtype):
     assert error(out, exact) <= TOLERANCE.get(dtype, 0)
 
 
+def test_rotates_rows_that_start_anywhere_in_memory():
+    rows, table = torch.randn(9)[1:].view(2, 4), rotary_table(2, 4, torch.complex64)
+    assert torch.equal(torch_ops.rotate(rows, table), torch_ops.rotate(rows.clone(), table))
+
+
 def test_attention_is_one_call_on_the_gathered_rows():
     attend = Mock(wraps=causal_attention)
     lighthouse_attention(*qkv(256, 2, 2, 3), SMALL, attention=attend)

@@ -96,8 +96,8 @@ def gathered_rows(slots: Tensor, gathered_len: int) -> Tensor:
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate the adjacent pairs of `x` [..., D] by the complex `freqs_cis`, broadcast to [..., D/2]."""
-    acc = accumulator(x)
-    pairs = torch.view_as_complex(x.to(acc).unflatten(-1, (-1, 2)).contiguous())
+    copy = x.to(accumulator(x), copy=True)  # a view may start inside a pair
+    pairs = torch.view_as_complex(copy.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * freqs_cis.to(pairs.dtype)).flatten(-2).to(x.dtype)
 
 
