@@ -137,9 +137,10 @@ def test_it_trains_under_the_trainer_and_is_evaluated_densely(tmp_path, monkeypa
     calls, data = [], [{"input_ids": tokens, "labels": tokens} for tokens in TOKENS.repeat(4, 1)]
     monkeypatch.setattr(hugging_face, "lighthouse_attention", lambda *x: calls.append(1) or lighthouse_attention(*x))
     options = {"max_steps": 8, "learning_rate": 0.01, "gradient_checkpointing": True, "report_to": "none"}
-    options |= {"logging_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    options |= {"logging_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "bf16": True}
     arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, **options)
-    trainer = transformers.Trainer(model_of(), arguments, train_dataset=data, eval_dataset=data)
+    model = model_of(lighthouse=SETTINGS | {"scorer": "dilated"})
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[0] - 0.5

@@ -77,11 +77,12 @@ def test_a_scorer_of_chunks_sees_rows_rotated_at_their_positions(monkeypatch):
     assert torch.equal(ours, attention.select_slots(*map(chunks, (*rotated, v)), config, None, starts=starts))
 
 
-def test_what_a_scorer_returns_is_checked(monkeypatch):
-    monkeypatch.setitem(SCORERS, "max_key", scorers.Scorer(lambda *x: max_key(*x)[:1], lambda *_: 0))
-    with pytest.raises(
-        ValueError, match=r"'max_key' returned \(1, 1, 2, 64\), torch.float64: must return .* \(2, 1, 2,"
-    ):
+@pytest.mark.parametrize(
+    ("change", "returned"), [(lambda x: x[:1], r"\(1, 1, 2, 64\), torch.float64"), (lambda x: None, "NoneType")]
+)
+def test_what_a_scorer_returns_is_checked(change, returned, monkeypatch):
+    monkeypatch.setitem(SCORERS, "max_key", scorers.Scorer(lambda *x: change(max_key(*x)), lambda *_: 0))
+    with pytest.raises(ValueError, match=rf"'max_key' returned {returned}: must return .* \(2, 1, 2,"):
         base_scores(*qkv(64, n_kv_heads=2), setting("max_key"))
 
 
@@ -157,6 +158,8 @@ def test_do_not_depend_on_an_ambient_autocast(scorer):
     expected = base_scores(*inputs, config)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(base_scores(*inputs, config), expected)
+    q, k, v = inputs[0], *(x.bfloat16() for x in inputs[1:])  # as autocast mixes dtypes: all are taken as v's
+    assert torch.equal(base_scores(q, k, v, config), base_scores(q.bfloat16(), k, v, config))
 
 
 @pytest.mark.gpu

@@ -55,8 +55,7 @@ def checked_inputs(
     if table is not None:
         if head_dim % 2:
             raise ValueError(f"head dimension D = {head_dim}: must be even, because freqs_cis rotates pairs")
-        fits = table.ndim == 2 and table.shape[0] >= seq_len and table.shape[1] == head_dim // 2
-        if not fits or not table.is_complex():
+        if not table.is_complex() or table.shape[1:] != (head_dim // 2,) or table.shape[0] < seq_len:
             given = f"{tuple(table.shape)}, {table.dtype}"
             raise ValueError(f"freqs_cis {given}: must be complex [at least N = {seq_len}, D/2 = {head_dim // 2}]")
         if table.requires_grad:

@@ -36,10 +36,10 @@ def norm_scores(of_query: Tensor, of_key: Tensor, n_kv_heads: int) -> Tensor:
 def output_scores(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Norms of the outputs of A(q, k, v) and of A(k, q, v): q [B, N, H, D], k and v [B, N, H_kv, D] -> [2, B, H_kv, N].
 
-    Each query head uses the key and the value of its KV head.
+    Each query head uses the key and the value of its KV head, all in v's dtype: under autocast q's may be another.
     """
     n_kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
-    k, v = (x.unsqueeze(3).expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (k, v))
+    q, k, v = q.to(v.dtype), *(x.to(v.dtype).unsqueeze(3).expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (k, v))
     return norm_scores(attend(q, k, v), attend(k, q, v), n_kv_heads)
 
 
@@ -112,12 +112,12 @@ SCORERS = {
 def base_scores(q: Tensor, k: Tensor, v: Tensor, scorer: str, dilation: int, kernel: str) -> Tensor:
     """Scores of each token without a gradient; see `Scorer.scores`."""
     with torch.autocast(q.device.type, enabled=False):
-        scores = SCORERS[scorer].scores(q, k, v, dilation, kernel).contiguous()
-    shape, dtype = (2, k.shape[0], k.shape[2], k.shape[1]), accumulator(k)
-    if scores.shape != shape or scores.dtype != dtype:
-        returned = f"{tuple(scores.shape)}, {scores.dtype}"
-        raise ValueError(f"scorer {scorer!r} returned {returned}: must return [2, B, H_kv, N] = {shape}, {dtype}")
-    return scores
+        scores = SCORERS[scorer].scores(q, k, v, dilation, kernel)
+    expected = f"{(2, k.shape[0], k.shape[2], k.shape[1])}, {accumulator(k)}"
+    returned = f"{tuple(scores.shape)}, {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+    if returned != expected:
+        raise ValueError(f"scorer {scorer!r} returned {returned}: must return [2, B, H_kv, N] = {expected}")
+    return scores.contiguous()
 
 
 @base_scores.register_fake

@@ -84,8 +84,7 @@ def select(scores: Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,
     seq_len = config.seq_len_of(scores.shape[-1])
     if seq_len // config.span(config.levels - 1) // config.n_tiles > _MOST_CANDIDATES:
         return torch_ops.select(scores, config, starts)
-    geometry = seq_len, config.levels, config.pooling_factor, config.top_k, config.tile_winners
-    return _select_op(scores, *geometry, starts)
+    return _select_op(scores, seq_len, config.levels, config.pooling_factor, config.top_k, config.tile_winners, starts)
 
 
 def gather(
@@ -94,8 +93,7 @@ def gather(
     """See `torch_ops.gather`."""
     _refuse_tangents(x, freqs_cis)
     geometry = config.gathered_len(x.shape[1]), config.levels, config.pooling_factor, 0
-    rope = "none" if freqs_cis is None else config.rope
-    return _reduce_op(x, slots, freqs_cis, *geometry, rope, False, starts)
+    return _reduce_op(x, slots, freqs_cis, *geometry, "none" if freqs_cis is None else config.rope, False, starts)
 
 
 def scatter(out: Tensor, slots: Tensor, config: LighthouseConfig, carry: Tensor | None = None) -> Tensor:
