@@ -250,7 +250,7 @@ def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, t
         (tmp_path / f"checkpoint/step-{10 * n}/.metadata").touch()
     settings = f"job.dump_folder={tmp_path}", f"training.steps={10 * there + steps}", f"checkpoint.keep_latest_k={keep}"
     job, args = job_of("configs/text/dense.toml", "checkpoint.interval=10", *settings)
-    assert plan._checkpoints_to_come(plan.Plan(job, parallel_dims(job, 1), args, n_params=1, flops=1)) == more
+    assert plan._checkpoints_to_come(plan.Plan(job, parallel_dims(job, 1), args, 1, 1, 10 * there)) == more
 
 
 @pytest.mark.slow

@@ -193,9 +193,10 @@ def test_a_rate_that_would_jump_where_a_checkpoint_goes_on_is_refused(job, tmp_p
 
 
 def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path):
-    path = save(tmp_path / "old", step=100)
-    only_problem(job(*start_from(path), "--training.steps=100"), "training.steps = 100", path)
-    check_job(job(*start_from(path), "--training.steps=101"))
+    (latest := tmp_path / "latest").symlink_to(save(tmp_path / "old", step=100))
+    for path in (latest, latest.resolve()):
+        only_problem(job(*start_from(path), "--training.steps=100"), "training.steps = 100", path)
+        check_job(job(*start_from(path), "--training.steps=101"))
     excluded = "--checkpoint.exclude_from_loading=train_state"  # counts from 0
     check_job(job(*start_from(path), "--training.steps=100", excluded))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.filesize import decimal
+from torchtitan.components.checkpoint import DATALOADER, TRAIN_STATE
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import get_peak_flops
@@ -21,7 +22,7 @@ from torchtitan_ext.model.settings import Model
 
 from .job_file import parse_job
 from .memory import GIB, no_estimate_reason, peak_memory
-from .resume import checkpoint_folder, checkpoint_to_load, complete_steps, data_parallel_degree, data_position, step_of
+from .resume import checkpoint_folder, checkpoint_to_load, complete_steps, data_parallel_degree, saved_state
 from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequences_at_once
 
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
@@ -38,17 +39,15 @@ class Plan:
     args: LighthouseModelArgs
     n_params: int
     flops: int  # per token
+    first_step: int
 
     @classmethod
     def of(cls, job: JobConfig, n_gpus: int) -> "Plan":
         args = replace(flavors[job.model.flavor])
         args.update_from_config(job)
         counts = args.get_nparams_and_flops(meta_model(args), job.training.seq_len)
-        return cls(job, parallel_dims(job, n_gpus), args, *counts)
-
-    @property
-    def first_step(self) -> int:
-        return step_of(checkpoint_to_load(self.job) or "scratch")
+        dims = parallel_dims(job, n_gpus)
+        return cls(job, dims, args, *counts, saved_state(job, dims, TRAIN_STATE).get("step", 0))
 
 
 def plan_report(
@@ -87,7 +86,7 @@ def plan_report(
 def _reading_problems(plan: Plan) -> Iterator[str]:
     """Read a batch of the first rank and of the last, which gets the fewest documents, from where the run continues."""
     job, degree = plan.job, data_parallel_degree(plan.dims)
-    position = data_position(job, plan.dims)
+    position = saved_state(job, plan.dims, DATALOADER)
     for name, section in data_sections(job):
         try:
             check_data(job, name)

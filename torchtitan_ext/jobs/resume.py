@@ -70,13 +70,14 @@ def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[st
     return []
 
 
-def data_position(job_config: JobConfig, dims: ParallelDims) -> dict[str, Any]:
-    """The data positions of the data-parallel ranks, as their loaders take them; empty at the data's start."""
+def saved_state(job_config: JobConfig, dims: ParallelDims | None, state: str) -> dict[str, Any]:
+    """The objects of DATALOADER or TRAIN_STATE that a launch loads; empty where both start over."""
     path = checkpoint_to_load(job_config)
-    if path and DATALOADER not in excluded_states(job_config, dims):
+    if path and state not in excluded_states(job_config, dims):
         with suppress(ValueError):  # checkpoint_problems reports it
-            objects = _checked_objects(path, complete_metadata(path), {OPTIMIZER, LR_SCHEDULER, TRAIN_STATE})
-            return {key.removeprefix(f"{DATALOADER}."): position for key, position in objects.items()}
+            others = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE} - {state}
+            objects = _checked_objects(path, complete_metadata(path), others)
+            return {key.removeprefix(f"{state}."): value for key, value in objects.items()}
     return {}
 
 
@@ -119,8 +120,7 @@ def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterato
         yield from _hf_problems(job_config)
     elif initial:
         yield from _state_problems(job_config, dims, "checkpoint.initial_load_path", Path(initial))
-        counted = TRAIN_STATE not in checkpoint.exclude_from_loading  # else steps count from 0
-        if counted and step_of(initial) >= steps:
+        if saved_state(job_config, dims, TRAIN_STATE).get("step", 0) >= steps:
             yield f"training.steps = {steps}: {initial} has reached that step; count from the start of the first stage"
 
 
@@ -138,7 +138,7 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
         yield str(error)
         return
     path = checkpoint_to_load(job_config)
-    step = step_of(path) if path else -1
+    step = int(path.name.removeprefix("step-")) if path else -1
     if steps and not _same_checkpoint(start, initial):
         gone = "" if not start or os.path.exists(start) else " (deleted since, but not read again)"
         remedy = f"to continue that one, {f'set it to {start}{gone}' if start else 'drop the path'}"
@@ -284,12 +284,6 @@ def _checked_objects(path: Path, metadata: Metadata, excluded: Collection[str]) 
     return loaded
 
 
-def step_of(path: str | Path) -> int:
-    """The step of the checkpoint in a folder step-N; 0 for other names."""
-    match = re.fullmatch(r"step-(\d+)", Path(path).name)
-    return int(match[1]) if match else 0
-
-
 def complete_metadata(path: Path) -> Metadata:
     """The metadata of the checkpoint in the step-N folder `path`. Raises ValueError if it isn't complete."""
     incomplete = f"{path} is not a complete checkpoint:"
@@ -311,8 +305,8 @@ def complete_metadata(path: Path) -> Metadata:
 
 def _step_folders(folder: Path) -> dict[int, Path]:
     """The folders named exactly step-N in a folder of checkpoints."""
-    paths = sorted((step_of(path), path) for path in folder.glob("step-*") if path.is_dir())
-    return {step: path for step, path in paths if path.name == f"step-{step}"}
+    matches = (re.fullmatch(r"step-(0|[1-9][0-9]*)", path.name) for path in folder.glob("step-*") if path.is_dir())
+    return {step: folder / f"step-{step}" for step in sorted(int(match[1]) for match in matches if match)}
 
 
 def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
