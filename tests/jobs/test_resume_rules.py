@@ -162,6 +162,8 @@ def test_a_checkpoint_without_its_training_state_is_an_error(launch):
 
 def test_a_seed_checkpoint_is_only_weights_and_must_be_complete(job, tmp_path):
     path = save(tmp_path / "run", step=0, without=TRAINING_STATE)
+    save(path.parents[1], step=9)
+    only_problem(job(), path, "step-9, put it aside" if path.parents[1].name == "run" else "near it is")
     check_job(job())
     cut_short(path)
     only_problem(job(), path, "not a complete checkpoint")

@@ -218,7 +218,8 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
     yield from resume_problems(job_config, field, path, objects)
     wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
     if missing := sorted(wanted - {key.split(".")[0] for key in metadata.state_dict_metadata}):
-        yield f"{field}: {path} holds no {', '.join(missing)}; use one with checkpoint.last_save_model_only = false"
+        remedy = "use one with checkpoint.last_save_model_only = false" + _recovery_hint(job_config, field, path)
+        yield f"{field}: {path} holds no {', '.join(missing)}; {remedy}"
     if dims and DATALOADER in wanted.difference(missing):
         degree, saved_degree = data_parallel_degree(dims), _saved_degree(metadata)
         if degree != saved_degree:
