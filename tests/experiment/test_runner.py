@@ -170,14 +170,12 @@ def test_a_failed_run_is_named_and_the_same_command_continues_it(plan, output, m
     assert "\x1b" not in log.read_text()
 
 
-def test_a_half_saved_checkpoint_does_not_keep_a_stage_from_its_start_and_a_seed_checkpoint_is_one(plan, output):
+def test_a_stage_starts_from_its_seed_checkpoint(plan, output):
     seed = output / "stage1" / "checkpoint" / "step-0"
-    half_saved = output / "stage2-100" / "checkpoint" / "step-110"
-    for folder, file in ((seed, ".metadata"), (half_saved, "__0_0.distcp")):
-        folder.mkdir(parents=True)
-        (folder / file).touch()
-    runner.run_all(plan(output)[1:3])
-    assert [launch[:2] for launch in launches(output)] == [["stage1", "0"], ["stage2-100", "100"]]
+    seed.mkdir(parents=True)
+    (seed / ".metadata").touch()
+    runner.run_all(plan(output)[1:2])
+    assert [launch[:2] for launch in launches(output)] == [["stage1", "0"]]
     assert seed.is_dir()
 
 

@@ -56,10 +56,14 @@ def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
     start(config)
     start(config)  # killed before its first checkpoint
 
-    own.mkdir()
-    only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
-    (own / "step-20").mkdir()  # killed while its first checkpoint was written
-    only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
+    (own / "step-20").mkdir(parents=True)  # killed while its first checkpoint was written
+    only_problem(job(*start_from(old), "--checkpoint.load_only"), f"delete {own}")  # which deletes nothing itself
+    start(config)
+    assert checkpoint_to_load(config) == old and not own.exists()  # or torchtitan would ignore the path
+    for stays in (lambda: own.symlink_to(tmp_path / "old"), lambda: (own / "notes").mkdir(parents=True)):
+        stays()
+        only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
+        (own.unlink if own.is_symlink() else partial(shutil.rmtree, own))()
 
     save(tmp_path / "run", step=20)
     start(config)  # continues the run that it started, and the next launch too
@@ -158,12 +162,12 @@ def test_a_checkpoint_without_its_training_state_is_an_error(launch):
     for missing in TRAINING_STATE:
         path, job = launch(without=(missing,))
         only_problem(job(), path, f"holds no {missing}")
+    save(path.parents[1], step=9)
+    only_problem(job(), path, "step-9, put it aside" if path.parents[1].name == "run" else "near it is")
 
 
 def test_a_seed_checkpoint_is_only_weights_and_must_be_complete(job, tmp_path):
     path = save(tmp_path / "run", step=0, without=TRAINING_STATE)
-    save(path.parents[1], step=9)
-    only_problem(job(), path, "step-9, put it aside" if path.parents[1].name == "run" else "near it is")
     check_job(job())
     cut_short(path)
     only_problem(job(), path, "not a complete checkpoint")

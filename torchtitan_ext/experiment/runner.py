@@ -12,11 +12,10 @@ from pathlib import Path
 from torchtitan.config import JobConfig
 
 from torchtitan_ext.console import CommandFailed, make_folder
-from torchtitan_ext.jobs.folder_lock import LOCK, lock
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
-from torchtitan_ext.jobs.resume import complete_steps, is_saved, remove_half_saved
+from torchtitan_ext.jobs.resume import complete_steps, is_saved
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.progress import Display
 
@@ -170,13 +169,6 @@ def run_all(runs: list[PlannedRun], nproc: int = 1) -> None:
 
 
 def _execute(run: PlannedRun, command: list[str], display: Display) -> None:
-    if run.newest == run.start:
-        # torchtitan would load from a folder of half-saved checkpoints and ignore initial_load_path
-        folder = run.checkpoint(0).parent
-        with lock("--output", run.folder / LOCK):
-            remove_half_saved(folder)
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
     with training(command, run.folder / LOG) as child:
         for step, loss, tps in child.steps():
             display.show(step, f"{step}/{run.steps}  loss {loss:.3f}  {tps} tok/s/device  ")

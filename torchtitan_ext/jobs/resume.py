@@ -47,11 +47,19 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
     checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
     if not checkpoint.enable:
         return None
-    if folder.exists():
+    if _loads_from(folder, checkpoint.load_only):
         step = max(complete_steps(folder), default=-1) if checkpoint.load_step == -1 else checkpoint.load_step
         return None if step == -1 else folder / f"step-{step}"
     start = checkpoint.initial_load_path or (checkpoint.initial_load_in_hf and job_config.model.hf_assets_path)
     return Path(start) if start else None
+
+
+def _loads_from(folder: Path, load_only: bool) -> bool:
+    """Whether a launch loads from the run's own folder of checkpoints. torchtitan does if there is one, so
+    `remove_half_saved` deletes it if killed saves left nothing else there."""
+    half_saved = [path for path in _step_folders(folder).values() if _is_half_saved(path)]
+    others = {*folder.glob("*")}.difference(half_saved)  # listed last, as rank 0 may be deleting
+    return folder.exists() and (load_only or folder.is_symlink() or folder.is_mount() or bool(others))
 
 
 def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[str]:
@@ -108,7 +116,8 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
         yield "checkpoint.last_save_model_only = true: a dense stage can't continue from weights only; set it to false"
     if initial and checkpoint.initial_load_model_only and not checkpoint.initial_load_in_hf:
         yield f"checkpoint.initial_load_model_only = true: drops all but the weights of {initial}; set it to false"
-    yield from (_resume_problems if folder.exists() else _start_problems)(job_config, dims)
+    rules = _resume_problems if _loads_from(folder, checkpoint.load_only) else _start_problems
+    yield from rules(job_config, dims)
 
 
 def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
@@ -336,7 +345,9 @@ def _is_half_saved(path: Path) -> bool:
 
 
 def remove_half_saved(folder: Path) -> None:
-    """Delete what killed saves left: their shards would mix with those of the next save."""
+    """Delete what killed saves left: their shards would mix with those of the next save. Delete an empty folder too."""
     for path in _step_folders(folder).values():
         if _is_half_saved(path):
             shutil.rmtree(path)
+    with suppress(OSError):  # it holds more, is a link or a mount, or is not there
+        folder.rmdir()
