@@ -293,6 +293,7 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
     assert not any(path.exists() for path in written)
     check_job(job())
     assert checkpoint_to_load(job()) == (folder / "step-16" if "load" in setting else None)
+    words += ["to go on from step-24, drop that"] * (index == METADATA)
     check_job(job(f"--checkpoint.{setting}"))
 
 

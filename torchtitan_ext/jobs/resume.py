@@ -201,6 +201,7 @@ def _rewrite_problem(job_config: JobConfig, step: int) -> str | None:
     if checkpoint.load_only or not later:
         return None
     held = f"{folder} holds {', '.join(path.name for path in later)}, which this launch would write over"
+    held += f"; to go on from {later[-1].name}, drop that" if (later[-1] / METADATA).is_file() else ""
     aside = f"put them aside ({_put_aside(folder, later)})"
     return f"{cause}: {held}; to go on without them, {aside} and launch again, without checkpoint.load_step"
 
