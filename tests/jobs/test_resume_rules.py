@@ -70,7 +70,11 @@ def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
     check_job(config)
     only_problem(job(*start_from(other)), other, f"started from {old}", "job.dump_folder")
     only_problem(job(), f"started from {old}", f"set it to {old}")
-    start(job("--checkpoint.no_enable"))  # which says nothing of the run's start
+    record = (tmp_path / "run/config.json").read_text()
+    for saves_nothing in (["--checkpoint.no_enable"], [*start_from(old), "--checkpoint.load_only"]):
+        start(job(*saves_nothing, "--training.steps=99"))
+        assert (tmp_path / "run/config.json").read_text() == record
+    only_problem(job(*start_from(other)), other, f"started from {old}")
     check_job(config)
 
 
@@ -289,11 +293,11 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
         only_problem(job(), "checkpoint.load_step = -1", "step-20, step-24")
     check_job(job(f"--checkpoint.{setting}", "--checkpoint.load_only"))
     words = [setting.replace("=", " = "), *(path.name for path in written)]
+    words += ["to go on from step-24, drop that"] * (index == METADATA)
     put_aside(only_problem(job(f"--checkpoint.{setting}"), *words))
     assert not any(path.exists() for path in written)
     check_job(job())
     assert checkpoint_to_load(job()) == (folder / "step-16" if "load" in setting else None)
-    words += ["to go on from step-24, drop that"] * (index == METADATA)
     check_job(job(f"--checkpoint.{setting}"))
 
 

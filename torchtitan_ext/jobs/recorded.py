@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torchtitan.config import JobConfig
 
-CONFIG_FILE = "config.json"  # the job of a run's last start
+CONFIG_FILE = "config.json"  # the job of a run's last start that may save checkpoints
 # metrics logged beside torchtitan's
 N_DEVICES = "n_devices"
 LOG_FREQ = "log_freq"
@@ -36,6 +36,4 @@ def recorded_start(job_config: JobConfig) -> str | None:
     file = Path(job_config.job.dump_folder, CONFIG_FILE)
     if not file.exists():
         return None
-    recorded = read_config(file, "checkpoint.enable", "checkpoint.initial_load_path")["checkpoint"]
-    # a launch without checkpoints recorded no start, so any is legal
-    return (recorded if recorded["enable"] else vars(job_config.checkpoint))["initial_load_path"]
+    return read_config(file, "checkpoint.initial_load_path")["checkpoint"]["initial_load_path"]
