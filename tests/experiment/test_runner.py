@@ -170,15 +170,6 @@ def test_a_failed_run_is_named_and_the_same_command_continues_it(plan, output, m
     assert "\x1b" not in log.read_text()
 
 
-def test_a_stage_starts_from_its_seed_checkpoint(plan, output):
-    seed = output / "stage1" / "checkpoint" / "step-0"
-    seed.mkdir(parents=True)
-    (seed / ".metadata").touch()
-    runner.run_all(plan(output)[1:2])
-    assert [launch[:2] for launch in launches(output)] == [["stage1", "0"]]
-    assert seed.is_dir()
-
-
 @pytest.mark.parametrize(
     ("kwargs", "parts"),
     [
