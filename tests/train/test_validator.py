@@ -21,9 +21,14 @@ def validators(rank):
         return LighthouseValidator(job, n_ranks, rank, tokenizer, **unused).validation_dataloader
 
     sources = "--validation.dataset=python_source_validation", "--validation.steps=-1"
-    n_batches = [None] * n_ranks
-    dist.all_gather_object(n_batches, len(batches(*sources, "--validation.seq_len=4096")))
-    assert n_batches[0] == n_batches[1] > 1
+    counted = set()
+    for size in (1, 3, 64):
+        drawn = batches(*sources, "--validation.seq_len=4096", f"--validation.local_batch_size={size}")
+        numbers = [None] * n_ranks  # of batches and of labels that count
+        dist.all_gather_object(numbers, (len(drawn), sum(int((labels != -100).sum()) for _, labels in drawn)))
+        assert numbers[0][0] == numbers[1][0] and numbers[0][1] != numbers[1][1]
+        counted.add((numbers[0][1], numbers[1][1]))
+    assert len(counted) == 1
     longer = "--training.seq_len=1048576", "--validation.seq_len=1048576"
     with pytest.raises(ValueError, match=r"validation\.dataset = .*not one sequence of 1048576"):
         batches(*sources, *longer)

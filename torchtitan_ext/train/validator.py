@@ -11,7 +11,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.utils import dist_sum
 from torchtitan.tools.utils import device_type
 
-from torchtitan_ext.data import build_dataloader
+from torchtitan_ext.data import build_dataloader, settings_of
 
 
 class LighthouseValidator(Validator):
@@ -26,16 +26,16 @@ class LighthouseValidator(Validator):
         whole = validation.steps == -1
         loader = build_dataloader(*source, job_config, infinite=not whole, section="validation")
         super().__init__(job_config, *source, **kwargs)  # after our loader, whose errors are clearer
-        batches = list(islice(loader, None if whole else validation.steps))
+        self.validation_dataloader = batches = list(islice(loader, None if whole else validation.steps))
+        if not batches:
+            reason = f"a data-parallel rank gets not one sequence of {validation.seq_len} tokens"
+            remedy = "give more documents, or a smaller validation.seq_len"
+            raise ValueError(f"{settings_of(job_config, 'validation')}: {reason}; {remedy}")
         n_batches = torch.tensor(len(batches), device=device_type)
-        torch.distributed.all_reduce(n_batches, torch.distributed.ReduceOp.MIN)
-        if not n_batches:
-            raise ValueError(
-                f"validation.dataset = {validation.dataset!r}, validation.dataset_path = {validation.dataset_path!r}: "
-                f"a data-parallel rank gets not one sequence of {validation.seq_len} tokens; give more documents, or a "
-                "smaller validation.seq_len"
-            )
-        self.validation_dataloader = batches[: int(n_batches)]
+        torch.distributed.all_reduce(n_batches, torch.distributed.ReduceOp.MAX)
+        inputs, labels = batches[0]
+        # Ranks compute together: those whose data ends first add labels that don't count.
+        batches += [(inputs, torch.full_like(labels, IGNORE_INDEX))] * (int(n_batches) - len(batches))
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
