@@ -24,10 +24,10 @@ def write(file, **settings):
 
 
 def test_a_file_folder_glob_and_name_on_the_hub_give_the_files_in_order(tmp_path, monkeypatch):
-    for name in ("b.parquet", "a[1]/a.jsonl.zst", "a[1]/z.txt", ".cache/a.json", "README.md", "dataset_infos.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("b.parquet", "a[1]/a.jsonl.zst", "a[1]/z.txt/z.txt", ".cache/a.json", "a.md", "dataset_infos.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_lines(tmp_path / name, ["text"])
-    files = [str(tmp_path / name) for name in ("a[1]/a.jsonl.zst", "a[1]/z.txt", "b.parquet")]
+    files = [str(tmp_path / name) for name in ("a[1]/a.jsonl.zst", "a[1]/z.txt/z.txt", "b.parquet")]
     assert text_files(str(tmp_path)) == files
     assert text_files(files[0]) == text_files(f"{tmp_path}/*/*.zst") == files[:1]
     hub = SimpleNamespace(config=SimpleNamespace(data_files={"train": files[:2], "test": files[2:]}))

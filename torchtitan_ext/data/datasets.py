@@ -50,8 +50,7 @@ FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst
 def text_files(dataset_path: str) -> list[str]:
     """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
     root or `en`, those of `en/c4-train`. Raises ValueError if there are none."""
-    files: list[str] = []
-    what = ""
+    files, what = list[str](), ""
     try:
         if is_address(dataset_path):
             files = resolve_pattern(dataset_path, base_path="")
@@ -63,7 +62,8 @@ def text_files(dataset_path: str) -> list[str]:
             files = sorted(next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), []))
     except Exception as error:  # the hub and the network raise many kinds
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    if known := [file for file in files if FORMAT.search(file) and os.path.basename(file) not in FILES_TO_IGNORE]:
+    dirs = {os.path.dirname(file) for file in files}  # Spark names them like files
+    if known := [f for f in files if FORMAT.search(f) and os.path.basename(f) not in FILES_TO_IGNORE and f not in dirs]:
         return known
     what = what or (f"{os.path.basename(files[-1])!r} doesn't; " if files else "") + OTHER_FORMATS
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
@@ -186,11 +186,9 @@ def check_dataset(dataset: str, dataset_path: str | None, text_field: str = "tex
     """Raise ValueError for an unknown data set or missing files of ours; doesn't ask the Hugging Face hub."""
     name = dataset.lower()  # as torchtitan reads it
     if name not in DATASETS:
-        known = ", ".join(sorted(DATASETS))
-        raise ValueError(f"training.dataset = {dataset!r} is not a known data set; there are {known}")
-    path = dataset_path or DATASETS[name].path
-    if name in OWN_DATASETS and not (name in OF_FILES and _is_remote(path)):
-        _load(name, path, text_field)
+        raise ValueError(f"training.dataset = {dataset!r} is not a known data set: use {', '.join(sorted(DATASETS))}")
+    if name in OWN_DATASETS and not (name in OF_FILES and _is_remote(dataset_path or "")):
+        _load(name, dataset_path, text_field)
 
 
 def _load(name: str, path: str | None, text_field: str) -> Dataset | IterableDataset:
