@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 from backports import zstd
 from pyarrow import parquet
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
 
@@ -24,6 +24,7 @@ LAYOUTS = {  # what users' tokenizer_config.json say
     "one token": {"bos_token": END, "eos_token": END, "unk_token": END, "add_bos_token": False},
     "end": {"eos_token": END, "pad_token": {"content": "<pad>", "lstrip": True}},
     "two tokens": {"bos_token": "<s>", "eos_token": "</s>"},
+    "two tokens, of which it adds one": {"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": True},
 }
 
 
@@ -38,6 +39,8 @@ def write_bpe(folder: Path, config: dict, merges=MERGES) -> Tokenizer:
     plain.decoder = decoders.ByteLevel()
     whole = deepcopy(plain)
     whole.add_special_tokens([END, "<s>", "</s>", "<pad>"])
+    if config.get("add_eos_token"):
+        whole.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", len(pieces) + 2)])
     folder.mkdir(exist_ok=True)
     whole.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -182,8 +182,9 @@ def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path)
     """Save the training's tokenizer, which adds bos as training does."""
     saved = Tokenizer.from_str(tokenizer.tokenizer.to_str())
     if tokenizer.bos_id is not None and not tokenizer.hf_adds_bos:
-        bos = [(tokenizer.bos_token, tokenizer.bos_id)]
-        saved.post_processor = TemplateProcessing(single=f"{tokenizer.bos_token} $A", special_tokens=bos)
+        ends = [tokenizer.eos_token] * tokenizer.hf_adds_eos
+        ids = [(token, tokenizer.token_to_id(token)) for token in (tokenizer.bos_token, *ends)]
+        saved.post_processor = TemplateProcessing(single=[tokenizer.bos_token, "$A", *ends], special_tokens=ids)
     saved.save(str(folder / "tokenizer.json"))
     # This class reads tokenizer.json unchanged; the source's may not.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
