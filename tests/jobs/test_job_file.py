@@ -7,6 +7,7 @@ from helpers.jobs import ROOT
 from torchtitan.config import ConfigManager
 
 from torchtitan_ext.jobs.job_file import RENAMED, as_toml, parse_job, read_toml
+from torchtitan_ext.lighthouse.scorers import SCORERS
 from torchtitan_ext.train.__main__ import main
 
 STAGE1 = ROOT / "configs/text/stage1.toml"
@@ -67,6 +68,14 @@ def test_the_sections_of_this_package_are_there_without_a_word(write):
 )
 def test_what_is_no_job_is_named(write, text, words):
     assert words in refusal(write(text))
+
+
+def test_an_argument_can_name_the_module_that_registers_the_scorer(write, monkeypatch):
+    module = write("from torchtitan_ext.lighthouse.scorers import SCORERS as s\ns['mine'] = s['norm']", "my_scorer.py")
+    monkeypatch.syspath_prepend(module.parent)
+    file = write("[lighthouse]\nscorer = 'mine'")
+    assert parse_job(file, ["--experimental.custom_import=my_scorer"]).lighthouse.scorer == "mine"
+    del SCORERS["mine"]
 
 
 def test_an_override_that_does_not_exist_is_named_beside_the_nearest_that_does():

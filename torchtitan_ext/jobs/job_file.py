@@ -3,6 +3,7 @@
 import importlib
 import tomllib
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +30,7 @@ def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, A
         raise ValueError(f"{file}: {error.strerror}; {(moved or ['give the path of a job file'])[0]}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not TOML ({error}); correct that") from error
-    parent = values.pop("extends", None)
-    if parent is None:
+    if (parent := values.pop("extends", None)) is None:
         return values
     if not isinstance(parent, str):
         raise ValueError(f"{file}: extends = {parent!r}: must be the path of one job file")
@@ -50,7 +50,10 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
     """Parse the job of a TOML file and torchtitan arguments, without checks; imports its modules. Raises ValueError."""
     sections = merged({"job": {"custom_config_module": OwnSections.__module__}}, read_toml(config_file))
     where = " ".join([str(config_file), *overrides])
-    if module := sections.get("experimental", {}).get("custom_import"):
+    parser = ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--experimental.custom_import", "--experimental.custom-import", dest="module", nargs="?")
+    module = parser.parse_known_args(overrides)[0].module or sections.get("experimental", {}).get("custom_import")
+    if module:
         import_extension(module, where)  # before scorers' names are checked
     settings = f"all settings: python -m torchtitan_ext.train --job.config_file {config_file} --help"
     try:
@@ -59,16 +62,13 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
             warnings.filterwarnings("ignore", category=UserWarning, message="The field")
             manager = ConfigManager()
             manager._maybe_load_toml = lambda args: sections  # type: ignore[method-assign]
-            job = manager.parse_args(["--job.config_file", str(config_file), *overrides])
+            return manager.parse_args(["--job.config_file", str(config_file), *overrides])
     except ImportError as error:
         raise ValueError(f"{where}: {error}; drop job.custom_config_module") from error
     except (AssertionError, TypeError, ValueError) as error:
         # the rest advises on torchtitan's launcher
         said = str(error).splitlines()[0].partition(" We'll try")[0]
         raise ValueError(f"{where}: {said.rstrip('.')}; correct that in the file or argument") from error
-    if job.experimental.custom_import:
-        import_extension(job.experimental.custom_import, where)
-    return job
 
 
 def import_extension(module: str, where: str | Path) -> None:
