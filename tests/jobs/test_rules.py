@@ -214,6 +214,7 @@ def test_a_tokenizer_that_changes_documents_or_cannot_be_built_is_named(job, tmp
     for change, words in [
         ({}, None),
         ({"truncation": cut}, "sets truncation"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "pre_tokenizer": None}, "one token"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "no tokenizer"),
     ]:
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))

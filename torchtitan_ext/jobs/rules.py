@@ -215,6 +215,8 @@ def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArg
     if args and last_id >= args.vocab_size:
         beyond = f"beyond the {args.vocab_size} embeddings of model.flavor"
         return f"its token ids go to {last_id}, {beyond}; choose a larger flavor or a smaller tokenizer"
+    if (kind := type(library.model).__name__) in ("WordLevel", "WordPiece") and not library.pre_tokenizer:
+        return f"its {kind} model has no pre-tokenizer, so a document would be one token; give a whole tokenizer.json"
     if tokenizer.bos_id is None and tokenizer.eos_id is None:
         remedy = "name a bos_token or eos_token in tokenizer_config.json there"
         return f"documents would run into each other, as no token begins or ends one; {remedy}"
@@ -230,5 +232,4 @@ def _tokenizer_problem(tokenizer: HuggingFaceTokenizer, args: LighthouseModelArg
     if not spelled:
         return None
     remedy = "lower its score in tokenizer.json below all others', or use a BPE tokenizer"
-    kind = type(library.model).__name__
     return f"a document that spells {' or '.join(spelled)} would get that control token from its {kind} model; {remedy}"
