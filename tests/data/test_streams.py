@@ -15,18 +15,7 @@ from threading import Event
 
 import pytest
 from helpers import streams
-from helpers.streams import (
-    TOKENIZER,
-    WRITE,
-    documents,
-    loader,
-    stream,
-    tokens,
-    write_bpe,
-    write_c4,
-    write_sources,
-    write_tree,
-)
+from helpers.streams import TOKENIZER, WRITE, documents, loader, stream, write_bpe, write_c4, write_sources, write_tree
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -37,7 +26,6 @@ from torchtitan_ext.data import check_dataset, dataloader, datasets
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 LOCAL = tuple(WRITE)
 MIXED = WRITE | {"mixture": write_sources}
-
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 nasty = st.sampled_from([*SPECIAL, "<", ">", " ", "\0", "\r\n", "\t", "e\u0301"])
@@ -116,7 +104,7 @@ def test_each_pass_of_map_style_data_comes_in_an_order_of_its_own(world, workers
     first = documents(*args.values())
     n = len(first)
     drawn = islice(loader(**args, seq_len=4, workers=workers), 3 * n)
-    rows = [bytes(tokens(batch)[0][1:-1]) for batch in drawn]
+    rows = [bytes(streams.tokens(batch)[0][1:-1]) for batch in drawn]
     passes = [rows[:n], rows[n : 2 * n], rows[2 * n :]]
     assert passes[0] == first and len(set(map(tuple, passes))) == 3
     assert all(sorted(texts) == sorted(first) for texts in passes)

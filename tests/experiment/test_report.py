@@ -72,9 +72,7 @@ def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
     assert report.batch_noise(run) == pytest.approx(deviation, rel=0.05)
 
 
-def write_start(
-    folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices=2, name="a", seed=1, lighthouse=None
-) -> Path:
+def write_start(folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices=2, name="a", seed=1, lighthouse=None):
     """The records of one process start that logged `loss` at `step`, and its event file."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -207,13 +205,18 @@ def test_an_incomplete_experiment_has_a_table_that_says_so(made, tmp_path, kept)
     assert ("difference" in split) == (kept[0] and kept[2])
 
 
+def compared(folder, output, other) -> list[list[str]]:
+    """The cells of the two rows that compare an experiment with another."""
+    text, _ = report.write(folder, output, PUBLISHED, [other])
+    first, second = text[text.index("**Other seeds") :].splitlines()[4:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in (first, second)]
+
+
 def test_seeds_are_compared_run_by_run(made, tmp_path):
     folder, log_freq = made
     step = logged_steps(0, TOTAL, log_freq)
     write_start(tmp_path / "dense", step, curve(step) + 0.125, total=TOTAL, log_freq=log_freq, seed=2)
-    text, _ = report.write(folder, tmp_path / "out", PUBLISHED, [tmp_path])
-    rows = text[text.index("**Other seeds") :].splitlines()[4:]
-    first, other = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    first, other = compared(folder, tmp_path / "out", tmp_path)
     loss = curve(TOTAL) + 0.25
     assert first[:2] + first[-2:] == ["the first", "dense", f"{loss:.4f}", "+0.0000"]
     assert other[:2] + other[-2:] == ["seed = 2", "dense", f"{loss + 0.125:.4f}", "+0.1250"]
@@ -223,16 +226,12 @@ def test_seeds_are_compared_run_by_run(made, tmp_path):
 
 def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_path):
     folder, log_freq = made
-    settings = {"log_freq": log_freq, "lighthouse": {"rope": "base"}}
     for name, start, end in (("stage1", 0, 50), ("stage2-50", 50, TOTAL)):
-        step = logged_steps(start, end, log_freq)
+        step, settings = logged_steps(start, end, log_freq), {"log_freq": log_freq, "lighthouse": {"rope": "base"}}
         write_start(tmp_path / "base" / name, step, curve(step) - 0.25, total=end, **settings)
-    text, _ = report.write(folder, tmp_path / "out", PUBLISHED, [tmp_path / "base"])
-    rows = text[text.index("**Other seeds") :].splitlines()[4:]
     # stage2-60 of the default has nothing to stand beside
-    default, base = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
-    assert [default[0], base[0]] == ["the first", "rope = base"]
-    assert default[1] == base[1] == "50 + 30"
+    default, base = compared(folder, tmp_path / "out", tmp_path / "base")
+    assert [default[:2], base[:2]] == [["the first", "50 + 30"], ["rope = base", "50 + 30"]]
     assert float(default[-1]) == 0
     assert float(base[-1]) == pytest.approx(float(base[-2]) - float(default[-2]), abs=2e-4) == 0.25
 
@@ -324,13 +323,10 @@ def recorded(file: Path) -> report.Experiment:
             runs.setdefault(point.pop("run"), []).append([float(value or "nan") for value in point.values()])
     for name, points in runs.items():
         fields = dict(zip((*report.CURVES, "validation_loss"), np.array(points).T, strict=True))
-        validated = np.isfinite(fields["validation_loss"])
-        fields["validation_step"] = fields["step"][validated]
-        fields["validation_loss"] = fields["validation_loss"][validated]
-        fields |= {
-            "log_freqs": np.full(len(points), np.diff(fields["step"]).max()),
-            "starts": np.arange(len(points)) == 0,
-        }
+        validated = np.array([fields["step"], fields["validation_loss"]])[:, np.isfinite(fields["validation_loss"])]
+        fields["validation_step"], fields["validation_loss"] = validated
+        freqs = np.full(len(points), np.diff(fields["step"]).max())
+        fields |= {"log_freqs": freqs, "starts": np.arange(len(points)) == 0}
         runs[name] = records.Run(Path(name), {"training": {"steps": int(fields["step"][-1])}}, **fields)
     tails = {int(name.removeprefix("stage2-")): run for name, run in runs.items() if name.startswith("stage2-")}
     return report.Experiment(runs.get("dense"), runs["stage1"], tails)

@@ -37,15 +37,11 @@ def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, ki
     only_problem(job(file=file), f"{setting}: must be of type {kind}")
 
 
-@pytest.mark.parametrize(
-    ("field", "path"),
-    [
-        ("job.dump_folder", "s3://bucket/run"),
-        ("checkpoint.folder", "gs:/bucket"),
-        ("model.hf_assets_path", "hf://models/me/mine"),
-        ("training.dataset_path", "hf://datasets/me/mine"),
-    ],
-)
+ELSEWHERE = {"job.dump_folder": "s3://bucket/run", "checkpoint.folder": "gs:/bucket"}
+ELSEWHERE |= {"model.hf_assets_path": "hf://models/me/mine", "training.dataset_path": "hf://datasets/me/mine"}
+
+
+@pytest.mark.parametrize(("field", "path"), ELSEWHERE.items())
 def test_a_path_with_a_scheme_is_refused(job, field, path):
     only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is not a path on this machine: mount")
 
@@ -69,7 +65,8 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-CP2 = "--parallelism.context_parallel_degree 2"
+CP = "--parallelism.context_parallel"
+CP2 = f"{CP}_degree 2"
 FLOAT8 = "quantize.linear.float8"
 VALIDATION = "--validation.enable --validation"
 
@@ -96,14 +93,8 @@ VALIDATION = "--validation.enable --validation"
             f"{CP2} --parallelism.context_parallel_load_balancer headtail --lighthouse.tile_winners 32",
             ["top_k = 64", "32 x 4 = 128", "nearest: top_k = 128 or 256;", "context_parallel_degree = 1"],
         ),
-        (
-            "--parallelism.context_parallel_degree 4 --lighthouse.no_enable",
-            ["context_parallel_degree = 4", "2 heads and 2 KV heads", "1, 2", "'alltoall'"],
-        ),
-        (
-            f"{CP2} --lighthouse.no_enable --compile.enable --parallelism.context_parallel_rotate_method alltoall",
-            ["context_parallel_rotate_method = 'alltoall'", "load_balancer to 'headtail'"],
-        ),
+        (f"{CP}_degree 4 --lighthouse.no_enable", ["_degree = 4", "2 heads and 2 KV heads", "1, 2", "'alltoall'"]),
+        (f"{CP2} --lighthouse.no_enable --compile.enable {CP}_rotate_method alltoall", ["'alltoall'", "to 'headtail'"]),
         ("--lighthouse.no_enable --training.seq_len 0", ["training.seq_len = 0", "1 or more"]),
         ("--metrics.log_freq 0", ["metrics.log_freq = 0", "1 or more"]),
         ("--checkpoint.no_enable --checkpoint.initial_load_path x", ["initial_load_path = 'x'", "enable = false"]),
@@ -224,24 +215,20 @@ def test_a_tokenizer_that_changes_documents_or_cannot_be_built_is_named(job, tmp
             check_job(config)
 
 
-@pytest.mark.parametrize(
-    ("variable", "netrc", "refused"),
-    [
-        (None, "", True),
-        (("WANDB_API_KEY", "0" * 40), "", False),
-        (("WANDB_MODE", "offline"), "", False),
-        (None, "machine api.wandb.ai\n  login user\n  password 0", False),
-    ],
-)
-def test_weights_and_biases_need_a_key(job, tmp_path, monkeypatch, variable, netrc, refused):
+KEYS = {"": "", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline"}
+KEYS["in netrc"] = "machine api.wandb.ai\n  login user\n  password 0"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_weights_and_biases_need_a_key(job, tmp_path, monkeypatch, key):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    (tmp_path / "netrc").write_text(netrc)
-    if variable:
-        monkeypatch.setenv(*variable)
+    (tmp_path / "netrc").write_text(KEYS[key] if key == "in netrc" else "")
+    if key.startswith("WANDB"):
+        monkeypatch.setenv(key, KEYS[key])
     config = job("--metrics.enable_wandb")
-    if refused:
-        only_problem(config, "metrics.enable_wandb = true", "no API key", "WANDB_MODE=offline")
-    else:
+    if key:
         check_job(config)
+    else:
+        only_problem(config, "metrics.enable_wandb = true", "no API key", "WANDB_MODE=offline")

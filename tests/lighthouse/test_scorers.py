@@ -8,16 +8,9 @@ from helpers.lighthouse_cases import DEVICE, TOLERANCE, error, pairs, qkv, rotar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtitan_ext.lighthouse import (
-    LighthouseAttention,
-    LighthouseConfig,
-    attention,
-    scorers,
-    select_entries,
-    torch_ops,
-)
+from torchtitan_ext.lighthouse import LighthouseAttention, LighthouseConfig, attention, select_entries, torch_ops
 from torchtitan_ext.lighthouse.naive import naive_rotate, naive_scores, naive_select
-from torchtitan_ext.lighthouse.scorers import SCORERS
+from torchtitan_ext.lighthouse.scorers import SCORERS, Scorer, chunked_linear_attention, linear_attention
 
 SMALL = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, tile_winners=8)
 ATTENTION_SCORERS = [("dilated", 1), ("dilated", 2), ("dilated", 4), ("gla", 4)]
@@ -65,7 +58,7 @@ def max_key(q, k, v, dilation, kernel):
 
 
 def test_a_scorer_of_chunks_sees_rows_rotated_at_their_positions(monkeypatch):
-    monkeypatch.setitem(SCORERS, "max_key", scorers.Scorer(max_key, lambda *_: 0, per_token=True))
+    monkeypatch.setitem(SCORERS, "max_key", Scorer(max_key, lambda *_: 0, per_token=True))
     (q, k, v), table = qkv(256, batch=2, n_kv_heads=2, head_dim=8), rotary_table(256, 8)
     config, starts = setting("max_key", rope="base"), (128, 0)
 
@@ -81,7 +74,7 @@ def test_a_scorer_of_chunks_sees_rows_rotated_at_their_positions(monkeypatch):
     ("change", "returned"), [(lambda x: x[:1], r"\(1, 1, 2, 64\), torch.float64"), (lambda x: None, "NoneType")]
 )
 def test_what_a_scorer_returns_is_checked(change, returned, monkeypatch):
-    monkeypatch.setitem(SCORERS, "max_key", scorers.Scorer(lambda *x: change(max_key(*x)), lambda *_: 0))
+    monkeypatch.setitem(SCORERS, "max_key", Scorer(lambda *x: change(max_key(*x)), lambda *_: 0))
     with pytest.raises(ValueError, match=rf"'max_key' returned {returned}: must return .* \(2, 1, 2,"):
         base_scores(*qkv(64, n_kv_heads=2), setting("max_key"))
 
@@ -168,5 +161,5 @@ def test_do_not_depend_on_an_ambient_autocast(scorer):
 def test_linear_attention_on_the_gpu_equals_its_torch_version(seq_len, dtype):
     """Whichever serves the GPU: flash-linear-attention where it is installed."""
     q, k, v = qkv(seq_len, 2, 4, head_dim=128, dtype=dtype, device=DEVICE)
-    expected = scorers.chunked_linear_attention(q.double(), k.double(), v.double()).cpu()
-    assert error(scorers.linear_attention(q, k, v).detach(), expected) < TOLERANCE[dtype]
+    expected = chunked_linear_attention(q.double(), k.double(), v.double()).cpu()
+    assert error(linear_attention(q, k, v).detach(), expected) < TOLERANCE[dtype]
