@@ -96,8 +96,7 @@ def gathered_rows(slots: Tensor, gathered_len: int) -> Tensor:
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate the adjacent pairs of `x` [..., D] by the complex `freqs_cis`, broadcast to [..., D/2]."""
-    copy = x.to(accumulator(x), copy=True)  # a view may start inside a pair
-    pairs = torch.view_as_complex(copy.unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.complex(*x.to(accumulator(x)).unflatten(-1, (-1, 2)).unbind(-1))
     return torch.view_as_real(pairs * freqs_cis.to(pairs.dtype)).flatten(-2).to(x.dtype)
 
 
