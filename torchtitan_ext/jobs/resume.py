@@ -121,7 +121,7 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
 
 
 def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
-    checkpoint, steps, folder = job_config.checkpoint, job_config.training.steps, checkpoint_folder(job_config)
+    checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
     initial = checkpoint.initial_load_path
     if (step := checkpoint.load_step) != -1:
         yield f"checkpoint.load_step = {step}: there is no {folder}; set it to -1 to start from {initial or 'scratch'}"
@@ -129,8 +129,6 @@ def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterato
         yield from _hf_problems(job_config)
     elif initial:
         yield from _state_problems(job_config, dims, "checkpoint.initial_load_path", Path(initial))
-        if saved_state(job_config, dims, TRAIN_STATE).get("step", 0) >= steps:
-            yield f"training.steps = {steps}: {initial} has reached that step; count from the start of the first stage"
 
 
 def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
@@ -214,7 +212,7 @@ def _put_aside(folder: Path, checkpoints: list[Path]) -> str:
 
 def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str, path: Path) -> Iterator[str]:
     """Problems of resuming from the checkpoint at `path`, which `field` names."""
-    excluded = excluded_states(job_config, dims)
+    excluded, folder = excluded_states(job_config, dims), checkpoint_folder(job_config)
     try:
         metadata = complete_metadata(path)
         objects = _checked_objects(path, metadata, excluded)
@@ -223,8 +221,10 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
         return
     if args := flavors.get(job_config.model.flavor):
         yield from _shape_problems(job_config, field, path, meta_model(args).state_dict(), metadata)
-    if path == checkpoint_folder(job_config) / "step-0":
+    if path == folder / "step-0":
         return  # torchtitan's seed checkpoint: weights only
+    if path.parent != folder and objects.get(f"{TRAIN_STATE}.step", 0) >= (steps := job_config.training.steps):
+        yield f"training.steps = {steps}: {path} has reached that step; count from the start of the first stage"
     yield from resume_problems(job_config, field, path, objects)
     wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
     if missing := sorted(wanted - {key.split(".")[0] for key in metadata.state_dict_metadata}):
