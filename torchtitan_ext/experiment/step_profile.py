@@ -156,29 +156,29 @@ def limits(seq_len: int, batch: int, args: LighthouseModelArgs, rates: dict[str,
     row = tokens * dim * BF16  # bytes of a [B, N, dim] tensor
 
     flops_per_ms, bytes_per_ms = rates["tflops"] * 1e9, rates["gb_s"] * 1e6
-    limits = dict.fromkeys(PARTS, 0.0)
+    least = dict.fromkeys(PARTS, 0.0)
     if n_lighthouse < n:
-        limits[DENSE_ATTENTION] = (n - n_lighthouse) * batch * attention_ms(seq_len, args)
+        least[DENSE_ATTENTION] = (n - n_lighthouse) * batch * attention_ms(seq_len, args)
     if n_lighthouse:
         gathered = args.lighthouse.gathered_len(seq_len)
-        limits[GATHERED_ATTENTION] = n_lighthouse * batch * attention_ms(gathered, args)
+        least[GATHERED_ATTENTION] = n_lighthouse * batch * attention_ms(gathered, args)
         # score reads q and k; gather and its backward move q, k and v, scatter and its backward the output
         qkv = 1 + 2 * kv
         rows = (1 + kv) + 2 * qkv + 2 + (2 * qkv + 2) * gathered / seq_len
-        limits[LIGHTHOUSE] = n_lighthouse * rows * row / bytes_per_ms
-    limits[BLOCK_GEMMS] = n * 6 * tokens * dim * ((2 + 2 * kv) * dim + 3 * width) / flops_per_ms
-    limits[OUTPUT_GEMMS] = 6 * tokens * dim * args.vocab_size / flops_per_ms
+        least[LIGHTHOUSE] = n_lighthouse * rows * row / bytes_per_ms
+    least[BLOCK_GEMMS] = n * 6 * tokens * dim * ((2 + 2 * kv) * dim + 3 * width) / flops_per_ms
+    least[OUTPUT_GEMMS] = 6 * tokens * dim * args.vocab_size / flops_per_ms
     # the logits are read for the sum of their exponentials and again for the gradient, which is written
-    limits[LOSS] = 3 * tokens * args.vocab_size * BF16 / bytes_per_ms
+    least[LOSS] = 3 * tokens * args.vocab_size * BF16 / bytes_per_ms
     # a layer forward: twice residual and norm 4, SwiGLU 3 of `width`; backward: SwiGLU 5, twice residual and norm 4
     rows = 16 * n + 8 * n * width / dim
     rows += 4 * (1 + kv) * (n - n_lighthouse)  # RoPE reads and writes q and k, twice
     rows += 5  # the first norm, and the last one's backward
-    limits[ELEMENTWISE] = rows * row / bytes_per_ms
-    limits[EMBEDDING] = 4 * row / bytes_per_ms
-    limits[SHARDING] = n_params * 2 * (4 + BF16) / bytes_per_ms  # parameters to bf16, gradients back to fp32
-    limits[OPTIMIZER] = n_params * 4 * 8 / bytes_per_ms  # the gradient twice, three tensors read and written
-    return limits
+    least[ELEMENTWISE] = rows * row / bytes_per_ms
+    least[EMBEDDING] = 4 * row / bytes_per_ms
+    least[SHARDING] = n_params * 2 * (4 + BF16) / bytes_per_ms  # parameters to bf16, gradients back to fp32
+    least[OPTIMIZER] = n_params * 4 * 8 / bytes_per_ms  # the gradient twice, three tensors read and written
+    return least
 
 
 def table(parts: dict[str, float], least: dict[str, float] | None = None) -> str:
