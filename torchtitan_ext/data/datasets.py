@@ -50,7 +50,8 @@ FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst
 def text_files(dataset_path: str) -> list[str]:
     """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
     root or `en`, those of `en/c4-train`. Raises ValueError if there are none."""
-    files, what = list[str](), ""
+    files: list[str] = []
+    what = ""
     try:
         if is_address(dataset_path):
             files = resolve_pattern(dataset_path, base_path="")
