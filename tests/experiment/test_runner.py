@@ -120,11 +120,11 @@ def test_every_run_starts_where_it_must_and_once(plan, output):
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in CONFIGS.parent.glob("*/stage2.toml")))
-def test_launched_by_itself_a_job_file_goes_on_where_the_runner_does(folder, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_launched_by_itself_a_job_file_goes_on_where_the_runner_does(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # away from the runs of `make demo`
     runs, here = {}, ["--training.dataset=python_source", "--training.dataset_path=None"]
-    here.append("--model.hf_assets_path=torchtitan_ext/data/byte_tokenizer")
-    for run in runner.plan(Path("configs", folder), Path("outputs", folder), overrides=here):
+    here.append(f"--model.hf_assets_path={ROOT}/torchtitan_ext/data/byte_tokenizer")
+    for run in runner.plan(CONFIGS.parent / folder, Path("outputs", folder), overrides=here):
         runs.setdefault(run.config_file, run)  # of the tails, the earliest split
         assert not run.load or 16 * run.start / run.steps in (10, 11, 12)  # by default
     assert len(runs) == 3
