@@ -17,11 +17,13 @@ from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
 from torchtitan_ext.jobs.resume import complete_steps, is_saved
 from torchtitan_ext.jobs.rules import check_job
+from torchtitan_ext.jobs.schedule import optimizer_problems
 from torchtitan_ext.progress import Display
 
 from .records import LOG
 
 STAGES = ("dense", "stage1", "stage2")
+RECORDED = ("--metrics.enable_tensorboard", "--checkpoint.enable")  # for the table, and for the next run
 
 
 @dataclass
@@ -61,12 +63,12 @@ def plan(
     # stages of `only` first, so that messages name their files
     order = sorted(STAGES, key=lambda stage: stage not in only)
     files = {stage: configs / f"{stage}.toml" for stage in STAGES}
-    loaded = {stage: load_job(files[stage], overrides) for stage in order}
+    loaded = {stage: load_job(files[stage], [*overrides, *RECORDED]) for stage in order}
     total = loaded["stage2"].training.steps
     splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
 
     def planned(stage: str, name: str, start: int, steps: int, load: Path | None = None):
-        return PlannedRun(name, files[stage], output / name, loaded[stage], start, steps, tuple(overrides), load)
+        return PlannedRun(name, files[stage], output / name, loaded[stage], start, steps, (*overrides, *RECORDED), load)
 
     dense = planned("dense", "dense", 0, total)
     stage1 = planned("stage1", "stage1", 0, splits[-1])
@@ -80,15 +82,12 @@ def plan(
 
 
 def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
-    """The job config, checked as at launch, except for checkpoints. Raises ValueError."""
+    """The job config, checked as at launch, except for the checkpoint that it starts from. Raises ValueError."""
     config = parse_job(file, overrides)
-    without = replace(config.checkpoint, enable=False, initial_load_path=None)
     try:
-        check_job(replace(config, checkpoint=without))
+        check_job(config, with_start=False)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if (interval := config.checkpoint.interval) < 1:
-        raise ValueError(f"{file}: checkpoint.interval = {interval}: must be 1 or more")
     return config
 
 
@@ -115,6 +114,9 @@ def _split_problems(
         elif split <= stage1.newest:
             remedy = f"split later, or delete {stage1.folder} to run stage 1 again"
             yield f"{gone}, and stage 1 is past it, at step {stage1.newest}: {remedy}"
+    if "stage1" in only:  # whose file may name more steps
+        launched = replace(stage1.config, training=replace(stage1.config.training, steps=stage1.steps))
+        yield from (f"{stage1.config_file} to step {stage1.steps}: {p}" for p in optimizer_problems(launched))
     n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
     if 0 < checkpoint.keep_latest_k < n_checkpoints:
         setting = f"{stage1.config_file}: checkpoint.keep_latest_k = {checkpoint.keep_latest_k}"
@@ -141,7 +143,6 @@ def train_command(run: PlannedRun, nproc: int) -> list[str]:
     # the last of repeated arguments wins
     command = [*torchrun(nproc, run.config_file), *run.overrides]
     command += ["--job.dump_folder", str(run.folder), "--training.steps", str(run.steps)]
-    command += ["--metrics.enable_tensorboard", "--checkpoint.enable"]  # the table and the next run need these
     if run.load:
         command += ["--checkpoint.initial_load_path", str(run.load)]
     return command

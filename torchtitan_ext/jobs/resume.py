@@ -25,10 +25,11 @@ from torchtitan_ext.model.hf_config import config_problems
 from torchtitan_ext.model.model import meta_model
 
 from .recorded import recorded_start
-from .schedule import resume_problems
+from .schedule import schedule_changes
 
-INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM
+INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at a step that was not due
 METADATA, HF_INDEX = ".metadata", "model.safetensors.index.json"  # each is written last
+STATES = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}  # of a checkpoint, besides the weights
 Weights = Mapping[str, torch.Tensor]
 Shapes = Mapping[str, Sequence[int]]
 
@@ -83,8 +84,7 @@ def saved_state(job_config: JobConfig, dims: ParallelDims | None, state: str) ->
     path = checkpoint_to_load(job_config)
     if path and state not in excluded_states(job_config, dims):
         with suppress(ValueError):  # checkpoint_problems reports it
-            others = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE} - {state}
-            objects = _checked_objects(path, complete_metadata(path), others)
+            objects = _checked_objects(path, complete_metadata(path), STATES - {state})
             return {key.removeprefix(f"{state}."): value for key, value in objects.items()}
     return {}
 
@@ -98,8 +98,8 @@ def _saved_degree(metadata: Metadata) -> int:
     return sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in metadata.state_dict_metadata)
 
 
-def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
-    """Problems of a launch with its checkpoint; without dims, not those that depend on ranks."""
+def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_start: bool) -> Iterator[str]:
+    """Problems of [checkpoint] and, `with_start`, of the checkpoint to load; without dims, none that ranks decide."""
     checkpoint, dump = job_config.checkpoint, job_config.job.dump_folder
     folder, initial = checkpoint_folder(job_config), checkpoint.initial_load_path
     if not checkpoint.enable:
@@ -116,8 +116,9 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None) -> Ite
         yield "checkpoint.last_save_model_only = true: a dense stage can't continue from weights only; set it to false"
     if initial and checkpoint.initial_load_model_only and not checkpoint.initial_load_in_hf:
         yield f"checkpoint.initial_load_model_only = true: drops all but the weights of {initial}; set it to false"
-    rules = _resume_problems if _loads_from(folder, checkpoint.load_only) else _start_problems
-    yield from rules(job_config, dims)
+    if with_start:
+        rules = _resume_problems if _loads_from(folder, checkpoint.load_only) else _start_problems
+        yield from rules(job_config, dims)
 
 
 def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
@@ -225,8 +226,8 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
         return  # torchtitan's seed checkpoint: weights only
     if path.parent != folder and objects.get(f"{TRAIN_STATE}.step", 0) >= (steps := job_config.training.steps):
         yield f"training.steps = {steps}: {path} has reached that step; count from the start of the first stage"
-    yield from resume_problems(job_config, field, path, objects)
-    wanted = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}.difference(excluded)
+    yield from schedule_changes(job_config, field, path, objects)
+    wanted = STATES.difference(excluded)
     if missing := sorted(wanted - {key.split(".")[0] for key in metadata.state_dict_metadata}):
         remedy = "use one with checkpoint.last_save_model_only = false" + _recovery_hint(job_config, field, path)
         yield f"{field}: {path} holds no {', '.join(missing)}; {remedy}"
@@ -326,12 +327,12 @@ def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
 
 
 def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
-    """The complete checkpoints to delete after a save. One saved on SIGTERM does not count for `keep_latest_k`, and
-    goes once a later one is complete."""
+    """The complete checkpoints to delete after a save. An INTERRUPTED one does not count for `keep_latest_k`, and goes
+    once a later one is complete."""
     steps = complete_steps(folder)
-    bridges = [step for step in steps if (folder / f"step-{step}" / INTERRUPTED).exists()]
-    regular = [step for step in steps if step not in bridges]
-    stale = [*regular[:-keep_latest_k], *(step for step in bridges if step < steps[-1])]
+    temporary = [step for step in steps if (folder / f"step-{step}" / INTERRUPTED).exists()]
+    regular = [step for step in steps if step not in temporary]
+    stale = [*regular[:-keep_latest_k], *(step for step in temporary if step < steps[-1])]
     return [folder / f"step-{step}" for step in stale]
 
 

@@ -33,9 +33,9 @@ DEGREES = {
 }
 
 
-def check_job(job_config: JobConfig) -> tuple[str, list[str]]:
+def check_job(job_config: JobConfig, with_start: bool = True) -> tuple[str, list[str]]:
     """The result of `choose_kernel`. Raises one ValueError, the same on all ranks, that lists the job's problems."""
-    if problems := job_problems(job_config, launched_ranks()):
+    if problems := job_problems(job_config, launched_ranks(), with_start):
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
     return choose_kernel(job_config)
 
@@ -45,8 +45,8 @@ def launched_ranks() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
-def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
-    """Every problem of a launch on `n_ranks` processes; None leaves out what depends on their number."""
+def job_problems(job_config: JobConfig, n_ranks: int | None, with_start: bool = True) -> list[str]:
+    """Problems of a launch on `n_ranks` processes, None if unknown; `with_start`, of the checkpoint to load too."""
     if problems := list(_value_problems(job_config)):
         return problems
     if not hasattr(job_config, "lighthouse"):
@@ -60,7 +60,7 @@ def job_problems(job_config: JobConfig, n_ranks: int | None) -> list[str]:
             problems += _batch_problems(job_config, dims)
         except ValueError as error:
             problems.append(str(error))
-    return [*problems, *checkpoint_problems(job_config, dims)]
+    return [*problems, *checkpoint_problems(job_config, dims, with_start)]
 
 
 def _value_problems(settings: Any, section: str = "") -> Iterator[str]:

@@ -29,8 +29,8 @@ def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
         yield f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the dense stage's rate would jump back; {remedy}"
 
 
-def resume_problems(job_config: JobConfig, field: str, path: Path, saved: dict[str, Any]) -> Iterator[str]:
-    """Differences from the launch that saved these objects in the checkpoint `path`, which `field` names."""
+def schedule_changes(job_config: JobConfig, field: str, path: Path, saved: dict[str, Any]) -> Iterator[str]:
+    """Changes since the launch that saved these objects in the checkpoint `path`, which `field` names."""
     if job_config.optimizer.override_checkpoint:
         return
     on_purpose = "; or, to change that from here on, set optimizer.override_checkpoint to true"

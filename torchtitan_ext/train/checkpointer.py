@@ -15,7 +15,7 @@ class LighthouseCheckpointManager(CheckpointManager):
     """torchtitan's checkpoint manager for interruptible runs; see `stale_checkpoints`."""
 
     interrupting = False  # saving on SIGTERM
-    bridging = False  # at a step that is not due
+    temporary = False  # that at a step that is not due
     saving = ""  # the latest checkpoint begun
     due = CheckpointManager._should_save  # whether `save` saves a step that is not the last
 
@@ -40,14 +40,14 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     def save_interrupted(self, step: int) -> None:
         """Save a full checkpoint in the foreground, regardless of interval and `async_mode`."""
-        self.bridging = not self.due(step)
+        self.temporary = not self.due(step)
         self.interrupting = True
         self.save(step)
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         self.saving = checkpoint_id
         result = super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
-        if self.bridging and dist.get_rank() == 0:
+        if self.temporary and dist.get_rank() == 0:
             Path(checkpoint_id, INTERRUPTED).touch()
         return result
 
