@@ -89,6 +89,11 @@ def test_a_setting_that_is_never_legal_stops_the_parsing(write, field, value):
     assert f"{field} = {value!r}" in refusal(write(f"[lighthouse]\n{field} = {value!r}\n"))
 
 
+def test_help_needs_no_job(capsys):
+    main(["--help"])
+    assert "Train a job" in capsys.readouterr().out
+
+
 def test_the_printed_job_is_the_job(write, capsys):
     overrides = ["--lighthouse.dense_layers", "1", "--training.steps=9", "--optimizer.lr=1e-5"]
     main([f"--job.config_file={ROOT}/configs/text/stage2.toml", "--print-config", *overrides])

@@ -1,6 +1,7 @@
-"""Train a job: torchrun --nproc_per_node=8 -m torchtitan_ext.train --job.config_file configs/530m/stage1.toml
+"""Train a job (torchrun --nproc_per_node=8 -m torchtitan_ext.train --job.config_file configs/530m/stage1.toml).
 
-Overrides are torchtitan's: --lighthouse.top_k 2048. --print-config prints the whole job as TOML instead.
+Overrides are torchtitan's: --lighthouse.top_k 2048. With a job, --print-config prints it as TOML instead of training,
+and --help lists all settings.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from .trainer import LighthouseTrainer
 
 
 @record
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+def main(arguments: list[str]) -> None:
+    alone = arguments in (["--help"], ["-h"])  # else torchtitan's --help
+    parser = argparse.ArgumentParser("torchtitan_ext.train", None, __doc__, allow_abbrev=False, add_help=alone)
     parser.add_argument("--job.config_file", "--job.config-file", dest="file", required=True)
     parser.add_argument("--print-config", action="store_true")
     options, overrides = parser.parse_known_args(arguments)
@@ -38,4 +40,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
