@@ -225,13 +225,13 @@ class Export:
 class CheckData:
     """Check text files: count documents and find damage.
 
-    Reads every file as training does, and compares its size with what a run reads.
+    Reads every file as training does, and compares their size with what a run reads.
     Exit code: 0 no damage, 1 damage, 2 wrong arguments.
     """
 
-    dataset_path: Positional[str]  # a copy of C4, file, folder, glob, data set on the hub, or job file (all its files)
+    dataset_path: Positional[Annotated[str, arg(metavar="DATA")]]  # a file, folder, glob, hub data set or job file
     workers: Positive = os.cpu_count() or 1  # processes that read
-    config_file: JobFile = CONFIGS / "530m" / "dense.toml"  # the run; overrides follow: --training.steps 1000
+    config_file: JobFile = CONFIGS / "530m" / "dense.toml"  # the run, if DATA is no job file; overrides may follow
 
     def run(self, overrides: list[str]) -> int:
         from .data.check_text import check_files, files_to_check, report

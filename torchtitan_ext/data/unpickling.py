@@ -55,7 +55,6 @@ def load_object(saved: bytes) -> Any:
 
 def restrict_unpickling() -> None:
     """Limit torch's two unlimited unpicklers of checkpoints in this process."""
-
     limited = vars(pickle) | {"load": lambda file: _Unpickler(file, NAMES_OF_METADATA).load()}
     filesystem.pickle = SimpleNamespace(**limited)  # type: ignore[assignment]
     torch.serialization.clear_safe_globals()  # a distributed tensor's classes open a process group when built

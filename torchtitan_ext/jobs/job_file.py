@@ -13,7 +13,7 @@ import tomli_w
 from torchtitan.config import ConfigManager, JobConfig
 
 from torchtitan_ext.arguments import errors_in_one_line
-from torchtitan_ext.model.settings import JobConfig as OwnSections
+from torchtitan_ext.model import settings as own
 
 RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
 
@@ -48,7 +48,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Parse the job of a TOML file and torchtitan arguments, without checks; imports its modules. Raises ValueError."""
-    sections = merged({"job": {"custom_config_module": OwnSections.__module__}}, read_toml(config_file))
+    sections = merged({"job": {"custom_config_module": own.__name__}}, read_toml(config_file))
     where = " ".join([str(config_file), *overrides])
     parser = ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--experimental.custom_import", "--experimental.custom-import", dest="module", nargs="?")

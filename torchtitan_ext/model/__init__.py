@@ -2,7 +2,6 @@
 
 from .args import LighthouseModelArgs, RoPEScalingArgs, choose_kernel, flavors
 from .model import LighthouseTransformer
-from .settings import JobConfig, Lighthouse
+from .settings import Lighthouse
 
-__all__ = ["JobConfig", "Lighthouse", "LighthouseModelArgs", "LighthouseTransformer", "RoPEScalingArgs"]
-__all__ += ["choose_kernel", "flavors"]
+__all__ = ["Lighthouse", "LighthouseModelArgs", "LighthouseTransformer", "RoPEScalingArgs", "choose_kernel", "flavors"]

@@ -40,10 +40,10 @@ class Rope:
     """Frequencies for another length than the flavor's: Llama 3's scaling, a larger theta, or both."""
 
     theta: float | None = None
-    """Base of the frequencies. None, here and below, is the flavor's"""
+    """Base of the frequencies. None, here and below, is the flavor's."""
 
     scaling_factor: float | None = None
-    """How many times slower the slow rotations become; 1 leaves them as they are"""
+    """How many times slower the slow rotations become; 1 leaves them as they are."""
 
     original_max_position_embeddings: int | None = None
     """Tokens per sequence before the extension. Rotations that took less than a quarter of these are never scaled."""

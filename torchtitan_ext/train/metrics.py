@@ -62,9 +62,9 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             extra_metrics["n_tokens_seen"] /= n_parts
         try:
             super().log(step, avg_loss, max_loss * n_parts, grad_norm, extra_metrics)
-            for logger in getattr(self.logger, "_loggers", ()):
-                if isinstance(logger, TensorBoardLogger):
-                    logger.writer.flush()
+            for backend in getattr(self.logger, "_loggers", ()):
+                if isinstance(backend, TensorBoardLogger):
+                    backend.writer.flush()
         except OSError as error:
             raise RuntimeError(
                 f"step {step} could not be logged in {self.job_config.job.dump_folder}: {error}. Make space, or remove "

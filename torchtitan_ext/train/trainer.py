@@ -48,7 +48,7 @@ class LighthouseTrainer(Trainer):
             atexit.register(time.sleep, 1)
 
     def _begin_run(self, job_config: JobConfig) -> None:
-        """Check the job before anything is built, and record it."""
+        """Check the job before anything is built, lock and clean the run's folders, and record the job."""
         is_first = int(os.environ.get("RANK", 0)) == 0
         for problem in environment_problems() if is_first else ():
             logger.warning(problem)
