@@ -23,7 +23,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan_ext.cli import PUBLISHED
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.memory import no_estimate_reason, peak_memory
-from torchtitan_ext.jobs.plan import Plan
+from torchtitan_ext.jobs.preflight import Plan
 from torchtitan_ext.jobs.rules import job_problems, parallel_dims
 from torchtitan_ext.model import flavors
 from torchtitan_ext.model.model import meta_model

@@ -69,7 +69,7 @@ class Preflight:
         warnings.simplefilter("ignore")
         problems = list(environment_problems())
         try:
-            from .jobs.plan import plan_report
+            from .jobs.preflight import plan_report
             from .train.spec import register
 
             register()

@@ -10,7 +10,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from torchtitan_ext.jobs.memory import GIB, no_estimate_reason, peak_memory
-from torchtitan_ext.jobs.plan import FA4_MFU, MFU, PRODUCTS
+from torchtitan_ext.jobs.preflight import FA4_MFU, MFU, PRODUCTS
 from torchtitan_ext.jobs.rules import parallel_dims
 from torchtitan_ext.lighthouse import attention, triton_ops
 from torchtitan_ext.model import LighthouseTransformer, flavors

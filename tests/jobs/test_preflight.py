@@ -15,7 +15,7 @@ from helpers.streams import loader
 
 from torchtitan_ext import patching
 from torchtitan_ext.cli import main
-from torchtitan_ext.jobs import environment, plan
+from torchtitan_ext.jobs import environment, preflight
 from torchtitan_ext.jobs.memory import peak_memory
 from torchtitan_ext.jobs.rules import parallel_dims
 from torchtitan_ext.model.model import meta_model
@@ -153,7 +153,7 @@ def test_patches_must_be_there(check, monkeypatch):
 
 
 def test_an_environment_that_cannot_import_is_named(check, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchtitan_ext.jobs.plan", None)
+    monkeypatch.setitem(sys.modules, "torchtitan_ext.jobs.preflight", None)
     only(check()[0], "before this environment is complete")
 
 
@@ -169,7 +169,7 @@ def test_a_number_that_nothing_can_be_derived_from_is_a_problem_beside_others(ch
 
 def test_a_crash_of_a_later_check_does_not_hide_the_kernels_problem(check, monkeypatch):
     problem = ValueError("attention.kernel = 'fa4' can't run")
-    monkeypatch.setattr(plan, "choose_kernel", Mock(side_effect=problem))
+    monkeypatch.setattr(preflight, "choose_kernel", Mock(side_effect=problem))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda n: SimpleNamespace(name="H200", total_memory=2**37))
     monkeypatch.setattr(shutil, "disk_usage", Mock(side_effect=RuntimeError))
@@ -250,7 +250,7 @@ def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, t
         (tmp_path / f"checkpoint/step-{10 * n}/.metadata").touch()
     settings = f"job.dump_folder={tmp_path}", f"training.steps={10 * there + steps}", f"checkpoint.keep_latest_k={keep}"
     job, args = job_of("configs/text/dense.toml", "checkpoint.interval=10", *settings)
-    assert plan._checkpoints_to_come(plan.Plan(job, parallel_dims(job, 1), args, 1, 1, 10 * there)) == more
+    assert preflight._checkpoints_to_come(preflight.Plan(job, parallel_dims(job, 1), args, 1, 1, 10 * there)) == more
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torchtitan.config import JobConfig
 from torchtitan_ext.arguments import parse
 from torchtitan_ext.experiment import records
 from torchtitan_ext.experiment.runner import load_job
-from torchtitan_ext.jobs.plan import plan_report
+from torchtitan_ext.jobs.preflight import plan_report
 from torchtitan_ext.jobs.recorded import write_config
 
 CONFIG = "configs/text/stage1.toml"

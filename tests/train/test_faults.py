@@ -17,7 +17,7 @@ import pytest
 from helpers.launches import ROOT, SHORT, losses, train
 
 from torchtitan_ext.jobs.launch import torchrun, training
-from torchtitan_ext.jobs.plan import plan_report
+from torchtitan_ext.jobs.preflight import plan_report
 from torchtitan_ext.jobs.resume import complete_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # of the launches that the first test waits for
