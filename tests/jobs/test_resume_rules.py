@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-import torch
 from helpers.jobs import cut_short, only_problem, put_aside, save, start, start_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,12 +19,12 @@ from torchtitan_ext import model
 from torchtitan_ext.jobs.resume import HF_INDEX, METADATA, checkpoint_to_load, complete_metadata, excluded_states
 from torchtitan_ext.jobs.rules import check_job, parallel_dims
 from torchtitan_ext.model import LighthouseTransformer, flavors
-from torchtitan_ext.model.hf_config import llama_config
+from torchtitan_ext.model.hf_config import _computed, llama_config
 from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
-ROPE = llama_config(flavors["debug"])["rope_scaling"]
+OWN_ROPE = {"rope_theta": 5e5, "rope_scaling": llama_config(flavors["debug"])["rope_scaling"] | {"factor": 32.0}}
 
 
 @pytest.fixture(params=["initial", "own"])
@@ -53,15 +52,22 @@ def test_a_dropped_optimizer_or_step_is_an_error(job, tmp_path):
 def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
     old, other = save(tmp_path / "old"), save(tmp_path / "other")
     config, own = job(*start_from(old)), tmp_path / "run" / "checkpoint"
-    start(config)
+    start(job(*start_from(old), "--checkpoint.load_only"))
     start(config)  # killed before its first checkpoint
 
     (own / "step-20").mkdir(parents=True)  # killed while its first checkpoint was written
     only_problem(job(*start_from(old), "--checkpoint.load_only"), f"delete {own}")  # which deletes nothing itself
+    with patch("os.listdir", side_effect=FileNotFoundError):  # rank 0 is deleting it
+        assert checkpoint_to_load(config) == old
     start(config)
     assert checkpoint_to_load(config) == old and not own.exists()  # or torchtitan would ignore the path
-    own.symlink_to(tmp_path / "old")  # stays too, like a mount or other files
+    own.mkdir()
+    with patch("pathlib.Path.is_mount", return_value=True):  # stays, as do a link and other files
+        only_problem(config, f"delete {own}")
+    own.symlink_to(own.rename(tmp_path / "linked"))
     only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
+    start(job(f"--checkpoint.folder={own}", dump="rival"))
+    assert (tmp_path / "linked.lock").exists()
     own.unlink()
 
     save(tmp_path / "run", step=20)
@@ -80,12 +86,13 @@ def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
 def test_a_run_from_scratch_is_not_taken_for_one_with_an_initial_checkpoint(job, tmp_path):
     old = save(tmp_path / "old")
     start(job())
-    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run/checkpoint/export").mkdir(parents=True)
     check_job(job())  # nothing saved yet, so from scratch is right
+    only_problem(job("--checkpoint.initial_load_in_hf"), "initial_load_in_hf = true", f"delete {tmp_path}/run/check")
     save(tmp_path / "run", step=20)
     check_job(job())
     only_problem(job(*start_from(old)), old, "started from scratch", "drop the path")
-    (tmp_path / "run/config.json").write_text("{")
+    (tmp_path / "run/config.json").write_text('{"checkpoint": {}}')
     only_problem(job(), "run/config.json is not the job config of a run")
 
 
@@ -126,22 +133,16 @@ def test_an_exclusion_holds_for_the_start_and_not_for_what_the_run_has_saved_sin
     assert "own checkpoint, with optimizer" in caplog.text
 
 
-@pytest.mark.parametrize("folder", ["", "a/..", ".."])
-def test_checkpoints_have_a_folder_of_their_own(job, tmp_path, folder):
-    config = job(*start_from(save(tmp_path / "old")), f"--checkpoint.folder={folder}")
-    only_problem(config, f"checkpoint.folder = {folder!r}", "for example 'checkpoint'")
-
-
-@pytest.mark.parametrize("saved, world_size", [(1, 2), (4, 2)])
-def test_another_data_parallel_degree_is_an_error(launch, monkeypatch, saved, world_size):
+@pytest.mark.parametrize("saved, world_size, shared", [(1, 2, "tensor"), (4, 2, "context")])
+def test_another_data_parallel_degree_is_an_error(launch, monkeypatch, saved, world_size, shared):
     path, job = launch(degree=saved)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     only_problem(job(), f"data-parallel degree = {world_size}", path, f"degree of {saved}")
     check_job(job("--checkpoint.exclude_from_loading=dataloader"))
     monkeypatch.setenv("WORLD_SIZE", str(saved))
-    check_job(job())
+    check_job(job(f"--parallelism.data_parallel_replicate_degree={saved}"))
     monkeypatch.setenv("WORLD_SIZE", str(2 * saved))
-    check_job(job("--parallelism.tensor_parallel_degree=2"))
+    check_job(job(f"--parallelism.{shared}_parallel_degree=2"))
 
 
 def test_what_is_checked_is_the_checkpoint_that_will_be_loaded(job, tmp_path, monkeypatch):
@@ -149,7 +150,8 @@ def test_what_is_checked_is_the_checkpoint_that_will_be_loaded(job, tmp_path, mo
     later = save(tmp_path / "run", step=20, degree=2)
     monkeypatch.setenv("WORLD_SIZE", "1")
     only_problem(job(), "step-20")
-    only_problem(job("--checkpoint.load_step=30"), "load_step = 30", "not exist", "from step-20, launch again, without")
+    only_problem(job("--checkpoint.load_step=300"), "load_step = 300", "not exist", "from step-20, launch again, with")
+    only_problem(job("--checkpoint.load_step=15"), "load_step = 15", "not exist", "from step-20")
     shutil.rmtree(later)
     check_job(job("--checkpoint.load_step=10"))
 
@@ -161,7 +163,8 @@ def test_a_checkpoint_of_another_model_is_an_error(job, tmp_path):
     only_problem(job(), deeper, "model.flavor = 'debug'", "layers.1.", "is not there")
 
 
-def test_a_checkpoint_without_its_training_state_is_an_error(launch):
+def test_a_checkpoint_without_its_training_state_is_an_error(launch, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
     for missing in TRAINING_STATE:
         path, job = launch(without=(missing,))
         only_problem(job(), path, f"holds no {missing}")
@@ -172,21 +175,23 @@ def test_a_checkpoint_without_its_training_state_is_an_error(launch):
 def test_a_seed_checkpoint_is_only_weights_and_must_be_complete(job, tmp_path):
     path = save(tmp_path / "run", step=0, without=TRAINING_STATE)
     check_job(job())
+    only_problem(job(*start_from(path), dump="new"), f"{path} holds no ")
     cut_short(path)
     only_problem(job(), path, "not a complete checkpoint")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "saved"),
-    [("name", "Adam", "AdamW"), ("lr", 1e-3, 1e-2), ("beta2", 0.99, 0.95), ("weight_decay", 0.3, 0.1)],
+    [("name", "SGD", "AdamW"), ("lr", 0.1, 1e-2), ("beta2", 0.99, 0.95), ("eps", 1e-6, 1e-8), ("weight_decay", 0, 0.1)],
 )
 def test_another_optimizer_than_the_checkpoints_must_be_asked_for(launch, field, value, saved, tmp_path):
     path, job = launch()
     change = f"--optimizer.{field}={value}"
     only_problem(job(change), path, f"optimizer.{field} = {value!r}", repr(saved), "optimizer.override_checkpoint")
     check_job(job(change, "--optimizer.override_checkpoint"))
-    if field != "lr" and path.is_relative_to(tmp_path / "old"):  # lr is in the schedule too
-        check_job(job(change, "--checkpoint.exclude_from_loading=optimizer"))
+    for state in ("optimizer", "lr_scheduler") if path.is_relative_to(tmp_path / "old") else ():  # lr is in both
+        config = job(change, f"--checkpoint.exclude_from_loading={state}")
+        only_problem(config, field) if field == "lr" or state == "lr_scheduler" else check_job(config)
 
 
 def test_a_rate_that_would_jump_where_a_checkpoint_goes_on_is_refused(job, tmp_path):
@@ -198,7 +203,7 @@ def test_a_rate_that_would_jump_where_a_checkpoint_goes_on_is_refused(job, tmp_p
     check_job(dense("--training.steps=30", "--optimizer.override_checkpoint"))
     save(tmp_path / "early")
     check_job(job(dump="early"))
-    only_problem(job("--lr_scheduler.warmup_steps=20", dump="early"), "warmup_steps = 20", "step 10")
+    only_problem(job("--lr_scheduler.warmup_steps=41", dump="early"), "warmup_steps = 41", "step 10")
 
 
 def test_more_steps_than_the_checkpoint_has_done_must_be_asked_for(job, tmp_path):
@@ -218,7 +223,7 @@ def test_a_broken_checkpoint_is_named_and_another_is_loaded_when_it_is_put_aside
     older, newer, newest = (save(tmp_path / "run", step=step) for step in (9, 10, 100))
     cut_short(newest)
     size = next(newest.glob("*.distcp")).stat().st_size
-    put_aside(only_problem(job(), newest, f"holds {size:,} of {size + 1:,} bytes", newer.name))
+    put_aside(only_problem(job(), newest, f"holds {size:,} of {size + 1:,} bytes", f"from {newer.name}, put"))
     check_job(job())
     assert checkpoint_to_load(job()) == newer
     cut_short(newer)
@@ -267,6 +272,7 @@ def test_only_what_is_named_step_n_and_nothing_more_is_a_checkpoint(job, tmp_pat
     for name in ("step-30.broken", "old-step-30", "step-030", "step-10-hf", "step-", "step-\u0663"):
         (folder / name).mkdir()
         (folder / name / index).touch()
+    (folder / "step-40").touch()
     for step in (10, 15, 16):
         save(tmp_path / "run", step=step)
     (folder / "step-16" / ".interrupted").touch()
@@ -292,8 +298,9 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
         only_problem(job(), "checkpoint.load_step = -1", "step-20, step-24")
     check_job(job(f"--checkpoint.{setting}", "--checkpoint.load_only"))
     words = [setting.replace("=", " = "), *(path.name for path in written)]
-    words += ["to go on from step-24, drop that"] * (index == METADATA)
-    put_aside(only_problem(job(f"--checkpoint.{setting}"), *words))
+    problem = only_problem(job(f"--checkpoint.{setting}"), *words)
+    assert ("to go on from step-24, drop that" in problem) == (index == METADATA)
+    put_aside(problem)
     assert not any(path.exists() for path in written)
     check_job(job())
     assert checkpoint_to_load(job()) == (folder / "step-16" if "load" in setting else None)
@@ -302,18 +309,18 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
 
 def test_what_a_killed_save_left_is_gone_before_the_step_is_saved_again(job, tmp_path):
     folder = save(tmp_path / "run", step=20).parent
-    for left in ("__0_0.distcp", "__7_0.distcp", ".metadata.tmp", "sharded/shard-00007.safetensors"):
+    for left in ("__7_0.distcp", ".interrupted", ".metadata.tmp", "sharded/shard-00007.safetensors"):
         file = folder / "step-30" / left
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     (folder / "step-40").mkdir()
+    (folder / "step-10").symlink_to(folder / "step-40")
     start(job("--checkpoint.load_only"))
     assert (folder / "step-40").exists()
     start(job("--checkpoint.load_step=20"))
-    assert [path.name for path in folder.iterdir()] == ["step-20"]
-    export = folder / "step-50" / "model.safetensors"
-    export.parent.mkdir()
-    export.touch()
+    assert {path.name for path in folder.iterdir()} == {"step-10", "step-20"}
+    (folder / "step-20").rename(folder / "step-50")
+    (folder / "step-50/.metadata").rename(folder / "step-50/model.safetensors")
     only_problem(job(), "step-50", "put them aside")
 
 
@@ -330,9 +337,10 @@ def test_only_the_first_rank_records_the_job_and_a_kill_leaves_the_record_before
 
 
 def test_no_checkpoint_rule_binds_a_job_that_keeps_none(job, tmp_path):
-    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
-    check_job(job("--checkpoint.no_enable", "--checkpoint.last_save_model_only"))
-    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "checkpoint"]
+    save(tmp_path / "run")
+    start(config := job("--checkpoint.no_enable", "--checkpoint.last_save_model_only", "--checkpoint.interval=0"))
+    assert checkpoint_to_load(config) is None
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint", "run.lock"]
 
 
 def from_hugging_face(folder):
@@ -343,22 +351,17 @@ def from_hugging_face(folder):
 
 
 def test_weights_of_hugging_face_must_be_there_whole_and_of_this_model(job, tmp_path):
-    field = "checkpoint.initial_load_path = "
-    in_hf = "--checkpoint.initial_load_in_hf"
-    only_problem(job("--checkpoint.initial_load_path=gone", in_hf), field, "no *.safetensors")
-    only_problem(job(in_hf), "model.hf_assets_path", "no *.safetensors")
-    start = from_hugging_face(tmp_path)
-    file = tmp_path / "model.safetensors"
-    for text in ("", "[]", '{"rope_scaling": "llama3"}', "{}", '{"model_type": "qwen2"}'):
+    start, file, field = from_hugging_face(tmp_path), tmp_path / "model.safetensors", "checkpoint.initial_load_path = "
+    only_problem(job("--checkpoint.initial_load_path=gone", start[1]), field, "no *.safetensors")
+    only_problem(job(start[1]), "model.hf_assets_path", "no *.safetensors")
+    for text in ("", "[]", '{"rope_scaling": "llama3"}', "{}", '{"model_type": "qwen2"}', '{"num_attention_heads": 0}'):
         (tmp_path / "config.json").write_text(text)
-        only_problem(job(*start), tmp_path / "config.json")
+        only_problem(job(*start, "--model.flavor=27M"), tmp_path / "config.json")
     (tmp_path / "config.json").unlink()
     check_job(job(*start))
     only_problem(job(*start, "--model.flavor=27M"), tmp_path, "model.flavor = '27M'", "[384, 64] there")
     file.write_bytes(file.read_bytes()[:-1])
     only_problem(job(*start), field, file, "can't be read")
-    save_file({"lm_head.weight": torch.zeros(384, 64)}, file)
-    only_problem(job(*start), tmp_path, "is not there")
 
 
 def test_weights_of_hugging_face_may_come_in_shards(job, tmp_path):
@@ -381,21 +384,21 @@ def test_weights_of_hugging_face_may_come_in_shards(job, tmp_path):
     only_problem(config, f"{len(state)} of {len(state)} weights: ", "is not there")
 
 
+ODD = {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "head_dim": 64, "partial_rotary_factor": 0.5}
+ODD |= {"quantization_config": {"quant_method": "fp8"}, "rope_scaling": {"rope_type": "yarn", "factor": 1.0}}
+OTHER = {"num_hidden_layers": 3, "rope_scaling": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+OTHER |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+
+
 @pytest.mark.parametrize("spelling", ["exported", "transformers"])
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, None),
         ({"max_position_embeddings": 1}, None),
-        ({"rope_theta": 5e5}, ["rope_theta is 500000.0 there and 10000 here", "flavors['mine'] = "]),
-        ({"rope_scaling": None}, ["rope_scaling is None there and {'rope_type': 'llama3'"]),
-        ({"rope_scaling": ROPE | {"factor": 32.0}}, ["'factor': 32.0", "'factor': 8.0"]),
-        ({"rms_norm_eps": 1e-6}, ["rms_norm_eps is 1e-06 there and 1e-05 here"]),
-        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu' there", "no flavor can match it (hidden_act is 'gelu'"]),
+        (OWN_ROPE, ["rope_theta is 500000.0 there and", "'factor': 32.0", "'factor': 8.0", "flavors['mine'] = "]),
+        (OTHER, ["flavors['mine'] = ", "rms_norm_eps is 1e-06 there and", *(f"{name} is " for name in OTHER)]),
+        (ODD, ["; no flavor can match it (", *(f"{name} is " for name in ODD)]),
         ({"hidden_size": 96, "intermediate_size": 344, "head_dim": 48}, ["hidden_size is 96", "flavors['mine'] = "]),
-        ({"num_hidden_layers": 3, "rope_scaling": None}, ["num_hidden_layers is 3", "flavors['mine'] = "]),
-        ({"tie_word_embeddings": True}, ["tie_word_embeddings is True there"]),
-        ({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}, ["_heads is 4"]),
     ],
 )
 def test_hugging_faces_config_must_be_of_the_flavor(job, tmp_path, monkeypatch, changes, words, spelling):
@@ -413,5 +416,6 @@ def test_hugging_faces_config_must_be_of_the_flavor(job, tmp_path, monkeypatch, 
             monkeypatch.setitem(flavors, "mine", None)
             exec(problem[problem.index("flavors['mine']") :], vars(model))
             only_problem(job(*start), "set it to 'mine'")
+    assert _computed({}) == _computed(LlamaConfig().to_dict())  # what a config leaves out
     if changes.keys() <= {"rope_theta", "rope_scaling"}:  # on purpose
         check_job(job(*start, "--rope.theta=5e5", "--rope.scaling_factor=4"))

@@ -137,7 +137,8 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
     initial, folder = job_config.checkpoint.initial_load_path, checkpoint_folder(job_config)
     total, load_step = job_config.training.steps, job_config.checkpoint.load_step
     ignored, steps = f"checkpoint.initial_load_path = {initial!r} would be ignored, because", complete_steps(folder)
-    if not steps and initial:
+    if not steps and (initial or job_config.checkpoint.initial_load_in_hf):
+        ignored = ignored if initial else "checkpoint.initial_load_in_hf = true would be ignored, because"
         yield f"{ignored} the run's own folder {folder} exists, without a complete checkpoint: delete {folder}"
         return
     try:
@@ -241,12 +242,11 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
 def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
     """How to continue if the checkpoint at `path`, which `field` names, can't be loaded."""
     folder = path.parent
-    own = folder == checkpoint_folder(job_config)
     # an initial_load_path may name a run, or its folder of checkpoints
-    places = [folder] if own else [folder, path, path / job_config.checkpoint.folder]
+    places = [folder, path, path / job_config.checkpoint.folder]
     others = (place / f"step-{step}" for place in places for step in complete_steps(place)[::-1])
     newest = next((other for other in others if other != path), None)
-    if not own:
+    if folder != checkpoint_folder(job_config):
         return f"; the newest complete one near it is {newest}: to start from that, set {field} to it" if newest else ""
     if newest is None:
         return f"; {folder} holds no other: to start over, choose another job.dump_folder"
