@@ -27,19 +27,15 @@ def check(path, workers=2):
     return checked, *check_text.report(files, checked, JobConfig(training=RUN))
 
 
-def total(checked, name):
-    return sum(getattr(contents, name) for contents in checked)
-
-
 def test_a_healthy_copy_is_counted_and_tokens_sequences_and_passes_are_those_of_training(tmp_path):
     path = write_c4(tmp_path, shards := [*SHARDS, SHARDS[3][:1]])
     checked, report, damaged = check(path)
     assert not damaged and "damaged files: 0" in report
     assert [contents.documents for contents in checked] == list(map(len, shards))
     texts = "".join(chain(*shards))
-    assert (total(checked, "characters"), total(checked, "utf8_bytes")) == (len(texts), len(texts.encode()))
+    assert (sum(c.characters for c in checked), sum(c.utf8_bytes for c in checked)) == (len(texts), len(texts.encode()))
     sequences = list(loader("c4_local", path, RUN.seq_len, infinite=False))
-    tokens = total(checked, "tokens")
+    tokens = sum(c.tokens for c in checked)
     assert f"{tokens:,} tokens" in report and f"{len(sequences):,} sequences" in report
     assert f"{len(sequences) // RUN.global_batch_size:,} steps" in report
     passes = RUN.steps * RUN.global_batch_size * (RUN.seq_len + 1) / tokens

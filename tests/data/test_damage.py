@@ -10,6 +10,7 @@ import tempfile
 import time
 from itertools import chain, islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from helpers.damage import SHARDS, SKIPPED, with_line, write_damaged
@@ -122,13 +123,17 @@ def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capf
     assert [line.split("number ")[1].split()[0] for line in lines] == ["1", "9"]
 
 
-def test_a_file_that_cannot_be_read_stops_either_way(tmp_path):
+def test_a_file_that_cannot_be_read_stops_either_way(tmp_path, monkeypatch):
     path, _ = write_damaged(tmp_path, [None, None])
     file = Path(text_files(str(path))[1])
     data = loader("c4_local", path, 8, infinite=False, skip=True)
     file.unlink()  # or a file system that is gone: skipping would leave out what is intact
     with pytest.raises(ValueError, match=rf"{file}, after line 0: .*No such file"):
         list(data)
+    for error in (OSError(5, "Input/output error"), ConnectionError("no route")):
+        monkeypatch.setattr(datasets, "xopen", Mock(side_effect=error))
+        with pytest.raises(ValueError, match=f"after line 0: .*{error.args[-1]}"):
+            list(datasets.read_documents(str(file)))
 
 
 def test_a_data_set_without_an_intact_document_is_named(tmp_path):

@@ -36,8 +36,7 @@ def test_documents_differ_and_their_digits_and_distances_are_spread():
     assert all(digits.count(digit) > 500 / 10 / 2 for digit in string.digits)
     counts = [text.count(QUESTION) for text in texts]
     assert min(counts) == 2 and max(counts) == 1000 // len(passkey.needle("0"))
-    half_of_the_way = [text for text in texts if text.count(QUESTION) == 2]
-    starts = [text.index(QUESTION) for text in half_of_the_way]
+    starts = [text.index(QUESTION) for text in texts if text.count(QUESTION) == 2]
     assert min(starts) < 250 and max(starts) > 700
 
 

@@ -23,12 +23,10 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from torchtitan_ext.data import check_dataset, dataloader, datasets
 
-SPECIAL = ("<bos>", "<eos>", "<pad>")
-LOCAL = tuple(WRITE)
 MIXED = WRITE | {"mixture": write_sources}
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
-nasty = st.sampled_from([*SPECIAL, "<", ">", " ", "\0", "\r\n", "\t", "e\u0301"])
+nasty = st.sampled_from(["<bos>", "<eos>", "<pad>", "<", ">", " ", "\0", "\r\n", "\t", "e\u0301"])
 nasty_text = st.lists(any_text | nasty).map("".join)
 noise = st.binary().map(lambda data: data.decode("utf-8", errors="replace"))
 
@@ -167,7 +165,7 @@ def test_other_threads_run_while_a_document_is_encoded(tmp_path):
     assert max(pauses) < took / 2
 
 
-@pytest.mark.parametrize("dataset", LOCAL)
+@pytest.mark.parametrize("dataset", WRITE)
 def test_an_epoch_of_all_ranks_is_every_document_once_and_needs_no_network(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", None)
     monkeypatch.setattr(socket.socket, "connect", None)
@@ -262,7 +260,7 @@ def test_python_source_is_the_standard_library_by_default_and_holds_some_files_o
 @pytest.mark.parametrize(
     "dataset, path, words",
     [
-        ("c5", None, ["training.dataset = 'c5'", *LOCAL]),
+        ("c5", None, ["training.dataset = 'c5'", *WRITE]),
         ("c4_local", None, ["training.dataset_path = ''", "no file that ends in .parquet", "give a file"]),
         ("text", "missing", ["training.dataset_path = ", "missing", "no file", "give a file"]),
         ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
@@ -283,7 +281,7 @@ def test_check_dataset_names_field_value_and_remedy(dataset, path, words, tmp_pa
     assert not [word for word in words if word not in str(error.value)]
 
 
-@pytest.mark.parametrize("dataset", LOCAL)
+@pytest.mark.parametrize("dataset", WRITE)
 def test_a_rank_without_documents_is_refused(dataset, tmp_path):
     path = WRITE[dataset](tmp_path / "data", [["a"], ["b"], []])
     with pytest.raises(ValueError, match=r"training\.dataset = .* rank 2, give at least 3"):
@@ -301,7 +299,7 @@ def test_a_name_without_a_file_is_refused_before_training(tmp_path):
 def test_a_position_in_other_data_is_refused(tmp_path):
     saved = loader("python_source", write_tree(tmp_path / "saved", SHARDS), 8)
     next(iter(saved))
-    for dataset in LOCAL:
+    for dataset in WRITE:
         other = loader(dataset, WRITE[dataset](tmp_path / dataset, SHARDS[:2]), 8)
         other.load_state_dict(saved.state_dict())
         with pytest.raises(ValueError, match=r"training\.dataset and training\.dataset_path"):

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,7 +106,7 @@ def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_clas
         config["tokenizer_class"] = tokenizer_class
     write_bpe(tmp_path / "tokenizer", config)
     path = save_run(tmp_path, build())
-    changed_job(path, "model", "hf_assets_path", str(tmp_path / "tokenizer"))
+    changed_job("model", "hf_assets_path", str(tmp_path / "tokenizer"), path)
     export(find_checkpoint(path), tmp_path / "hf")
     exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
     own = HuggingFaceTokenizer(str(tmp_path / "tokenizer"))
@@ -165,7 +166,7 @@ def job_of(path):
     return path.parents[1] / "config.json"
 
 
-def changed_job(path, section, field, value):
+def changed_job(section, field, value, path):
     changed = {"experimental": {}} | json.loads(job_of(path).read_text())
     changed[section][field] = value
     job_of(path).write_text(json.dumps(changed))
@@ -174,13 +175,10 @@ def changed_job(path, section, field, value):
 def another_tokenizer(path):
     """torchtitan doesn't read this field, transformers does."""
     write_bpe(path.parents[1] / "own", {"eos_token": "</s>", "additional_special_tokens": ["was"]})
-    changed_job(path, "model", "hf_assets_path", str(path.parents[1] / "own"))
+    changed_job("model", "hf_assets_path", str(path.parents[1] / "own"), path)
 
 
-def job(*change):
-    return lambda path: changed_job(path, *change)
-
-
+job = partial(partial, changed_job)
 STEP, INCOMPLETE = "checkpoint/step-3", "{path} is not a complete checkpoint"
 # what is done to a run's step-3, what of the run is exported, and the reason and the remedy given
 SPOILED = {

@@ -248,14 +248,9 @@ def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, mon
     assert json.loads((tmp_path / "out/niah.json").read_text())["contexts"] == [100, 200]
 
 
-def without(path, name):
-    (path / name).unlink()
-    return path
-
-
 SPOILED = [  # given the run's checkpoint and its export
-    lambda path, hf: ([without(hf, "tokenizer.json")], "put the model's tokenizer.json"),
-    lambda path, hf: ([without(hf, "model.safetensors"), "--contexts", 99], "no file named model.safetensors"),
+    lambda path, hf: ((hf / "tokenizer.json").unlink() or [hf], "put the model's tokenizer.json"),
+    lambda path, hf: ((hf / "model.safetensors").unlink() or [hf, "--contexts", 99], "no file named model.safetensors"),
     lambda path, hf: ([path], "600 tokens"),  # no context of the protocol fits
     lambda path, hf: ([path, "--contexts", 100, 601], "601 exceed the context of 600 tokens"),
     lambda path, hf: ([path, "--contexts", 36], "36 hold no question: give 37"),

@@ -72,11 +72,9 @@ def test_a_trace_of_one_step_is_refused(tmp_path):
 
 def test_limits_count_every_layer_once(monkeypatch):
     monkeypatch.setattr(step_profile, "attention_ms", lambda rows, *heads: rows**2 / 1e6)
-    rates = {"tflops": 700.0, "gb_s": 4000.0}
-    lighthouse = Lighthouse(enable=True)
+    rates, n, lighthouse = {"tflops": 700.0, "gb_s": 4000.0}, 98304, Lighthouse(enable=True)
     args = dataclasses.replace(flavors["530M"], lighthouse=lighthouse)
     dense = dataclasses.replace(args, lighthouse=Lighthouse())
-    n = 98304
     with_lighthouse = step_profile.limits(n, 1, args, rates)
     without = step_profile.limits(n, 1, dense, rates)
     assert without[step_profile.DENSE_ATTENTION] == pytest.approx(30 * n**2 / 1e6)

@@ -78,11 +78,9 @@ def estimate(*settings, n_gpus=1):
 
 @pytest.mark.slow
 def test_the_estimate_grows_with_what_is_kept_and_shrinks_with_what_is_shared():
-    every, second = (
-        estimate("activation_checkpoint.mode=selective", f"activation_checkpoint.selective_ac_option={n}")
-        for n in (1, 2)
-    )
-    assert estimate("activation_checkpoint.mode=full") == every < second < estimate()
+    mode, option = "activation_checkpoint.mode", "activation_checkpoint.selective_ac_option"
+    every, second = (estimate(f"{mode}=selective", f"{option}={n}") for n in (1, 2))
+    assert estimate(f"{mode}=full") == every < second < estimate()
     assert estimate("training.local_batch_size=2") > 1.7 * estimate()
     assert estimate(n_gpus=8) < estimate(n_gpus=2)
     assert estimate("parallelism.fsdp_reshard_after_forward=default") < estimate()

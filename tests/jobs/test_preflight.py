@@ -110,7 +110,7 @@ def version_of(**changed):
 def test_versions_are_held_against_the_supported_ones(check, monkeypatch, caplog, tmp_path):
     job, _ = job_of(TEXT, f"job.dump_folder={tmp_path}")
     [pin] = re.findall(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    for good in ("2.11.0+cu130", pin, "2.15.0"):
+    for good in ("2.11.0+cu130", pin, "2.15.0a0+nv"):
         monkeypatch.setattr(importlib.metadata, "version", version_of(torch=good))
         assert not check()[0]
     for wrong in ("2.10.0", "2.16.1+cpu"):
@@ -119,14 +119,11 @@ def test_versions_are_held_against_the_supported_ones(check, monkeypatch, caplog
         only(check()[0], *words)
         # which a launch says too, and trains
         start(job)
-        [said] = [r.message for r in caplog.records if r.levelname == "WARNING"]
-        assert all(word in said for word in words)
+        only([r.message for r in caplog.records if r.levelname == "WARNING"], *words)
         caplog.clear()
     monkeypatch.setattr(importlib.metadata, "version", version_of(triton=None, torchtitan="0.2.1"))
-    problems, _ = check()
-    assert len(problems) == 2
-    assert "triton is not installed" in problems[0]
-    assert "torchtitan is 0.2.1" in problems[1]
+    first, second = check()[0]
+    assert "triton is not installed" in first and "torchtitan is 0.2.1" in second
 
 
 def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(check, tmp_path):
@@ -152,18 +149,24 @@ def test_patches_must_be_there(check, monkeypatch):
     only(check()[0], "patched in part")
 
 
-def test_an_environment_that_cannot_import_is_named(check, monkeypatch):
+def test_restarts_that_may_hang_are_named(monkeypatch):
+    for restarts, shared, n in (("0", "True", 0), ("3", "False", 0), ("3", "True", 1)):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+        said = [*environment.environment_problems()]
+        assert len(said) == n
+    only(said, "torchrun --max_restarts=3", "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+
+
+def test_what_cannot_be_imported_is_named(check, monkeypatch):
+    only(check("--experimental.custom_import=nothing")[0], "custom_import = 'nothing'")
     monkeypatch.setitem(sys.modules, "torchtitan_ext.jobs.preflight", None)
     only(check()[0], "before this environment is complete")
 
 
-def test_what_training_refuses_is_a_problem(check):
-    only(check("--experimental.custom_import=nothing")[0], "custom_import = 'nothing'")
-
-
 def test_a_number_that_nothing_can_be_derived_from_is_a_problem_beside_others(check):
     for setting in ("training.local_batch_size=0", "training.seq_len=0", "checkpoint.interval=0"):
-        problems = "\n".join(check(f"--{setting}", "--training.dataset=books")[0])
+        problems = "\n".join(check(f"--{setting}", "--training.dataset=books", "--training.global_batch_size=8")[0])
         assert setting.replace("=", " = ") in problems and "books" in problems
 
 

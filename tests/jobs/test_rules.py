@@ -1,6 +1,7 @@
 """A job that can't run, or would lose state silently, stops before anything is built."""
 
 import json
+import math
 import os
 import shutil
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from helpers.jobs import ROOT, only_problem, save, start, start_from
+from helpers.jobs import ROOT, only_problem, problems, save, start, start_from
 from helpers.streams import LAYOUTS, write_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.config import ConfigManager
@@ -37,15 +38,6 @@ def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, ki
     only_problem(job(file=file), f"{setting}: must be of type {kind}")
 
 
-ELSEWHERE = {"job.dump_folder": "s3://bucket/run", "checkpoint.folder": "gs:/bucket"}
-ELSEWHERE |= {"model.hf_assets_path": "hf://models/me/mine", "training.dataset_path": "hf://datasets/me/mine"}
-
-
-@pytest.mark.parametrize(("field", "path"), ELSEWHERE.items())
-def test_a_path_with_a_scheme_is_refused(job, field, path):
-    only_problem(job(f"--{field}={path}"), f"{field} = '{path}' is not a path on this machine: mount")
-
-
 def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(monkeypatch, capsys):
     arguments = [f"--job.config_file={ROOT}/configs/text/dense.toml", "--print-config"]
     monkeypatch.setattr("torchtitan_ext.patching.is_patched", lambda root: False)
@@ -61,7 +53,10 @@ def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
         check_job(job(stage=stage))
     check_job(job(*start_from(save(tmp_path / "old")), stage="stage2"))
     # Lighthouse's rules don't bind a dense job
-    check_job(job("--training.seq_len=4100", "--checkpoint.last_save_model_only", stage="dense"))
+    address = "--training.dataset=Text", "--training.dataset_path=hf://datasets/me/mine", "--job.description=s3://"
+    check_job(job("--training.seq_len=4100", "--checkpoint.last_save_model_only", *address, stage="dense"))
+    for more in ("--compile.enable", f"{CP}_degree 4", f"{CP2} --compile.enable --compile.components loss"):
+        check_job(job("--lighthouse.no_enable", f"{CP}_rotate_method=alltoall", *more.split()))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -76,7 +71,7 @@ VALIDATION = "--validation.enable --validation"
     [
         ("--training.seq_len 4100", ["[training]", "seq_len = 4100"]),
         ("--training.seq_len 131072 --lighthouse.top_k 192", ["130944 or 131136; top_k = 128 or 256 or 2048"]),
-        ("--lighthouse.dense_layers 0 2", ["lighthouse.dense_layers = [0, 2]", "0 to 1"]),
+        ("--lighthouse.dense_layers -1 2", ["lighthouse.dense_layers = [-1, 2]: [-1, 2] out", "0 to 1"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
         ("--model.converters float8", ["model.converters = ['float8']", "quantize.linear.float8"]),
         (f"--{FLOAT8}.enable_fsdp_float8_all_gather", [f"{FLOAT8}.enable_fsdp_float8_all_gather = true", "to false"]),
@@ -85,7 +80,6 @@ VALIDATION = "--validation.enable --validation"
         (f"{VALIDATION}.dataset books", ["validation.dataset = 'books'"]),
         (f"{VALIDATION}.seq_len 100", ["[validation]", "seq_len = 100"]),
         (f"{VALIDATION}.seq_len 8192", ["validation.seq_len = 8192", "training.seq_len = 4096"]),
-        (f"{VALIDATION}.freq 0", ["validation.freq = 0", "1 or more"]),
         (f"{VALIDATION}.dataloader.num_workers 2", ["validation.dataloader.num_workers = 2", "0 or 1"]),
         ("--training.dataloader.num_workers 2", ["training.dataloader.num_workers = 2", "0 or 1"]),
         (f"{CP2} --lighthouse.scorer gla", ["scorer = 'gla'", "degree of 2", "'norm'"]),
@@ -94,10 +88,16 @@ VALIDATION = "--validation.enable --validation"
             ["top_k = 64", "32 x 4 = 128", "nearest: top_k = 128 or 256;", "context_parallel_degree = 1"],
         ),
         (f"{CP}_degree 4 --lighthouse.no_enable", ["_degree = 4", "2 heads and 2 KV heads", "1, 2", "'alltoall'"]),
+        (f"{CP2} --lighthouse.no_enable --parallelism.tensor_parallel_degree 2", ["_degree = 2", "1 heads and 1 KV"]),
         (f"{CP2} --lighthouse.no_enable --compile.enable {CP}_rotate_method alltoall", ["'alltoall'", "to 'headtail'"]),
-        ("--lighthouse.no_enable --training.seq_len 0", ["training.seq_len = 0", "1 or more"]),
-        ("--metrics.log_freq 0", ["metrics.log_freq = 0", "1 or more"]),
         ("--checkpoint.no_enable --checkpoint.initial_load_path x", ["initial_load_path = 'x'", "enable = false"]),
+        ("--job.dump_folder s3://bucket", ["job.dump_folder = 's3://bucket' is not a path on this machine: mount"]),
+        ("--checkpoint.folder gs:/bucket", ["checkpoint.folder = 'gs:/bucket' is not"]),
+        ("--model.hf_assets_path hf://models/me", ["model.hf_assets_path = 'hf://models/me' is not"]),
+        ("--training.dataset_path hf://datasets/me", ["training.dataset_path = 'hf://datasets/me' is not"]),
+        ("--checkpoint.folder= --checkpoint.initial_load_path x", ["checkpoint.folder = ''", "example 'checkpoint'"]),
+        ("--checkpoint.folder a/.. --checkpoint.initial_load_path x", ["checkpoint.folder = 'a/..'"]),
+        ("--checkpoint.folder .. --checkpoint.initial_load_path x", ["checkpoint.folder = '..'"]),
         ("--checkpoint.last_save_model_only", ["checkpoint.last_save_model_only = true", "set it to false"]),
         ("--checkpoint.last_save_in_hf", ["last_save_in_hf = true", "python -m torchtitan_ext export"]),
         ("--lr_scheduler.total_steps 100", ["lr_scheduler.total_steps = 100", "training.steps = 240"]),
@@ -108,13 +108,27 @@ def test_each_problem_is_named_with_its_value_and_remedy(job, overrides, words):
     only_problem(job(*extra, *overrides.split()), *words)
 
 
+@pytest.mark.parametrize("source", [{"weight": 0.0}, {"weight": math.inf}, {"dataset": "passkey"}, {"path": "gone"}])
+def test_a_source_that_can_not_be_mixed_is_named(job, source):
+    config, [(field, value)] = job(), source.items()
+    config.training.mixture = [{"dataset": "python_source"} | source]
+    only_problem(config, f"training.mixture: {field} = {value!r}")
+
+
+def test_every_number_below_1_that_must_not_be_is_named(job):
+    fields = ["training.seq_len", "training.local_batch_size", "validation.seq_len", "validation.local_batch_size"]
+    fields += ["validation.freq", "metrics.log_freq", "checkpoint.interval", "rope.original_max_position_embeddings"]
+    said = problems(job("--validation.enable", *(f"--{field}=0" for field in fields)))
+    assert not {f"{field} = 0: must be 1 or more" for field in fields}.difference(said)
+
+
 @pytest.mark.parametrize(
     ("n_ranks", "overrides", "words"),
     [
         (4, "--parallelism.data_parallel_shard_degree 3", ["dp_shard 3", "number of ranks, 4"]),
         (2, "--parallelism.data_parallel_replicate_degree 0", ["dp_replicate 0", "ranks, 2"]),
         (3, "--training.global_batch_size 8", ["global_batch_size = 8", "data-parallel degree = 3"]),
-        (2, "--training.global_batch_size 1", ["global_batch_size = 1", "data-parallel degree = 2"]),
+        (2, "--training.global_batch_size 0", ["global_batch_size = 0", "data-parallel degree = 2"]),
     ],
 )
 def test_the_ranks_must_share_the_work(job, monkeypatch, n_ranks, overrides, words):
@@ -132,6 +146,7 @@ def test_a_refused_job_leaves_its_folder_as_it_was(job, tmp_path):
             start(job("--training.seq_len=4100"))
         assert {path: path.read_text() for path in tmp_path.glob("run/*")} == before
         start(job())
+    assert (tmp_path / "run/run.lock").read_text().count("process") == 1
 
 
 def test_the_section_is_missed_when_its_module_is_not_named():
@@ -200,35 +215,33 @@ def test_a_tokenizer_must_keep_documents_apart_whatever_they_spell(job, tmp_path
 def test_a_tokenizer_that_changes_documents_or_cannot_be_built_is_named(job, tmp_path):
     whole = json.loads(Path("torchtitan_ext/data/byte_tokenizer/tokenizer.json").read_text())
     cut = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
+    pad = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a", "strategy": "BatchLongest"}
+    level = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    piece = level | {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     config = job(f"--model.hf_assets_path={tmp_path}")
     shutil.copy("torchtitan_ext/data/byte_tokenizer/tokenizer_config.json", tmp_path)
     for change, words in [
-        ({}, None),
+        ({"model": level}, None),
         ({"truncation": cut}, "sets truncation"),
-        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "pre_tokenizer": None}, "one token"),
+        ({"padding": pad | {"pad_to_multiple_of": None}}, "sets padding"),
+        ({"model": level, "pre_tokenizer": None}, "one token"),
+        ({"model": piece, "pre_tokenizer": None}, "one token"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "no tokenizer"),
     ]:
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
-        if words:
-            only_problem(config, "model.hf_assets_path", words)
-        else:
-            check_job(config)
+        only_problem(config, "model.hf_assets_path", words) if words else check_job(config)
 
 
-KEYS = {"": "", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline"}
+KEYS = {"": "", "WANDB_API_KEY": "0" * 40, "WANDB_IDENTITY_TOKEN_FILE": "token", "WANDB_MODE": "offline"}
 KEYS["in netrc"] = "machine api.wandb.ai\n  login user\n  password 0"
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_weights_and_biases_need_a_key(job, tmp_path, monkeypatch, key):
+@pytest.mark.parametrize("key, value", KEYS.items())
+def test_weights_and_biases_need_a_key(job, tmp_path, monkeypatch, key, value):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    (tmp_path / "netrc").write_text(KEYS[key] if key == "in netrc" else "")
-    if key.startswith("WANDB"):
-        monkeypatch.setenv(key, KEYS[key])
+    monkeypatch.setenv(key, value) if key.startswith("WANDB") else (tmp_path / "netrc").write_text(value)
     config = job("--metrics.enable_wandb")
-    if key:
-        check_job(config)
-    else:
-        only_problem(config, "metrics.enable_wandb = true", "no API key", "WANDB_MODE=offline")
+    words = "metrics.enable_wandb = true", "no API key", "WANDB_MODE=offline"
+    check_job(config) if key else only_problem(config, *words)

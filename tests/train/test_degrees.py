@@ -21,11 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS, SEQUENCES, SEQ_LEN = 2, 8, 256  # sequences per step
 SETTINGS = [
     *("--checkpoint.no_enable", f"--training.seq_len={SEQ_LEN}", f"--training.global_batch_size={SEQUENCES}"),
-    *("--lighthouse.top_k=16", "--lighthouse.tile_winners=4", f"--training.steps={STEPS}"),
-    *("--lighthouse.dense_layers", "0"),
+    *("--lighthouse.top_k=16", "--lighthouse.tile_winners=4", "--lighthouse.dense_layers", "0"),
     *("--metrics.log_freq=1", "--metrics.no_enable_tensorboard", "--training.max_norm=0.1"),
     *("--validation.enable", "--validation.dataset=passkey", "--validation.dataset_path=255"),
-    *(f"--validation.seq_len={SEQ_LEN}", "--validation.steps=1"),
+    *(f"--validation.seq_len={SEQ_LEN}", "--validation.steps=1", f"--training.steps={STEPS}"),
 ]
 BALANCED = "--parallelism.context_parallel_load_balancer headtail"
 RING = f"{BALANCED} --parallelism.context_parallel_rotate_method alltoall"

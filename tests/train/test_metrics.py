@@ -20,8 +20,7 @@ def test_a_full_disk_is_named_by_the_log_too(tmp_path, monkeypatch):
     processor.parallel_dims, processor.constants = SimpleNamespace(cp=1), {}
     processor.logger = LoggerContainer()
     processor.logger.add_logger(TensorBoardLogger(str(tmp_path)))
-    loss = {"loss": 1.0}
-    monkeypatch.setattr(MetricsProcessor, "log", lambda self, step, *_: self.logger.log(loss, step))
+    monkeypatch.setattr(MetricsProcessor, "log", lambda self, step, loss, *_: self.logger.log({"loss": loss}, step))
     processor.log(1, 1.0, 1.0, 1.0)
     [events] = tmp_path.glob("*tfevents*")
     events.unlink()

@@ -12,8 +12,7 @@ from torchtitan_ext.train.validator import LighthouseValidator
 def validators(rank):
     """What a rank validates on, to the end of its documents, of which the ranks have different numbers."""
     n_ranks = dist.get_world_size()
-    unused = ("parallel_dims", "loss_fn", "validation_context", "maybe_enable_amp")
-    unused = dict.fromkeys((*unused, "metrics_processor"))
+    unused = dict.fromkeys(["parallel_dims", "loss_fn", "validation_context", "maybe_enable_amp", "metrics_processor"])
 
     def batches(*overrides):
         job = parse_job("configs/text/dense.toml", ["--validation.enable", *overrides])

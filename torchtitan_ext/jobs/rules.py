@@ -181,7 +181,7 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
 
 def _wandb_problems(job_config: JobConfig) -> Iterator[str]:
     """A missing key on this machine; a launch finds what else keeps W&B from starting."""
-    if not job_config.metrics.enable_wandb or os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
+    if not job_config.metrics.enable_wandb or os.environ.get("WANDB_MODE", "online") != "online":
         return
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     logged_in = netrc.is_file() and "login user" in " ".join(netrc.read_text().split())  # as `wandb login` leaves it

@@ -44,11 +44,11 @@ def schedule_changes(job_config: JobConfig, field: str, path: Path, saved: dict[
         if value is not None and (now := getattr(job_config.optimizer, name)) != value:
             before = f"{path}, which {field} leads to, was trained with {value!r}"
             yield f"optimizer.{name} = {now!r}: {before}; set it to that{on_purpose}"
-    if base and (rates := saved.get("lr_scheduler._last_lr")):
+    if rates := saved.get("lr_scheduler._last_lr"):
         step, rate = saved.get("lr_scheduler.last_epoch", 0), rates[0]
         with suppress(Exception):  # torchtitan rejects these settings itself
             optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
-            schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, max(0, job_config.training.steps))
+            schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, job_config.training.steps)
             rate = base * schedulers.schedulers[0].lr_lambdas[0](step)
         if not isclose(rate, rates[0], rel_tol=1e-6):
             schedule = job_config.lr_scheduler
