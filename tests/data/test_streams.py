@@ -88,11 +88,11 @@ TEXTS = list(chain(*SHARDS))
 
 
 @pytest.mark.parametrize("dataset", MIXED)
-@pytest.mark.parametrize("workers, drawn", [(0, 0), (0, 3), (0, 40), (1, 40)])  # the last in the second epoch
+@pytest.mark.parametrize("workers, drawn", [(0, 0), (0, 3), (0, 100), (1, 100), (0, 149)])  # an epoch has 75
 def test_a_resume_that_draws_nothing_moves_nothing(dataset, workers, drawn, tmp_path):
     path = MIXED[dataset](tmp_path / "data", SHARDS)
-    got, _ = streams.stopped(lambda: loader(dataset, path, 8, workers=workers), drawn, 0, 3)
-    assert got == stream(islice(loader(dataset, path, 8, workers=workers), drawn + 3))
+    got, _ = streams.stopped(lambda: loader(dataset, path, 8, workers=workers), drawn, 0, 2, 20)
+    assert got == stream(islice(loader(dataset, path, 8, workers=workers), drawn + 22))
 
 
 @pytest.mark.parametrize(("workers", "world"), [(0, 1), (1, 3)])
@@ -174,7 +174,7 @@ def test_an_epoch_of_all_ranks_is_every_document_once_and_needs_no_network(datas
     check_dataset("c4", None)
     expected = [text.encode() for text in TEXTS]
     for world in (1, 2, 5):
-        ranks = [documents(dataset, path, rank, world) for rank in range(world)]
+        ranks = [documents(dataset.title(), path, rank, world) for rank in range(world)]
         assert all(ranks) and sorted(chain(*ranks)) == sorted(expected)
     if dataset == "c4_local":  # in order, from the copy's root or from en
         assert documents(dataset, path) == documents(dataset, path / "en") == expected

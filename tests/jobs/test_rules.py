@@ -110,7 +110,7 @@ def test_each_problem_is_named_with_its_value_and_remedy(job, overrides, words):
 
 @pytest.mark.parametrize("source", [{"weight": 0.0}, {"weight": math.inf}, {"dataset": "passkey"}, {"path": "gone"}])
 def test_a_source_that_can_not_be_mixed_is_named(job, source):
-    config, [(field, value)] = job(), source.items()
+    config, [(field, value)] = job("--validation.enable"), source.items()
     config.training.mixture = [{"dataset": "python_source"} | source]
     only_problem(config, f"training.mixture: {field} = {value!r}")
 
