@@ -225,8 +225,7 @@ def test_progress_tells_which_run_step_loss_speed_and_time_left(plan, output, mo
     monkeypatch.setenv("RANKS", "2")
     runner.run_all(plan(output, splits=[100]))
     text = capsys.readouterr().err
-    for title in ("[1/3] dense", "[2/3] stage1", "[3/3] stage2-100"):
-        assert title in text
+    assert all(title in text for title in ("[1/3] dense", "[2/3] stage1", "[3/3] stage2-100"))
     assert "160/160" in text and text.count("100/100") == 1  # one line per step, though each rank logs it
     assert re.search(r"loss \d\.\d+  1,234 tok/s/device  \d+%, left 0:00:\d\d", text)
 

@@ -51,10 +51,11 @@ def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(
 def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
     for stage in ("stage1", "dense"):
         check_job(job(stage=stage))
-    check_job(job(*start_from(save(tmp_path / "old")), stage="stage2"))
+    address = "--training.dataset_path=hf://datasets/me/mine", "--job.description=s3://"
+    check_job(job(*start_from(save(tmp_path / "old")), "--training.dataset=C4_local", *address, stage="stage2"))
     # Lighthouse's rules don't bind a dense job
-    address = "--training.dataset=Text", "--training.dataset_path=hf://datasets/me/mine", "--job.description=s3://"
-    check_job(job("--training.seq_len=4100", "--checkpoint.last_save_model_only", *address, stage="dense"))
+    dense = "--training.seq_len=4100", "--checkpoint.last_save_model_only", "--training.dataset=Text"
+    check_job(job(*dense, *address, stage="dense"))
     for more in ("--compile.enable", f"{CP}_degree 4", f"{CP2} --compile.enable --compile.components loss"):
         check_job(job("--lighthouse.no_enable", f"{CP}_rotate_method=alltoall", *more.split()))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
