@@ -120,6 +120,6 @@ def _read_start(file: Path) -> dict[str, np.ndarray] | None:
         "step": np.array([point.step for point in losses[:n_logged]]),
         "wall_time": np.array([point.wall_time for point in losses[:n_logged]]),
         "starts": np.arange(n_logged) == 0,
-        "validation_step": np.array([point.step for point in validated], dtype=int),
+        "validation_step": np.array([point.step for point in validated]),
         "validation_loss": np.array([point.value for point in validated]),
     }

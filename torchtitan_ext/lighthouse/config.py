@@ -91,7 +91,7 @@ class LighthouseConfig:
         unit = span * self.n_tiles
         if n_chunks > 1 and not SCORERS[self.scorer].per_token:
             return f"scorer = {self.scorer!r}: is not `per_token`, so it needs the tokens of other chunks"
-        if seq_len < unit or seq_len % unit:
+        if seq_len % unit:
             rule = f"must be a multiple of pooling_factor^(levels - 1) x tiles = {span} x {self.n_tiles} = {unit}"
             return f"seq_len = {seq_len}: {rule}"
         if self.n_tiles % n_chunks:

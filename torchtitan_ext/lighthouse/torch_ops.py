@@ -57,7 +57,6 @@ def _tile_winners(q_score: Tensor, k_score: Tensor, m: int, starts: Sequence[int
     return won.sort(dim=-1, descending=True, stable=True).indices[..., :m]
 
 
-@torch.no_grad()
 def select(scores: Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,)) -> Tensor:
     """The coarse-to-fine cascade: scores [2, B, H_kv, M] -> slots [B, H_kv, M], int32.
 
@@ -73,7 +72,7 @@ def select(scores: Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,
     rows, order = [], []
     for level in reversed(range(levels)):
         rows.append(candidates + offsets[level])
-        order.append(((candidates + 1) * p**level - 1) * levels + level)
+        order.append((candidates + 1) * p**level * levels + level)
         if level == 0:
             break
         of_tile = rows[-1].flatten(2).expand(2, -1, -1, -1)
@@ -97,7 +96,7 @@ def gathered_rows(slots: Tensor, gathered_len: int) -> Tensor:
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate the adjacent pairs of `x` [..., D] by the complex `freqs_cis`, broadcast to [..., D/2]."""
     pairs = torch.complex(*x.to(accumulator(x)).unflatten(-1, (-1, 2)).unbind(-1))
-    return torch.view_as_real(pairs * freqs_cis.to(pairs.dtype)).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
 
 
 def pool(x: Tensor, config: LighthouseConfig) -> Tensor:
@@ -153,8 +152,8 @@ def scatter(out: Tensor, slots: Tensor, config: LighthouseConfig, carry: Tensor 
     total = torch.zeros((), dtype=accumulator(out), device=out.device)
     for level, offset in enumerate(config.level_offsets(seq_len)[:-1]):
         index = (positions + 1) // config.span(level) - 1
-        before = n_rows - config.levels + level if carry is not None and level else -1
-        slot = slots[..., offset + index.clamp(min=0)].where(index >= 0, before)
+        before = n_rows - config.levels + level if carry is not None else -1
+        slot = slots[..., offset + index].where(index >= 0, before)
         flat = (head * n_rows + slot).masked_fill(slot < 0, padded.shape[0] - 1).transpose(1, 2)
         total = total + padded.index_select(0, flat.flatten()).to(total.dtype)
     return total.to(out.dtype).view(batch, seq_len, heads, head_dim)

@@ -98,7 +98,7 @@ def gather(
 
 def scatter(out: Tensor, slots: Tensor, config: LighthouseConfig, carry: Tensor | None = None) -> Tensor:
     """See `torch_ops.scatter`."""
-    _refuse_tangents(out, carry)
+    _refuse_tangents(out)
     geometry = config.seq_len_of(slots.shape[-1]), config.levels, config.pooling_factor, 1
     starts = [0]
     if carry is not None:

@@ -59,10 +59,9 @@ class LighthouseModelArgs(TransformerModelArgs):
             nparams, flops = nparams + self.vocab_size * self.dim, flops + 6 * self.vocab_size * self.dim
         n_lighthouse = len(self.lighthouse_layers)
         keys = (self.n_layers - n_lighthouse) * seq_len / 2
-        if n_lighthouse:
-            keys += n_lighthouse * self.lighthouse.gathered_len(seq_len) ** 2 / seq_len / 2
-            scored = seq_len, self.dim // self.n_heads, self.lighthouse.dilation
-            flops += n_lighthouse * self.n_heads * SCORERS[self.lighthouse.scorer].flops(*scored)
+        keys += n_lighthouse * self.lighthouse.gathered_len(seq_len) ** 2 / seq_len / 2
+        scored = seq_len, self.dim // self.n_heads, self.lighthouse.dilation
+        flops += n_lighthouse * self.n_heads * SCORERS[self.lighthouse.scorer].flops(*scored)
         flops += 6 * 2 * self.dim * (keys - self.n_layers * seq_len)
         return nparams, round(flops)
 

@@ -52,7 +52,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 chunk_loss = cross_entropy_loss(logits.unsqueeze(0), y.unsqueeze(0))
             [grad] = torch.autograd.grad(chunk_loss, logits)
-            loss += chunk_loss.detach()
+            loss += chunk_loss
             torch.mm(grad, weight, out=grad_h)
             grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
@@ -62,7 +62,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
         # Not in place: the graph may be walked again.
-        return (grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None)
+        return grad_hidden * grad, grad_weight * grad, None
 
 
 def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
