@@ -48,16 +48,14 @@ def test_gathered_entries_are_legal_distinct_ordered_as_many_as_the_formula_and_
     config, seq_len = case
     scores = hard_scores(kind, (1, 2, seq_len), seed)
     slots, (level, index) = selected(torch.stack([scores, scores.flip(-1)]), config)
-    p, m = config.pooling_factor, config.tile_winners
-    coarsest = seq_len // p ** (config.levels - 1)
-    assert level.shape[-1] == coarsest + (config.levels - 1) * p * m * config.n_tiles
-    assert level.shape[-1] == config.gathered_len(seq_len)
+    p, finer = config.pooling_factor, config.levels - 1
+    for number, n_gathered in enumerate([p * config.top_k] * finer + [seq_len // p**finer]):
+        assert ((level == number).sum(-1) == n_gathered).all()
+    assert level.shape[-1] == finer * p * config.top_k + seq_len // p**finer == config.gathered_len(seq_len)
     end = (index + 1) * p**level - 1
     assert (index >= 0).all() and (end < seq_len).all() and (level < config.levels).all()
     order = end * config.levels + level
     assert (order.diff(dim=-1) > 0).all()  # ends never fall, finer first where equal, none twice
-    for finer in range(config.levels - 1):
-        assert ((level == finer).sum(-1) == p * config.top_k).all()
     # From one entry to one of each level reach a position.
     ones = torch.ones(1, 2, config.gathered_len(seq_len), 1)
     contributors = torch_ops.scatter(ones, slots, config)
@@ -100,8 +98,12 @@ def test_keeps_dtype_and_shape_and_stays_near_the_fp64_result(dtype):
     freqs_cis = rotary_table(256, 16, torch.complex64)
     out = lighthouse_attention(*inputs, SMALL, freqs_cis=freqs_cis)
     assert out.dtype == dtype and out.shape == inputs[0].shape
+    slots = torch_ops.select(torch_ops.score(*inputs, SMALL), SMALL)
+    x, wide = inputs[0], torch.promote_types(dtype, torch.float32)
+    for op in (torch_ops.gather, torch_ops.scatter):
+        assert torch.equal(op(x, slots, SMALL), op(x.to(wide), slots, SMALL).to(dtype))  # rounded once
+        x = op(x, slots, SMALL)
     with pytest.MonkeyPatch.context() as patch:  # rounding may move a selection: hold it
-        slots = torch_ops.select(torch_ops.score(*inputs, SMALL), SMALL)
         patch.setattr(torch_ops, "select", lambda *_: slots)
         exact = lighthouse_attention(*(x.double() for x in inputs), SMALL, freqs_cis=freqs_cis)
     assert error(out, exact) <= TOLERANCE.get(dtype, 0)

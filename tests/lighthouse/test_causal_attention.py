@@ -57,22 +57,16 @@ def output_and_gradients(attend, inputs):
 
 
 @pytest.mark.slow
-def test_flash_attention_4_is_one_operator_with_a_gradient_that_compiles_and_is_kept(fa4):
+def test_flash_attention_4_is_one_operator_with_a_gradient_that_compiles_repeats_and_is_kept(fa4, monkeypatch):
     inputs, eager = qkv(), CausalAttention("fa4")
     expected = output_and_gradients(causal_attention, inputs)
-    for attend in (eager, torch.compile(eager, fullgraph=True, backend="aot_eager")):
+    for deterministic, attend in ((True, eager), (False, torch.compile(eager, fullgraph=True, backend="aot_eager"))):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda is_so=deterministic: is_so)
         torch.testing.assert_close(output_and_gradients(attend, inputs), expected)
-        assert fa4 == ["forward", "backward False"]
+        assert fa4 == ["forward", f"backward {deterministic}"]
         fa4.clear()
-    rows = [x.detach().transpose(1, 2).requires_grad_() for x in inputs]
-    torch.library.opcheck(kernels.flash_attention_4, tuple(rows))
+    torch.library.opcheck(kernels.flash_attention_4, [x.detach().transpose(1, 2).requires_grad_() for x in inputs])
     assert torch.ops.lighthouse.flash_attention_4.default in _op_sac_save_list  # of selective checkpointing
-
-
-def test_deterministic_training_asks_for_the_deterministic_backward_pass(fa4, monkeypatch):
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    output_and_gradients(CausalAttention("fa4"), qkv())
-    assert fa4 == ["forward", "backward True"]
 
 
 def test_the_dilated_scorer_attends_by_the_same_kernel(fa4):
@@ -107,14 +101,15 @@ def test_a_named_kernel_that_cannot_run_is_refused_and_the_ring_takes_torchs(mon
     ring = "parallelism.context_parallel_rotate_method=alltoall", "parallelism.context_parallel_degree=2"
     kernel, [reason] = choose_kernel(job_of(JOB, *ring)[0])
     assert kernel == "cudnn" and "ring" in reason
+    assert [choose_kernel(job_of(JOB, alone)[0]) for alone in ring] == [("fa4", [])] * 2
 
 
-def test_a_rank_asks_what_its_own_gpu_can(monkeypatch):
+def test_a_rank_asks_whether_its_own_gpu_can_train_the_job(monkeypatch):
     asked = []
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr("torchtitan_ext.model.args.unusable_reason", lambda *given: asked.append(given[-1]))
-    choose_kernel(job_of(JOB, "attention.kernel=cudnn")[0])
-    assert asked == ["cuda:3"]
+    monkeypatch.setattr("torchtitan_ext.model.args.unusable_reason", lambda *given: asked.append(given))
+    choose_kernel(job_of(JOB, "attention.kernel=cudnn", "debug.deterministic")[0])
+    assert asked == [("cudnn", torch.bfloat16, 128, True, "cuda:3")]
 
 
 @pytest.mark.gpu

@@ -255,7 +255,7 @@ def test_strided_inputs_need_no_layout(triton_everywhere):
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "carry"), [(TINY, False), ((3, 2, 2, 1, 3, 2, 1, 2, 8), True)], ids=str)
 def test_operators_are_well_formed_torch_library_operators(shape, carry):
-    tensors, freqs_cis, config = inputs_of(shape)
+    tensors, freqs_cis, config = inputs_of(shape, torch.bfloat16)
     q, k, _ = tensors
     n, levels, p = q.shape[1], config.levels, config.pooling_factor
     scores = triton_ops.score(*tensors, config)

@@ -138,10 +138,10 @@ def test_are_a_well_formed_torch_library_operator(scorer, dilation):
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_leave_no_graph_and_no_parameter(scorer):
-    config, saved = setting(scorer), []
+    config, saved, inputs = setting(scorer), [], qkv(256, dtype=torch.float32, device=DEVICE)
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
-        scores = torch_ops.score(*qkv(256), config)
-    assert not saved and not scores.requires_grad
+        scores = [ops.score(*inputs, config) for ops in (torch_ops, attention.triton_ops)]
+    assert not saved and not any(x.requires_grad for x in scores)
     assert not LighthouseAttention(config).state_dict()
 
 

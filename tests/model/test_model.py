@@ -21,7 +21,8 @@ def test_530m_is_the_published_model_and_270m_has_a_byte_vocabulary():
     model = build(flavors["530M"], device="meta")
     assert sum(p.numel() for p in model.parameters()) == 530_117_632
     assert {block.feed_forward.w1.out_features for block in model.layers.values()} == {1536}
-    assert model.model_args.dense_layers == (0, 1, 28, 29)
+    assert model.model_args.rope_theta == 10000
+    assert {flavors[name].dim // flavors[name].n_heads for name in ("27M", "85M", "270M", "530M")} == {128}
     big, small = (dataclasses.asdict(flavors[name]) for name in ("530M", "270M"))
     assert {key for key in big if big[key] != small[key]} == {"vocab_size"}
     assert small["vocab_size"] == 384
@@ -46,18 +47,19 @@ def test_a_tied_weight_gets_the_gradients_of_embeddings_and_projection(fuse_outp
 def test_1b_and_3b_are_as_large_as_llama_32_and_8b_is_torchtitans():
     sizes = [sum(p.numel() for p in build(flavors[name], device="meta").parameters()) for name in ("1B", "3B")]
     assert sizes == [1_235_814_400, 3_212_749_824]
-    ours = build(flavors["8B"], device="meta").state_dict()
-    with torch.device("meta"):
-        theirs = Transformer(llama3_args["8B"]).state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    rope = [(flavors[name].rope_theta, flavors[name].rope_scaling_args.scaling_factor) for name in ("1B", "3B", "8B")]
+    assert rope == [(500_000, 32), (500_000, 32), (500_000, 8)]
+    for large in (flavors[name] for name in ("530M", "1B", "3B", "8B")):
+        assert large.dense_layers == (0, 1, large.n_layers - 2, large.n_layers - 1)
+    models = build(flavors["8B"], device="meta"), build(llama3_args["8B"], Transformer, "meta")
+    ours, theirs = ({name: weight.shape for name, weight in model.state_dict().items()} for model in models)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
 def test_parameters_do_not_depend_on_the_switch(n_kv_heads):
-    on = build(args(n_kv_heads=n_kv_heads, lighthouse=SMALL))
-    off = build(args(n_kv_heads=n_kv_heads))
-    assert list(on.state_dict()) == list(off.state_dict())
-    torch.testing.assert_close(on.state_dict(), off.state_dict(), rtol=0, atol=0)
+    on, off = (build(args(n_kv_heads=n_kv_heads, **given)).state_dict() for given in ({"lighthouse": SMALL}, {}))
+    assert list(on) == list(off) and all(map(torch.equal, on.values(), off.values()))
 
 
 def test_switched_off_it_is_torchtitans_llama3():
@@ -70,17 +72,15 @@ def test_switched_off_it_is_torchtitans_llama3():
 @pytest.mark.parametrize("dense_layers", [None, [], [0, 3], [0, 1, 2, 3]])
 def test_exactly_the_layers_not_listed_as_dense_use_lighthouse_and_all_learn(dense_layers, n_kv_heads, rope):
     settings = dataclasses.replace(SMALL, dense_layers=dense_layers, rope=rope)
-    model = build(args(n_kv_heads=n_kv_heads, lighthouse=settings))
-    gathered = {}
-    for name, block in model.layers.items():
-        block.attention.inner_attention.register_forward_hook(
-            lambda _, inputs, __, name=name: gathered.update({int(name): inputs[0].shape[2]})
-        )
+    model = build(args(n_kv_heads=n_kv_heads, lighthouse=settings, kernel="flash"))
+    lengths = []
+    for block in model.layers.values():
+        block.attention.inner_attention.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
     model(torch.randint(0, 384, (1, 64))).square().mean().backward()
     assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in model.parameters())
     dense = [0] if dense_layers is None else dense_layers
-    lengths = {layer: 64 if layer in dense else SMALL.gathered_len(64) for layer in range(4)}
-    assert gathered == lengths
+    assert lengths == [64 if layer in dense else SMALL.gathered_len(64) for layer in range(4)]
+    assert {block.attention.inner_attention.kernel for block in model.layers.values()} == {"flash"}
 
 
 @pytest.mark.parametrize("change", [{"attn_mask_type": "block_causal"}, {"attn_type": "flex"}])
@@ -113,8 +113,7 @@ def test_flops_count_the_pairs_that_each_layer_and_its_scorer_attend(monkeypatch
 
 
 def settings(path):
-    sections = read_toml(path)
-    return {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
+    return {f"{name}.{key}": v for name, keys in read_toml(path).items() for key, v in keys.items()}
 
 
 def differing(a, b):
