@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import tomllib
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing import event_accumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from torchtitan_ext.experiment import records, report
@@ -49,6 +51,7 @@ def test_known_jump_and_recovery_are_given_back(switch, shift, doublings, seed):
     before = mean_loss(stage1_step, stage1_loss, split, w)
     assert before == level and loss[0] - before == jump
     found = recovery(step, loss, split, before, w)
+    assert [window(100, 1), window(100, 10), window(1000, 1)] == [5, 10, 10]
     assert found == max(drop, step[step >= split + w][0] - split)
     # whatever the origin and unit of the loss
     scale = 2.0**doublings
@@ -67,31 +70,24 @@ def test_known_jump_and_recovery_are_given_back(switch, shift, doublings, seed):
 @pytest.mark.parametrize("deviation", [0.01, 0.5])
 def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
     step = np.arange(1, 20001)
-    loss = 5 - step / 5000 + np.random.default_rng(0).normal(0, deviation, step.shape)
-    run = SimpleNamespace(loss=loss)
-    assert report.batch_noise(run) == pytest.approx(deviation, rel=0.05)
+    loss = 5 - step / 5000 + 100 / step + np.random.default_rng(0).normal(0, deviation, step.shape)
+    assert report.batch_noise(SimpleNamespace(loss=loss)) == pytest.approx(deviation, rel=0.05)
 
 
 def write_start(folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices=2, name="a", seed=1, lighthouse=None):
     """The records of one process start that logged `loss` at `step`, and its event file."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "training": {"steps": total, "seq_len": 128},
-        "model": {"flavor": "made"},
-        "debug": {"seed": seed},
-        "lighthouse": {"rope": "selected", "top_k": 256} | (lighthouse or {}),
-    }
+    config = {"training": {"steps": total, "seq_len": 128}, "model": {"flavor": "made"}, "debug": {"seed": seed}}
+    config |= {"lighthouse": {"rope": "selected", "top_k": 256} | (lighthouse or {}), "attention": {"kernel": "fa4"}}
     (folder / "config.json").write_text(json.dumps(config))
     writer = SummaryWriter(folder / "tb" / name)
     since = np.minimum(np.diff(step, prepend=0), log_freq)
     for s, value, n_steps in zip(step.tolist(), loss.tolist(), since.tolist(), strict=True):
-        writer.add_scalar(records.LOSS, value, s)
-        writer.add_scalar(records.TOKENS_PER_SECOND, 1000 * s, s)
-        writer.add_scalar(records.SECONDS, n_steps * seconds / log_freq, s)
-        writer.add_scalar(records.N_DEVICES, n_devices, s)
-        writer.add_scalar(records.LOG_FREQ, log_freq, s)
-        if s % 10 == 0:
-            writer.add_scalar(records.VALIDATION_LOSS, value + 0.25, s)
+        logged = {records.LOSS: value, records.TOKENS_PER_SECOND: 1000 * s, records.N_DEVICES: n_devices}
+        logged |= {records.SECONDS: n_steps * seconds / log_freq, records.LOG_FREQ: log_freq}
+        logged |= {records.VALIDATION_LOSS: value + 0.25} if s % 10 == 0 else {}
+        for tag, number in logged.items():
+            writer.add_scalar(tag, number, s)
     writer.close()
     return next((folder / "tb" / name).iterdir())
 
@@ -109,8 +105,11 @@ def test_the_hours_are_right_where_a_later_start_logs_more_often(tmp_path):
         step = logged_steps(start, end, log_freq)
         write_start(tmp_path, step, curve(step), total=110, log_freq=log_freq, seconds=36, n_devices=1, name=str(start))
     run = records.read_run(tmp_path)
-    assert run.device_hours[-1] == pytest.approx(1.09)
-    assert run.gaps(0) == [] and not run.finished
+    assert run.device_hours[-1] == pytest.approx(1.09) and report.hours_at(run, 0) == 0
+    assert run.gaps(0) == [] and not run.finished and run.log_freq == 10
+    assert run.setting == "made, seq_len 128, 1 device, attention by fa4"
+    (tmp_path / records.LOG).write_bytes(b"\xff CUDA capacity: A GPU with 1GiB memory")
+    assert run.setting == "made, seq_len 128, 1 A GPU, attention by fa4"
 
 
 @pytest.fixture(params=[1, 10], scope="module")
@@ -126,18 +125,19 @@ def made(request, tmp_path_factory):
 
 def test_the_table_of_a_made_experiment(made):
     folder, log_freq = made
-    dense, *rows = report.table(report.read_experiment(folder))
-    w = window(TOTAL, log_freq)
+    experiment, w = report.read_experiment(folder), window(TOTAL, log_freq)
+    dense, *rows = report.table(experiment)
     assert [row["run"] for row in rows] == [f"{s} + {TOTAL - s}" for s in sorted(SPLITS)[::-1]]
     assert all(row["status"] == "finished" for row in [dense, *rows])
+    later = replace(experiment, stage1=replace(experiment.stage1, seconds=9 * experiment.stage1.seconds))
+    assert not any("dense_at_equal_hours" in row for row in report.table(later))  # dense ends before
     # 1 s a dense step, half a second a Lighthouse step, 2 devices
     assert dense["device_hours"] == pytest.approx(2 * TOTAL / 3600)
     last = logged_steps(TOTAL - w, TOTAL, log_freq)
     assert dense["final_loss"] == pytest.approx(curve(last).mean())
     for row, split in zip(rows, sorted(SPLITS)[::-1], strict=True):
         assert row["device_hours"] == pytest.approx(2 * (0.5 * split + TOTAL - split) / 3600)
-        assert row["difference"] == pytest.approx(-0.5)
-        assert row["validation_difference"] == pytest.approx(-0.5)
+        assert [row["difference"], row["validation_difference"]] == pytest.approx([-0.5, -0.5])
         assert row["validation_loss"] == pytest.approx(curve(TOTAL) - 0.5 + 0.25)
         before = curve(logged_steps(split - w, split, log_freq)).mean()
         assert row["jump"] == pytest.approx(curve(split + log_freq) + 1 - before)
@@ -156,12 +156,12 @@ def test_files_written(made, tmp_path):
     experiment = report.read_experiment(made[0])
     rows = report.table(experiment)
     assert markdown.read_text() == text
-    with table.open() as f:
-        assert [row["run"] for row in csv.DictReader(f)] == [row["run"] for row in rows]
+    assert [row["run"] for row in csv.DictReader(table.read_text().splitlines())] == [row["run"] for row in rows]
     assert report.markdown_rows(report.table(recorded(curves))) == report.markdown_rows(rows)
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
 
     ours, theirs = text.split("**Published, not measured here**")
+    assert "**Measured**: made, seq_len 128, 2 devices, " in ours
     assert PUBLISHED["source"] in theirs and PUBLISHED["hardware"] in theirs
     assert all(f"| {row['run']} |" in ours for row in rows)
     published = [f"{row['final_loss']:.4f}" for row in PUBLISHED["split_points"]]
@@ -195,13 +195,13 @@ def test_an_incomplete_experiment_has_a_table_that_says_so(made, tmp_path, kept)
             shutil.copytree(folder / name, tmp_path / name)
         else:
             (tmp_path / name).mkdir()  # planned, not started
+    (tmp_path / "stage2-60-old").mkdir()  # no run of it
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
     for name, keep in zip(names, kept, strict=True):
         assert (f"{name}: not started" in text) != keep
     dense, split = report.table(report.read_experiment(tmp_path))
     assert ("final_loss" in dense) == kept[0]
-    assert ("jump" in split) == (kept[1] and kept[2])
-    assert ("device_hours" in split) == (kept[1] and kept[2])
+    assert ("jump" in split) == ("device_hours" in split) == (kept[1] and kept[2])
     assert ("difference" in split) == (kept[0] and kept[2])
 
 
@@ -239,11 +239,13 @@ def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_p
 @pytest.mark.parametrize("reached", [1, 30, 79])
 def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached):
     step = logged_steps(0, reached, 1)
-    write_start(tmp_path / "dense", step, curve(step), total=TOTAL)
+    for name in ("dense", "stage1"):
+        write_start(tmp_path / name, step, curve(step), total=TOTAL)
+    (tmp_path / f"stage2-{TOTAL}").mkdir()
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
-    assert f"dense: unfinished, at step {reached} of {TOTAL}" in text and "stage1: not started" in text
-    (row,) = report.table(report.read_experiment(tmp_path))
-    assert not row.keys() & {"final_loss", "device_hours"}
+    assert f"dense: unfinished, at step {reached} of {TOTAL}" in text and "stage2-80: not started" in text
+    dense, split = report.table(report.read_experiment(tmp_path))
+    assert not dense.keys() & {"final_loss", "device_hours"} and "ktok_s" not in split
 
 
 def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
@@ -252,7 +254,7 @@ def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
     step = logged_steps(50, 71, 1)
     write_start(tmp_path / "stage2-50", step, curve(step) + 1, total=TOTAL)
     kept = np.array([10, 20, 60, 70, 80])  # each tenth was logged
-    write_start(tmp_path / "dense", kept, np.full(5, np.nan), total=80, log_freq=10)
+    write_start(tmp_path / "dense", kept, np.full(5, np.nan), total=85, log_freq=10)
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
     assert "not within 21" in text and "| nan |" in text
     assert "nothing is recorded between steps 20 to 60" in text
@@ -292,16 +294,15 @@ def test_a_run_killed_and_resumed_reads_as_one_in_one_go(tmp_path, kills, log_fr
         # names in an order unlike that of time
         write_start(tmp_path / "run", step, loss, total=TOTAL, log_freq=log_freq, name=f"{9 - i}")
     run = records.read_run(tmp_path / "run")
-    assert run.step.tolist() == whole.step.tolist()
-    assert run.loss.tolist() == whole.loss.tolist()
-    assert run.validation_step.tolist() == whole.validation_step.tolist()
-    assert run.validation_loss.tolist() == whole.validation_loss.tolist()
+    for field in ("step", "loss", "validation_step", "validation_loss"):
+        assert getattr(run, field).tolist() == getattr(whole, field).tolist()
     assert run.device_hours == pytest.approx(whole.device_hours)
     assert run.finished and run.gaps(0) == []
     assert run.starts.sum() == surviving_starts
 
 
-def test_a_file_cut_off_anywhere_gives_its_beginning(tmp_path):
+def test_a_file_cut_off_anywhere_gives_its_beginning(tmp_path, monkeypatch):
+    monkeypatch.setitem(event_accumulator.DEFAULT_SIZE_GUIDANCE, "scalars", 5)  # else 10,000: no point is dropped
     step = logged_steps(0, 12, 1)
     file = write_start(tmp_path, step, curve(step), total=12)
     whole, content = records.read_run(tmp_path), file.read_bytes()
@@ -318,9 +319,8 @@ def test_a_file_cut_off_anywhere_gives_its_beginning(tmp_path):
 def recorded(file: Path) -> report.Experiment:
     """The experiment that `table` wrote as `file`, a curves.csv; each of its runs has ended."""
     runs: dict = {}
-    with file.open(newline="") as lines:
-        for point in csv.DictReader(lines):
-            runs.setdefault(point.pop("run"), []).append([float(value or "nan") for value in point.values()])
+    for point in csv.DictReader(file.read_text().splitlines()):
+        runs.setdefault(point.pop("run"), []).append([float(value or "nan") for value in point.values()])
     for name, points in runs.items():
         fields = dict(zip((*report.CURVES, "validation_loss"), np.array(points).T, strict=True))
         validated = np.array([fields["step"], fields["validation_loss"]])[:, np.isfinite(fields["validation_loss"])]

@@ -386,19 +386,19 @@ def test_weights_of_hugging_face_may_come_in_shards(job, tmp_path):
 
 ODD = {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "head_dim": 64, "partial_rotary_factor": 0.5}
 ODD |= {"quantization_config": {"quant_method": "fp8"}, "rope_scaling": {"rope_type": "yarn", "factor": 1.0}}
-OTHER = {"num_hidden_layers": 3, "rope_scaling": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
-OTHER |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+OTHER = {"num_hidden_layers": 3, "rope_scaling": {"type": "linear", "factor": 1.0}, "rms_norm_eps": 1e-6}
+OTHER |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": True}
 
 
 @pytest.mark.parametrize("spelling", ["exported", "transformers"])
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_position_embeddings": 1}, None),
+        ({"max_position_embeddings": 1, "partial_rotary_factor": None}, None),
         (OWN_ROPE, ["rope_theta is 500000.0 there and", "'factor': 32.0", "'factor': 8.0", "flavors['mine'] = "]),
         (OTHER, ["flavors['mine'] = ", "rms_norm_eps is 1e-06 there and", *(f"{name} is " for name in OTHER)]),
         (ODD, ["; no flavor can match it (", *(f"{name} is " for name in ODD)]),
-        ({"hidden_size": 96, "intermediate_size": 344, "head_dim": 48}, ["hidden_size is 96", "flavors['mine'] = "]),
+        ({"hidden_size": 96, "intermediate_size": 334, "head_dim": 48}, ["hidden_size is 96", "flavors['mine'] = "]),
     ],
 )
 def test_hugging_faces_config_must_be_of_the_flavor(job, tmp_path, monkeypatch, changes, words, spelling):
