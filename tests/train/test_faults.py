@@ -47,6 +47,7 @@ def runs(tmp_path_factory):
     def start(dump, faults="none 0 0", skipped=0, by_torchrun=False):
         settings = [*SETTINGS, f"--job.dump_folder={folder / dump}", f"--training.skip_nonfinite_steps={skipped}"]
         settings += ["--experimental.custom_import=helpers.faulty_import"]
+        settings += ["--checkpoint.async_mode=async"] * faults.startswith("terminated")
         env = {"FAULTS": faults, "CHANGED": str(folder)}
         code, log = None, folder / "log"
         if by_torchrun:

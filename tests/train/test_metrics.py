@@ -33,13 +33,20 @@ def test_weights_and_biases_must_start_where_metrics_are_recorded(job, tmp_path,
     """torchtitan would train without it."""
     config = job("--metrics.enable_wandb", f"--job.dump_folder={tmp_path}")
 
-    def start(rank, mode):
+    def start(rank, mode, **env):
         monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
-        with patch.dict(os.environ, WANDB_MODE=mode):
+        with patch.dict(os.environ, WANDB_MODE=mode, **env):
             LighthouseMetricsProcessor(config, parallel_dims(config, 2), None).close()
+            run_id = os.environ.get("WANDB_RUN_ID")
         wandb.teardown()
+        return run_id
 
-    start(0, "disabled")
+    config.metrics.save_for_all_ranks = True
+    assert start(0, "disabled") == start(0, "disabled") != start(1, "disabled") == start(1, "disabled") is not None
+    config.metrics.save_for_all_ranks = False
+    assert start(0, "disabled") == start(0, "disabled") != start(1, "disabled") is None
+    assert start(0, "disabled", WANDB_RUN_ID="mine") == "mine"  # as the user says
+    assert start(0, "disabled", WANDB_FORK_FROM="other?_step=3") is None
     start(1, "offlin")
     with pytest.raises(ValueError, match=r"metrics\.enable_wandb = true: .*WANDB_MODE=offline"):
         start(0, "offlin")
