@@ -172,8 +172,8 @@ def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
 
 def share_of_one(row: dict, rows: list[dict]) -> str:
     """Speed per device, as a share of that of the same run on one device."""
-    alone = [r for r in rows if (r["name"], r["n_gpus"]) == (row["name"], 1) and "error" not in r]
-    return f"{100 * row['tok_s_gpu'] / alone[-1]['tok_s_gpu']:.1f} %" if alone and row["n_gpus"] > 1 else "-"
+    on_one = [r for r in rows if (r["name"], r["n_gpus"]) == (row["name"], 1) and "error" not in r]
+    return f"{100 * row['tok_s_gpu'] / on_one[-1]['tok_s_gpu']:.1f} %" if on_one and row["n_gpus"] > 1 else "-"
 
 
 def table(rows: list[dict]) -> str:

@@ -85,10 +85,10 @@ class Soak:
 
     def report(self) -> bool:
         """Write the records; return whether something is wrong."""
-        whole, killed = losses(self.output / "undisturbed"), losses(self.output / "killed")
+        undisturbed, killed = losses(self.output / "undisturbed"), losses(self.output / "killed")
         every = range(1, self.steps + 1)
-        unequal = [step for step in every if {*whole[step]} != {*killed[step]} or len(whole[step]) != 1]
-        rows = [(n, whole[n][0], killed[n][-1], len(killed[n])) for n in every if whole[n] and killed[n]]
+        unequal = [step for step in every if {*undisturbed[step]} != {*killed[step]} or len(undisturbed[step]) != 1]
+        rows = [(n, undisturbed[n][0], killed[n][-1], len(killed[n])) for n in every if undisturbed[n] and killed[n]]
         write_csv(self.output / "losses.csv", ("step", "undisturbed", "killed", "times_trained"), rows)
         write_csv(self.output / "processes.csv", ("step", "rank", "resident_mib", "open_files"), self.samples)
 

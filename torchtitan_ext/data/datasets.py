@@ -204,8 +204,8 @@ def is_mixture(job_config: JobConfig, section: str) -> bool:
 def sources(job_config: JobConfig, section: str = "training") -> list[dict[str, Any]]:
     """The dataset, path, text_field and weight of each source that a section reads."""
     data, training = getattr(job_config, section), job_config.training
-    alone = {"dataset": data.dataset, "path": data.dataset_path}
-    entries = training.mixture if is_mixture(job_config, section) else [alone]
+    single = {"dataset": data.dataset, "path": data.dataset_path}
+    entries = training.mixture if is_mixture(job_config, section) else [single]
     default = {"dataset": "text", "path": None, "text_field": training.text_field, "weight": 1.0}
     # torchtitan lowers names too
     return [entry | {"dataset": entry["dataset"].lower()} for entry in (default | entry for entry in entries)]
@@ -214,8 +214,8 @@ def sources(job_config: JobConfig, section: str = "training") -> list[dict[str, 
 def settings_of(job_config: JobConfig, section: str) -> str:
     """The settings that choose a section's data, for messages."""
     data = getattr(job_config, section)
-    alone = f"{section}.dataset = {data.dataset!r}, {section}.dataset_path = {data.dataset_path!r}"
-    return "training.mixture" if is_mixture(job_config, section) else alone
+    single = f"{section}.dataset = {data.dataset!r}, {section}.dataset_path = {data.dataset_path!r}"
+    return "training.mixture" if is_mixture(job_config, section) else single
 
 
 def check_data(job_config: JobConfig, section: str) -> None:

@@ -129,8 +129,8 @@ def _disk(plan: Plan, problems: list[str]) -> str:
     field, count = f"job.dump_folder = {plan.job.job.dump_folder!r}", _checkpoints_to_come(plan)
     n_bytes = 3 * TORCH_DTYPE_MAP[plan.job.training.dtype].itemsize * plan.n_params  # weights and two moments
     needed, free = count * n_bytes, shutil.disk_usage(disk).free
-    each, whole, left = (decimal(n, precision=2) for n in (n_bytes, needed, free))
-    fact = f"at most {count} more checkpoints of {each}: {whole} of {left} free in {disk}"
+    each, total, left = (decimal(n, precision=2) for n in (n_bytes, needed, free))
+    fact = f"at most {count} more checkpoints of {each}: {total} of {left} free in {disk}"
     if not disk.is_dir() or not os.access(disk, os.W_OK):
         problems.append(f"{field}: nothing can be written in {disk}; choose another folder")
     elif needed > free:

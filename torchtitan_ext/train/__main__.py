@@ -20,8 +20,8 @@ from .trainer import LighthouseTrainer
 
 @record
 def main(arguments: list[str]) -> None:
-    alone = arguments in (["--help"], ["-h"])  # else torchtitan's --help
-    parser = argparse.ArgumentParser("torchtitan_ext.train", None, __doc__, allow_abbrev=False, add_help=alone)
+    without_job = arguments in (["--help"], ["-h"])  # else torchtitan's --help
+    parser = argparse.ArgumentParser("torchtitan_ext.train", None, __doc__, allow_abbrev=False, add_help=without_job)
     parser.add_argument("--job.config_file", "--job.config-file", dest="file", required=True)
     parser.add_argument("--print-config", action="store_true")
     options, overrides = parser.parse_known_args(arguments)

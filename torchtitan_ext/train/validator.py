@@ -23,10 +23,10 @@ class LighthouseValidator(Validator):
 
     def __init__(self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: Any, **kwargs: Any):
         source, validation = (dp_world_size, dp_rank, tokenizer), job_config.validation
-        whole = validation.steps == -1
-        loader = build_dataloader(*source, job_config, infinite=not whole, section="validation")
+        to_the_end = validation.steps == -1
+        loader = build_dataloader(*source, job_config, infinite=not to_the_end, section="validation")
         super().__init__(job_config, *source, **kwargs)  # after our loader, whose errors are clearer
-        self.validation_dataloader = batches = list(islice(loader, None if whole else validation.steps))
+        self.validation_dataloader = batches = list(islice(loader, None if to_the_end else validation.steps))
         if not batches:
             reason = f"a data-parallel rank gets not one sequence of {validation.seq_len} tokens"
             remedy = "give more documents, or a smaller validation.seq_len"
