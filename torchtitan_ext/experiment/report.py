@@ -88,6 +88,7 @@ def read_experiment(folder: Path) -> Experiment:
 
 
 def window(total_steps: int, log_freq: int) -> int:
+    """Steps that a mean loss covers: a hundredth of the run, at least 5 and one logged step."""
     return max(5, total_steps // 100, log_freq)
 
 

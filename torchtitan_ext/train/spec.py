@@ -58,6 +58,7 @@ def register() -> None:
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    """torchtitan's parallelize_llama, with tied embeddings, Lighthouse's context parallelism, and FSDP on a CPU."""
     model = parallelize_llama(model, parallel_dims, job_config)
     if isinstance(model.output, TiedProjection) and isinstance(model.tok_embeddings, FSDPModule):
         model.tok_embeddings.set_reshard_after_forward(False)  # the output projection takes the gathered weight
