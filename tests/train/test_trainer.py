@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from contextlib import nullcontext
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -118,13 +119,15 @@ def nothing_is_saved_from_a_bad_step_on(rank):
         assert trainer.step == (bad if bad in (3, 6, 8) else bad + 1)
 
 
-def sigterm_ends_no_run_that_is_finished(rank):
+def sigterm_saves_no_step_that_is_the_last_or_bad(rank):
     trainer = bare_trainer(step=8, sigterm_received=rank == 1)
     trainer.job_config.training.steps = 8
-    finite = torch.tensor(2.0), torch.tensor(3.0)
-    with patch.object(Trainer, "train_step", lambda self, _: self.update_parameters(*finite)):
-        trainer.train_step(None)
-    assert trainer.interrupted and not trainer.checkpointer.save_interrupted.called
+    for loss, outcome in ((2.0, nullcontext()), (math.nan, pytest.raises(RuntimeError, match="Step 7 "))):
+        values = torch.tensor(loss), torch.tensor(3.0)
+        with patch.object(Trainer, "train_step", lambda self, _, v=values: self.update_parameters(*v)), outcome:
+            trainer.train_step(None)
+        assert trainer.interrupted and not trainer.checkpointer.save_interrupted.called
+        trainer.step, trainer.checkpointer.due.return_value = 7, False
 
 
 def reduced_once(rank):
@@ -156,7 +159,7 @@ def reduced_once(rank):
 def agree(rank):
     all_ranks_agree(rank)
     nothing_is_saved_from_a_bad_step_on(rank)
-    sigterm_ends_no_run_that_is_finished(rank)
+    sigterm_saves_no_step_that_is_the_last_or_bad(rank)
     reduced_once(rank)
     shards_start_different(rank)
 
