@@ -1,6 +1,7 @@
 """The scorers: equal to the fp64 reference, causal, and true to the attention that names them."""
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def by_reference(q, k, v, config):
     return torch.stack(scores, 1).view(2, k.shape[0], k.shape[2], -1)
 
 
+@patch("torchtitan_ext.lighthouse.scorers._GLA_CHUNK", 16)  # several chunks in few tokens
 @settings(max_examples=40)
 @given(
     st.sampled_from([("norm", 1), *ATTENTION_SCORERS]),
@@ -45,16 +47,14 @@ def by_reference(q, k, v, config):
     st.integers(0, 99),
 )
 def test_equal_the_reference(scorer, seq_len, batch, n_kv_heads, group, head_dim, seed):
-    config = setting(*scorer)
-    inputs = qkv(seq_len, batch, n_kv_heads, group, head_dim, seed=seed)
+    config, inputs = setting(*scorer), qkv(seq_len, batch, n_kv_heads, group, head_dim, seed=seed)
     scores = base_scores(*inputs, config)
     torch.testing.assert_close(scores, by_reference(*inputs, config), rtol=0, atol=1e-10)
 
 
 def max_key(q, k, v, dilation, kernel):
     """A scorer that rotation changes."""
-    scores = k.abs().amax(-1).mT
-    return torch.stack([scores, scores])
+    return k.abs().amax(-1).mT.repeat(2, 1, 1, 1)
 
 
 def test_a_scorer_of_chunks_sees_rows_rotated_at_their_positions(monkeypatch):
@@ -82,11 +82,11 @@ def test_what_a_scorer_returns_is_checked(change, returned, monkeypatch):
 @attention_scorers
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_are_fp32_and_near_the_reference_for_every_dtype(scorer, dilation, dtype):
-    config = setting(scorer, dilation)
-    inputs = qkv(192, 2, 2, 2, 16, dtype, device=DEVICE)
+    config, inputs = setting(scorer, dilation), qkv(192, 2, 2, 2, 16, dtype, device=DEVICE)
     scores = base_scores(*inputs, config)
     assert scores.dtype == torch.promote_types(dtype, torch.float32)
-    assert error(scores, by_reference(*inputs, config)) < TOLERANCE[dtype]
+    in_fp32 = scorer == "gla" and DEVICE == "cpu"
+    assert error(scores, by_reference(*inputs, config)) < TOLERANCE[torch.float32 if in_fp32 else dtype]
 
 
 @attention_scorers
@@ -101,9 +101,8 @@ def test_a_token_is_scored_by_its_past_alone(scorer, dilation):
 @attention_scorers
 @pytest.mark.parametrize("rope", ["selected", "base"])
 def test_the_layer_selects_by_the_scores_of_what_it_pools(scorer, dilation, rope):
-    config = setting(scorer, dilation, rope=rope)
+    config, freqs_cis = setting(scorer, dilation, rope=rope), rotary_table(256, 4)
     q, k, v = qkv(256, 1, 2, 2)
-    freqs_cis = rotary_table(256, 4)
     selection = select_entries(q, k, v, config, freqs_cis=freqs_cis)
     if rope == "base":
         q, k = (naive_rotate(x, freqs_cis[:, None]) for x in (q, k))
@@ -151,8 +150,8 @@ def test_do_not_depend_on_an_ambient_autocast(scorer):
     expected = base_scores(*inputs, config)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(base_scores(*inputs, config), expected)
-    q, k, v = inputs[0], *(x.bfloat16() for x in inputs[1:])  # as autocast mixes dtypes: all are taken as v's
-    assert torch.equal(base_scores(q, k, v, config), base_scores(q.bfloat16(), k, v, config))
+    q, k, v = *inputs[:2], inputs[2].bfloat16()  # as autocast mixes dtypes: all are taken as v's
+    assert torch.equal(base_scores(q, k, v, config), base_scores(q.bfloat16(), k.bfloat16(), v, config))
 
 
 @pytest.mark.gpu

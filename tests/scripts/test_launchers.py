@@ -115,8 +115,7 @@ def test_one_node_needs_no_meeting_point(launches):
     assert run.rdzv_endpoint == "localhost:0"  # any free port
     assert run.training_script_args == ["--job.config_file", CONFIG, *OVERRIDES]
     # what torchrun's restarts need
-    environment = (launches.calls / "environment").read_text().splitlines()
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (launches.calls / "environment").read_text().splitlines()
 
 
 MISSING = [
