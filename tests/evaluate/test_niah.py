@@ -105,6 +105,7 @@ def says(digit_of):
     """A model that answers each prompt, as text, with the digit that `digit_of` gives."""
 
     def model(tokens):
+        assert torch.is_inference_mode_enabled()
         digits = [ord(digit_of(bytes(prompt[1:].tolist()).decode())) for prompt in tokens]
         return torch.nn.functional.one_hot(torch.tensor(digits), 384).float()
 
@@ -168,7 +169,7 @@ def test_out_of_memory_and_logits_that_are_no_numbers_are_no_answer():
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     advice = "--batch-size = 8 at context 200: give a smaller --batch-size, or leave it out"
-    for wrong, words in ((model, advice), (lambda tokens: always_3(tokens) / 0, "not finite")):
+    for wrong, words in ((model, advice), (lambda tokens: finder(tokens) / (1 - finder(tokens)), "not finite")):
         with pytest.raises(ValueError, match=words):
             niah.evaluate(wrong, niah.Prompts(BYTES), niah.Settings((200,), batch_size=8))
 
@@ -205,8 +206,10 @@ def test_logits_are_the_models_at_the_last_position_and_no_others_are_computed(c
 
 
 def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "results"
-    options = ["--contexts", 60, 120, "--depths", 0, 50, "--trials", 20, "--seed", 7, "--output", folder]
+    folder, places = tmp_path / "results", list(product((37, 600), (0, 50)))
+    made = [niah.Cell(*place, ("0123456789" * 2)[: 5 * i].ljust(20, "0")) for i, place in enumerate(places)]
+    monkeypatch.setattr(niah, "evaluate", lambda *_: made)
+    options = ["--contexts", 37, 600, "--depths", 0, 50, "--trials", 20, "--seed", 7, "--output", folder]
     assert run_command(monkeypatch, "niah", checkpoint, *options) == 0
     out, err = capsys.readouterr()
     assert (folder / "table.md").read_text().strip() in out and "first stage" in err
@@ -214,10 +217,10 @@ def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, mon
 
     record = json.loads((folder / "niah.json").read_text())
     assert record["checkpoint"] == os.path.relpath(checkpoint) and record["trained_with_lighthouse"]
-    assert [record[key] for key in ("contexts", "depths", "trials", "seed")] == [[60, 120], [0, 50], 20, 7]
+    assert [record[key] for key in ("contexts", "depths", "trials", "seed")] == [[37, 600], [0, 50], 20, 7]
     assert (record["max_context"], record["dtype"]) == (600, "float32")
     cells = {(cell["context"], cell["depth"]): cell for cell in record["cells"]}
-    assert [*cells] == list(product((60, 120), (0, 50)))
+    assert [*cells] == places
     for cell in cells.values():
         right = [int(answer) == trial % 10 for trial, answer in enumerate(cell["answers"])]
         assert cell["correct"] == sum(right) and cell["mean"] == cell["correct"] / len(right)
@@ -226,10 +229,12 @@ def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, mon
     assert record["standard_error"] == math.sqrt(mean * (1 - mean) / n_trials)
 
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
-    assert rows[0] == ["depth", "60", "120", "mean"]
+    assert rows[0] == ["depth", "37", "600", "mean"]
     for row, depth in zip(rows[2:-1], (0, 50), strict=True):
-        assert row[:3] == [f"{depth} %", *(f"{cells[context, depth]['mean']:.2f}" for context in (60, 120))]
-    assert rows[-1][0] == "mean" and float(rows[-1][-1].strip("*")) == pytest.approx(mean, abs=0.005)
+        near, far = (cells[context, depth]["mean"] for context in (37, 600))
+        assert row == [f"{depth} %", *(f"{share:.2f}" for share in (near, far, (near + far) / 2))]
+    near, far = ((cells[context, 0]["mean"] + cells[context, 50]["mean"]) / 2 for context in (37, 600))
+    assert rows[-1] == ["mean", *(f"{share:.2f}" for share in (near, far, mean))]
 
 
 def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, monkeypatch, capsys):
@@ -248,7 +253,7 @@ SPOILED = [  # given the run's checkpoint and its export
     lambda path, hf: ([path], "600 tokens"),  # no context of the protocol fits
     lambda path, hf: ([path, "--contexts", 100, 601], "601 exceed the context of 600 tokens"),
     lambda path, hf: ([path, "--contexts", 36], "36 hold no question: give 37"),
-    lambda path, hf: ([path, "--contexts", 100, "--depths", 50, 101], "101 are no percentages"),
+    lambda path, hf: ([path, "--contexts", 100, "--depths", -1, 101], "-1, 101 are no percentages"),
     lambda path, hf: ([path, "--contexts", 100, "--trials", 15], "--trials: 15 hide some digits more often"),
 ]
 
