@@ -101,10 +101,10 @@ def test_the_tokenizer_begins_with_bos_and_gives_the_text_back(exported, text):
 @pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizerFast", "GPT2Tokenizer", None])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_class):
-    config = LAYOUTS[layout] | {"chat_template": "{{ messages }}"}
-    if tokenizer_class:
-        config["tokenizer_class"] = tokenizer_class
-    write_bpe(tmp_path / "tokenizer", config)
+    named = {"tokenizer_class": tokenizer_class, "chat_template": "{{ messages }}"} if tokenizer_class else {}
+    write_bpe(tmp_path / "tokenizer", LAYOUTS[layout] | named)
+    if not tokenizer_class:
+        (tmp_path / "tokenizer/chat_template.jinja").write_text("{{ messages }}")
     path = save_run(tmp_path, build())
     changed_job("model", "hf_assets_path", str(tmp_path / "tokenizer"), path)
     export(find_checkpoint(path), tmp_path / "hf")
@@ -114,7 +114,8 @@ def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_clas
         ids = exported(text).input_ids
         assert ids == own.encode(text, add_bos=True, add_eos=False)
         assert exported.decode(ids, skip_special_tokens=True) == text
-    assert exported.chat_template == config["chat_template"]
+    assert exported.chat_template == "{{ messages }}"
+    assert '"PreTrainedTokenizerFast"' in (tmp_path / "hf/tokenizer_config.json").read_text()  # of every version
     named = [LAYOUTS[layout].get(f"{name}_token") for name in ("bos", "eos")]
     assert [exported.bos_token, exported.eos_token] == named
     llama = LlamaConfig.from_pretrained(tmp_path / "hf")
