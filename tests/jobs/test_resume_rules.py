@@ -42,8 +42,7 @@ def test_a_dropped_optimizer_or_step_is_an_error(job, tmp_path):
     path = save(tmp_path / "old")
     config = job(f"--checkpoint.initial_load_path={path}", "--checkpoint.initial_load_model_only")
     only_problem(config, "checkpoint.initial_load_model_only = true", "set it to false")
-    config = job(*start_from(path), "--checkpoint.load_step=5")
-    only_problem(config, "checkpoint.load_step = 5", f"-1 to start from {path}")
+    only_problem(job(*start_from(path), "--checkpoint.load_step=5"), "load_step = 5", f"-1 to start from {path}")
     weights = save(tmp_path / "weights", without=TRAINING_STATE)
     check_job(job(*start_from(weights), f"--checkpoint.exclude_from_loading={','.join(TRAINING_STATE)}"))
 
@@ -295,8 +294,7 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
     if index == HF_INDEX:  # exported weights, of later steps than the newest checkpoint
         only_problem(job(), "checkpoint.load_step = -1", "step-20, step-24")
     check_job(job(f"--checkpoint.{setting}", "--checkpoint.load_only"))
-    words = [setting.replace("=", " = "), *(path.name for path in written)]
-    problem = only_problem(job(f"--checkpoint.{setting}"), *words)
+    problem = only_problem(job(f"--checkpoint.{setting}"), setting.replace("=", " = "), *(x.name for x in written))
     assert ("to go on from step-24, drop that" in problem) == (index == METADATA)
     put_aside(problem)
     assert not any(path.exists() for path in written)
@@ -308,8 +306,7 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting, index):
 def test_what_a_killed_save_left_is_gone_before_the_step_is_saved_again(job, tmp_path):
     folder = save(tmp_path / "run", step=20).parent
     for left in ("__7_0.distcp", ".interrupted", ".metadata.tmp", "sharded/shard-00007.safetensors"):
-        file = folder / "step-30" / left
-        file.parent.mkdir(parents=True, exist_ok=True)
+        (file := folder / "step-30" / left).parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     (folder / "step-40").mkdir()
     (folder / "step-10").symlink_to(folder / "step-40")

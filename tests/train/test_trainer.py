@@ -183,8 +183,7 @@ def test_what_ranks_agree_on_and_what_differs():
 )
 def test_an_interruptions_checkpoint_goes_when_a_later_is_complete(tmp_path, kept, steps, bridges, half_saved, stale):
     for step in steps:
-        folder = tmp_path / f"step-{step}"
-        folder.mkdir()
+        (folder := tmp_path / f"step-{step}").mkdir()
         if step in bridges:
             (folder / INTERRUPTED).touch()
         if step not in half_saved:
