@@ -57,8 +57,7 @@ def test_gathered_entries_are_legal_distinct_ordered_as_many_as_the_formula_and_
     order = end * config.levels + level
     assert (order.diff(dim=-1) > 0).all()  # ends never fall, finer first where equal, none twice
     # From one entry to one of each level reach a position.
-    ones = torch.ones(1, 2, config.gathered_len(seq_len), 1)
-    contributors = torch_ops.scatter(ones, slots, config)
+    contributors = torch_ops.scatter(torch.ones(1, 2, config.gathered_len(seq_len), 1), slots, config)
     assert contributors.min() >= 1 and contributors.max() <= config.levels
 
 
@@ -118,8 +117,7 @@ def test_attention_is_one_call_on_the_gathered_rows():
     attend = Mock(wraps=causal_attention)
     lighthouse_attention(*qkv(256, 2, 2, 3), SMALL, attention=attend)
     [call] = attend.call_args_list
-    gathered = SMALL.gathered_len(256)
-    assert [x.shape for x in call.args] == [(2, heads, gathered, 4) for heads in (6, 2, 2)]
+    assert [x.shape for x in call.args] == [(2, heads, SMALL.gathered_len(256), 4) for heads in (6, 2, 2)]
     assert call.kwargs == {"enable_gqa": True}
 
 
@@ -137,10 +135,11 @@ def test_inputs_that_do_not_fit_are_named(layer):
     q, k, v = qkv(256, n_kv_heads=2)
     table = rotary_table(256, 4)
     for inputs, freqs_cis, message in (
-        ((q, k[:, :-1], v), None, r"must be \[B, N, H, D\]"),
-        ((q, k.flatten(2), v.flatten(2)), None, r"must be \[B, N, H, D\]"),
+        ((q, k, v[:, :-1]), None, r"must be \[B, N, H, D\]"),
+        ((q.flatten(2), k, v), None, r"must be \[B, N, H, D\]"),
         ((q, k[:, :, :0], v[:, :, :0]), None, r"k \(1, 256, 0, 4\).* H_kv and D at least 1"),
         ((q[..., :0], k[..., :0], v[..., :0]), None, "H_kv and D at least 1"),
+        ((q[:, :, :0], k, v), None, "H_kv and D at least 1"),
         ((torch.randn(1, 256, 3, 4), k, v), None, "3 query heads: must be a multiple of 2"),
         ((q[:, :204], k[:, :204], v[:, :204]), None, "seq_len = 204"),
         ((q, k.to("meta"), v), None, "k on meta: must be on q's device, cpu"),
@@ -153,6 +152,7 @@ def test_inputs_that_do_not_fit_are_named(layer):
         ((q, k, v), (table.real, table.imag), r"\(cos, sin\), \(256, 2\) and .*: must be two real .*N, D = 4\]"),
         ((q, k, v), (torch.ones(2, 256, 4),) * 2, r"\(2, 256, 4\) and .* must be two real"),
         ((q, k, v), (torch.ones(128, 4),) * 2, "freqs_cis .*at least N = 256"),
+        ((q, k, v), (torch.ones(256, 4), torch.ones(128, 4)), r"and \(128, 4\) .* must be two real"),
         ((q, k, v), (torch.ones(256, 4, requires_grad=True),) * 2, "requires a gradient"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -139,8 +139,9 @@ def test_one_entry_adds_a_scorer(either_path, monkeypatch):
     slots = layer.select_slots(q, k, v, other, freqs_cis)
     assert torch.equal(slots, layer.select_slots(v, v, v, config, freqs_cis))
     assert all(x.any() for x in layer_and_gradients((q, k, v), other, freqs_cis))
-    with pytest.raises(ValueError, match="scorer = 'values': is not `per_token`"):
-        check_context_parallel(other, q.shape[1], 2, False)
+    config, seq_len = setting(SMALL[0])
+    with pytest.raises(ValueError, match=r"scorer = 'dilated': is not `per_token`.* nearest: scorer = 'norm'"):
+        check_context_parallel(dataclasses.replace(config, scorer="dilated"), seq_len, 2, False)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)
@@ -344,8 +345,7 @@ def test_an_empty_batch_gives_an_empty_output(either_path, rope):
 @pytest.mark.slow
 def test_exports_with_a_dynamic_batch_and_length(either_path):
     shape = (3, 2, 2, 2, 3, 2, 1, 2, 8)
-    tensors, _, config = inputs_of(shape)
-    table = rotary_table(1024, 8, torch.complex64).to(DEVICE)
+    (tensors, _, config), table = inputs_of(shape), rotary_table(1024, 8, torch.complex64).to(DEVICE)
     dims = {0: Dim("batch", max=9), 1: 8 * Dim("parts", min=3, max=128)}
     inputs = *(x.detach() for x in tensors), table
     program = export(LighthouseAttention(config), inputs, dynamic_shapes=(dims, dims, dims, None))

@@ -130,8 +130,8 @@ def test_compile_without_a_graph_break_forward_and_backward(scorer, rope):
 
 @attention_scorers
 def test_are_a_well_formed_torch_library_operator(scorer, dilation):
-    for batch, seq_len in [(1, 64), (2, 64), (2, dilation)]:
-        inputs = [x.detach() for x in qkv(seq_len, batch, 2, 2, 8, torch.float32)]
+    for batch, seq_len, dtype in [(1, 64, torch.bfloat16), (2, 64, torch.float32), (2, dilation, torch.float64)]:
+        inputs = [x.detach() for x in qkv(seq_len, batch, 2, 2, 8, dtype)]
         torch.library.opcheck(torch.ops.lighthouse.base_scores.default, (*inputs, scorer, dilation, "sdpa"))
 
 

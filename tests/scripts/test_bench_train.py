@@ -38,9 +38,8 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch,
     failed, row = json.loads(output.read_text())["rows"]
     assert failed["name"] == "broken" and "failed" in failed["error"]
     assert row["name"] == "small" and row["seq_len"] == 256 and row["n_gpus"] == 1
-    assert row["tok_s_gpu"] > 0 and row["step_s"] > 0 and row["peak_gib"] > 0
-    assert row["loss_last"] < row["loss_first"]
-    assert row["losses"][0] == row["loss_first"] and len(row["losses"]) == 3  # steps 1, 2 and 4
+    assert min(row["tok_s_gpu"], row["step_s"], row["peak_gib"]) > 0
+    assert row["loss_last"] < row["loss_first"] == row["losses"][0] and len(row["losses"]) == 3  # steps 1, 2 and 4
     assert f"| small | 1 | 256 | sdpa | {row['tok_s_gpu']:,.0f} |" in out
     log = (tmp_path / "bench_train_small_1.log").read_text()
     assert "Mixed precision training is handled by fully_shard" in log  # on one device too
