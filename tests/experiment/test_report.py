@@ -334,8 +334,8 @@ def recorded(file: Path) -> report.Experiment:
 
 
 def test_pages_show_the_numbers_that_their_records_give():
-    seed, results = recorded(ROOT / "results/split_points/curves/85m-seed0.csv"), ROOT / "results"
-    page = (results / "split_points/README.md").read_text()
+    results, curves = ROOT / "results", ROOT / "results/split_points/curves"
+    page, seed = (results / "split_points/README.md").read_text(), recorded(curves / "85m-seed0.csv")
     shown = (recorded(results / "passkey/curves.csv"), (ROOT / "docs/quickstart.md").read_text()), (seed, page)
     for experiment, text in shown:
         rows = [row for row in report.table(experiment) if row["status"] == "finished"]
@@ -344,6 +344,9 @@ def test_pages_show_the_numbers_that_their_records_give():
     hours = 2000 * 4 * 32768 / speed / 3600
     shares = " and ".join(f"{100 * row['device_hours'] / hours:.0f}" for row in rows)
     assert f"at {speed / 1000:.1f}k tok/s; dense would take {hours:.3f} hours" in page and f"{shares} %" in page
+    four = report.table(recorded(curves / "85m-four-dense-layers-seed0.csv"))[1]
+    text = "{ktok_s:.1f}k tok/s), {run} takes {device_hours:.4f} hours, jumps by {jump:.2f} and ends at {loss:.4f}."
+    assert text.format(**four, loss=four["validation_loss"]) in " ".join(page.split())
     niah = json.loads((results / "niah/records.json").read_text())
-    for record in (niah["85M-stage1-1500"], niah["85M-stage2-1250"]):
+    for record in (niah[f"85M-{name}"] for name in ("stage1-1500", "stage2-1250", "four-dense-stage2-1250")):
         assert f"{record['mean']:.2f} (standard error {record['standard_error']:.2f})" in page
