@@ -15,7 +15,7 @@ class LighthouseCheckpointManager(CheckpointManager):
     """torchtitan's checkpoint manager for interruptible runs; see `stale_checkpoints`."""
 
     interrupting = False  # saving on SIGTERM
-    temporary = False  # that at a step that is not due
+    temporary = False  # and at a step that is not due
     saving = ""  # the latest checkpoint begun
     due = CheckpointManager._should_save  # whether `save` saves a step that is not the last
 
