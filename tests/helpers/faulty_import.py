@@ -1,13 +1,13 @@
 """Cause a fault in a job that imports this module, for test_faults.
 
-FAULTS: "NAME RANK STEP" for each start by torchrun, separated by commas. What happens to that rank in that step:
+FAULTS: "NAME RANK STEP"; after a comma, what follows once a rank was killed. What happens to that rank in that step:
     killed             SIGKILL, between its backward pass and the update
     killed-saving      SIGKILL, when the shards of that step's checkpoint are written
     full-disk          from that step's checkpoint on no file can grow beyond 64 KiB
     not-finite         its loss is nan, and in the next step too
     orphaned           torchrun, its parent, gets SIGKILL
     terminated         it gets SIGTERM
-CHANGED: the folder where each rank writes what a step with a loss of nan changed.
+CHANGED: the folder where each rank writes what a step with a loss of nan changed, and that it is killed.
 """
 
 import json
@@ -23,8 +23,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from torchtitan_ext.train.trainer import LighthouseCheckpointManager, LighthouseTrainer
 
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-NAME, RANK, STEP = os.environ["FAULTS"].split(",")[RESTARTS].split()
+KILLED = Path(os.environ["CHANGED"], "killed")
+NAME, RANK, STEP = os.environ["FAULTS"].split(",")[-KILLED.exists()].split()
 STEP, HERE = int(STEP), os.environ["RANK"] == RANK
 
 forward_backward, train_step = LighthouseTrainer.forward_backward_step, LighthouseTrainer.train_step
@@ -39,6 +39,7 @@ def faulty_forward_backward(self, **batch):
     self.loss_fn = loss_fn
     if HERE and self.step == STEP:
         if NAME == "killed":
+            KILLED.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if NAME in ("orphaned", "terminated"):
             os.kill(*((os.getppid(), signal.SIGKILL) if NAME == "orphaned" else (os.getpid(), signal.SIGTERM)))
