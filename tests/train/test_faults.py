@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
         settings += ["--checkpoint.async_mode=async"] * faults.startswith("terminated")
         env = {"FAULTS": faults, "CHANGED": str(folder)}
         code, log = None, folder / "log"
-        if by_torchrun:
+        if by_torchrun:  # which starts all again, too, if it finds its port taken
             env |= {"PET_MAX_RESTARTS": "3", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
             with training([*torchrun(2, CONFIG), *settings], log, **env) as run:
                 list(run.steps())
