@@ -62,13 +62,13 @@ def plan(
     """
     # stages of `only` first, so that messages name their files
     order = sorted(STAGES, key=lambda stage: stage not in only)
-    files = {stage: configs / f"{stage}.toml" for stage in STAGES}
-    loaded = {stage: load_job(files[stage], [*overrides, *RECORDED]) for stage in order}
+    files, overrides = {stage: configs / f"{stage}.toml" for stage in STAGES}, (*overrides, *RECORDED)
+    loaded = {stage: load_job(files[stage], overrides) for stage in order}
     total = loaded["stage2"].training.steps
     splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
 
     def planned(stage: str, name: str, start: int, steps: int, load: Path | None = None):
-        return PlannedRun(name, files[stage], output / name, loaded[stage], start, steps, (*overrides, *RECORDED), load)
+        return PlannedRun(name, files[stage], output / name, loaded[stage], start, steps, overrides, load)
 
     dense = planned("dense", "dense", 0, total)
     stage1 = planned("stage1", "stage1", 0, splits[-1])
