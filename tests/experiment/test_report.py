@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import tomllib
 from dataclasses import replace
@@ -130,7 +131,7 @@ def test_the_table_of_a_made_experiment(made):
     assert [row["run"] for row in rows] == [f"{s} + {TOTAL - s}" for s in sorted(SPLITS)[::-1]]
     assert all(row["status"] == "finished" for row in [dense, *rows])
     later = replace(experiment, stage1=replace(experiment.stage1, seconds=9 * experiment.stage1.seconds))
-    assert not any("dense_at_equal_hours" in row for row in report.table(later))  # dense ends before
+    assert not any("equal_hours_difference" in row for row in report.table(later))  # dense ends before
     # 1 s a dense step, half a second a Lighthouse step, 2 devices
     assert dense["device_hours"] == pytest.approx(2 * TOTAL / 3600)
     last = logged_steps(TOTAL - w, TOTAL, log_freq)
@@ -145,7 +146,8 @@ def test_the_table_of_a_made_experiment(made):
         # a second a dense step: as many seconds as dense steps; validated every 10 of them
         tens = np.arange(10, TOTAL + 1, 10)
         at_equal_hours = np.interp(0.5 * split + TOTAL - split, tens, curve(tens) + tens / 80)
-        assert row["dense_at_equal_hours"] == pytest.approx(at_equal_hours)
+        assert row["equal_hours_difference"] == pytest.approx(row["validation_loss"] - at_equal_hours)
+        assert row["hours_percent"] == pytest.approx(100 * row["device_hours"] / dense["device_hours"])
         # 1000 tok/s at step 1, 2000 at step 2, ...; the first point is the start's
         steady = logged_steps(0, split, log_freq)[1:]
         assert row["ktok_s"] == pytest.approx(np.median(steady))
@@ -334,19 +336,39 @@ def recorded(file: Path) -> report.Experiment:
 
 
 def test_pages_show_the_numbers_that_their_records_give():
-    results, curves = ROOT / "results", ROOT / "results/split_points/curves"
-    page, seed = (results / "split_points/README.md").read_text(), recorded(curves / "85m-seed0.csv")
-    shown = (recorded(results / "passkey/curves.csv"), (ROOT / "docs/quickstart.md").read_text()), (seed, page)
-    for experiment, text in shown:
-        rows = [row for row in report.table(experiment) if row["status"] == "finished"]
-        assert report.markdown_rows(rows) in text
-    speed = np.median(np.concatenate([run.tokens_per_second[1:] for run in seed.tails.values()]))
-    hours = 2000 * 4 * 32768 / speed / 3600
-    shares = " and ".join(f"{100 * row['device_hours'] / hours:.0f}" for row in rows)
-    assert f"at {speed / 1000:.1f}k tok/s; dense would take {hours:.3f} hours" in page and f"{shares} %" in page
-    four = report.table(recorded(curves / "85m-four-dense-layers-seed0.csv"))[1]
-    text = "{ktok_s:.1f}k tok/s), {run} takes {device_hours:.4f} hours, jumps by {jump:.2f} and ends at {loss:.4f}."
-    assert text.format(**four, loss=four["validation_loss"]) in " ".join(page.split())
+    """The tables row by row; each other number of the text is one of the records', rounded."""
+    results, folder = ROOT / "results", ROOT / "results/split_points"
+    readme, quickstart, running = (
+        (ROOT / p).read_text() for p in ("README.md", "docs/quickstart.md", "docs/running.md")
+    )
+    assert report.markdown_rows(report.table(recorded(results / "passkey/curves.csv"))) in quickstart
+
+    names = ("seed0", "seed1", "four-dense-layers-seed0")
+    experiments = [recorded(folder / f"curves/{name}.csv") for name in names]
+    tables = [[row for row in report.table(e) if row["status"] == "finished"] for e in experiments]
+    shown = [report.markdown_rows(tables[0]), report.markdown_rows(tables[1])]
+    for row in csv.DictReader((folder / "27m.csv").read_text().splitlines()):
+        hours, dense, loss = (float(row[c] or "nan") for c in ("hours_percent", "dense", "validation_loss"))
+        cells = [row["dense_layers"], row["seed"], row["run"], f"{hours:.0f}".replace("nan", "-")]
+        shown.append(f"| {' | '.join(cells)} | {dense:.4f} | {loss:.4f} | {loss - dense:+.4f} |")
+    page = (folder / "README.md").read_text()
+    for text in shown:
+        assert text in page
+        page = page.replace(text, "")
+
     niah = json.loads((results / "niah/records.json").read_text())
-    for record in (niah[f"85M-{name}"] for name in ("stage1-1500", "stage2-1250", "four-dense-stage2-1250")):
-        assert f"{record['mean']:.2f} (standard error {record['standard_error']:.2f})" in page
+    known = [value for rows in tables for row in rows for value in row.values() if isinstance(value, float)]
+    known += [record["mean"] for name, record in niah.items() if name.startswith("85M")]
+    (dense, *rows), others, _ = tables
+    for row, other in zip(rows, others[-2:], strict=True):
+        known.append(100 * other["device_hours"] / dense["device_hours"])
+        known += [row["validation_loss"] - other["validation_loss"], 100 - 100 * row["ktok_s"] / other["ktok_s"]]
+    for run in [experiments[0].dense, *(experiment.stage1 for experiment in experiments)]:
+        known += [run.loss[run.step == 100][0], mean_loss(run.step, run.loss, 500, 100)]
+        known += [run.validation_loss[run.validation_step == 1000][0], np.median(run.tokens_per_second[1:]) / 1e6]
+    known.append(100 - rows[-1]["hours_percent"])
+    text = page[page.index("**What it shows**") :] + readme[readme.index("| 85M at") : readme.index("At the speeds")]
+    text += running[running.index("In our [85M") : running.index("- **`grad_norm`**")]
+    for number in re.findall(r"\d+\.\d+|\d+(?= (?:to \d+ )?%)", text):
+        digits = len(number.partition(".")[2])
+        assert any(f"{abs(value):.{digits}f}" == number for value in known), number

@@ -25,6 +25,7 @@ TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE,
 COLUMNS = {
     "run": ("run", ""),
     "device_hours": ("device-hours", ",.4g"),
+    "hours_percent": ("% of dense's hours", ".1f"),
     "ktok_s": ("tok/s per device (k)", ",.4g"),
     "final_loss": ("final loss", ".4f"),
     "jump": ("jump (nats)", "+.4f"),
@@ -32,7 +33,7 @@ COLUMNS = {
     "difference": ("difference from dense", "+.4f"),
     "validation_loss": ("validation loss", ".4f"),
     "validation_difference": ("difference from dense", "+.4f"),
-    "dense_at_equal_hours": ("dense at equal hours", ".4f"),
+    "equal_hours_difference": ("difference at equal hours", "+.4f"),
 }
 # columns of curves.csv
 CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
@@ -48,6 +49,8 @@ def cell(row: Row, column: str) -> str:
 
 
 def compare(row: Row, dense: Row) -> None:
+    if "device_hours" in row and "device_hours" in dense:
+        row["hours_percent"] = 100 * row["device_hours"] / dense["device_hours"]
     for loss, difference in (("final_loss", "difference"), ("validation_loss", "validation_difference")):
         if loss in row and loss in dense:
             row[difference] = row[loss] - dense[loss]
@@ -141,12 +144,13 @@ def table(experiment: Experiment) -> list[Row]:
             row["recovery"] = recovery(tail.step, tail.loss, split, before, w)
         if tail.finished:
             row |= _final_losses(tail)
-            compare(row, rows[0])
             if reached:
                 row["device_hours"] = hours = hours_at(reached, split) + float(tail.device_hours[-1])
                 if dense and hours <= dense.device_hours[-1] and dense.validation_step.size:
                     spent = [hours_at(dense, end) for end in dense.validation_step]
-                    row["dense_at_equal_hours"] = float(np.interp(hours, spent, dense.validation_loss))
+                    then = float(np.interp(hours, spent, dense.validation_loss))
+                    row["equal_hours_difference"] = row.get("validation_loss", np.nan) - then
+            compare(row, rows[0])
     return rows
 
 
@@ -183,9 +187,7 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
     """
     experiment = read_experiment(folder)
     paths = [make_folder(output) / name for name in ("table.md", "table.csv", "curves.csv", "loss.png")]
-    text = markdown(experiment, published)
-    if others:
-        text += comparison([experiment, *map(read_experiment, others)])
+    text = markdown(experiment, published) + (comparison([experiment, *map(read_experiment, others)]) if others else "")
     paths[0].write_text(text)
     columns = [*COLUMNS, "steps_after_switch", "status"]
     figures.write_csv(paths[1], columns, ([row.get(column) for column in columns] for row in table(experiment)))
@@ -205,8 +207,7 @@ def markdown(experiment: Experiment, published: dict) -> str:
     run = experiment.runs[0]
     w = window(run.total_steps, run.log_freq)
     status = {name: _status(*start) for name, start in experiment.starts.items()}
-    unfinished = "".join(f"- {name}: {how}\n" for name, how in status.items() if how != "finished")
-    unfinished += "\n" if unfinished else ""
+    unfinished = "".join(f"- {name}: {how}\n\n" for name, how in status.items() if how != "finished")
     dense, *splits = published["split_points"]
     theirs = [dense, *({"jump": published["jump"], "recovery": published["recovery"], **row} for row in splits)]
     for row in theirs[1:]:
@@ -238,8 +239,7 @@ def comparison(experiments: Sequence[Experiment]) -> str:
         if number and not changed:
             raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first's settings and seed")
         for key, row in rows.items():
-            both = (row, tables[0].get(key, {}))
-            ours, usually = (r.get("validation_loss", r.get("final_loss")) for r in both)
+            ours, usually = (r.get("validation_loss", r.get("final_loss")) for r in (row, tables[0].get(key, {})))
             others = tables[1:] if number == 0 else [rows]
             if any(len(other.get(key, {})) > 2 for other in others):  # more than a name and "not started"
                 difference = "-" if ours is None or usually is None else f"{ours - usually:+.4f}"
