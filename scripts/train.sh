@@ -20,7 +20,7 @@ command -v torchrun > /dev/null ||
 # Growing segments of GPU memory leave no gaps too small for the activations of a long sequence.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # In a store that outlives torchrun's restart, ranks find addresses of killed ranks, and wait for them.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+[[ ${PET_MAX_RESTARTS:-0} == 0 ]] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes="${NNODES:-1}" --nproc_per_node="${NGPU:-8}" --rdzv_backend=c10d \
     --rdzv_endpoint="${RDZV_ENDPOINT:-localhost:0}" --rdzv_id="${RDZV_ID:-train}" \
     -m torchtitan_ext.train --job.config_file "$CONFIG" "$@"

@@ -104,8 +104,9 @@ def test_every_node_of_a_slurm_job_gets_the_same_command_and_two_jobs_meet_apart
     assert len(ports) == 2
 
 
-def test_one_node_needs_no_meeting_point(launches):
-    process = launches.start("train.sh", *OVERRIDES, CONFIG=CONFIG, NGPU="2")
+@pytest.mark.parametrize("restarts", ["0", "3"])
+def test_one_node_needs_no_meeting_point(launches, restarts):
+    process = launches.start("train.sh", *OVERRIDES, CONFIG=CONFIG, NGPU="2", PET_MAX_RESTARTS=restarts)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
     # torchrun takes the script's place: what ends the one ends the other
@@ -114,8 +115,8 @@ def test_one_node_needs_no_meeting_point(launches):
     assert (run.nnodes, run.nproc_per_node) == ("1", "2")
     assert run.rdzv_endpoint == "localhost:0"  # any free port
     assert run.training_script_args == ["--job.config_file", CONFIG, *OVERRIDES]
-    # what torchrun's restarts need
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (launches.calls / "environment").read_text().splitlines()
+    environment = (launches.calls / "environment").read_text()
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment) == (restarts == "3")
 
 
 MISSING = [

@@ -16,7 +16,6 @@ ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down others on a shared CPU
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed segments leave gaps too small for long activations
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or restarted ranks wait for killed ones
 }
 STEP_LINE = re.compile(r"- step:\s*(\d+)\s+loss:\s*(\S+).*\btps:\s*([\d,]+)")
 
