@@ -43,7 +43,8 @@ def test_a_step_is_split_into_parts_without_gap_or_overlap(tmp_path):
         ("sdpa", 10_000, 14_000, ("aten::_scaled_dot_product_x", [[1, 2, SEQ_LEN, 64]])),
         ("sdpa", 14_000, 14_500, ("aten::_scaled_dot_product_x", ROWS)),
         ("flash", 14_500, 15_000, ("lighthouse::flash_attention_4", [[1, 192, 2, 64]])),
-        ("_spread_kernel", 15_000, 15_500, ("lighthouse::spread", ROWS)),
+        ("_spread_kernel", 15_000, 15_250, ("lighthouse::spread", ROWS)),
+        ("ncclDevKernel_SendRecv", 15_250, 15_500, ("nccl:all_to_all", None)),
         ("ncclDevKernel", 15_500, 18_000, ("FSDP::post_backward_reduce", None)),
         ("triton_poi_mul", 16_000, 20_000, ("CompiledFunction", None), ("triton_poi_mul", mm)),
         ("liger_cross_entropy_kernel", 20_000, 21_000),
@@ -57,7 +58,15 @@ def test_a_step_is_split_into_parts_without_gap_or_overlap(tmp_path):
     parts, rows = step_profile.breakdown(step_profile.read_kernels(file), SEQ_LEN, VOCAB)
     of = step_profile
     expected = {of.BLOCK_GEMMS: 3, of.OUTPUT_GEMMS: 1, of.DENSE_ATTENTION: 4, of.GATHERED_ATTENTION: 1}
-    expected |= {of.LIGHTHOUSE: 0.5, of.SHARDING: 3, of.LOSS: 1, of.EMBEDDING: 0.25, of.OPTIMIZER: 1, of.IDLE: 1}
+    expected |= {
+        of.LIGHTHOUSE: 0.25,
+        of.EXCHANGE: 0.25,
+        of.SHARDING: 3,
+        of.LOSS: 1,
+        of.EMBEDDING: 0.25,
+        of.OPTIMIZER: 1,
+        of.IDLE: 1,
+    }
     expected |= {of.ELEMENTWISE: 2.25}  # the half that overlaps the collective belongs to that one
     assert {part: ms for part, ms in parts.items() if ms} == expected
     assert {(row["kernel"], row["calls"], row["ms"]) for row in rows} >= {("triton_poi_mul", 1, 4)}

@@ -21,8 +21,7 @@ from .records import Run, read_run
 
 TAIL_COLORS = (figures.VERMILION, figures.GREEN, figures.PURPLE, figures.ORANGE, figures.SKY_BLUE)
 
-# title and format of each column
-COLUMNS = {
+COLUMNS = {  # title and format of each
     "run": ("run", ""),
     "device_hours": ("device-hours", ",.4g"),
     "hours_percent": ("% of dense's hours", ".1f"),
@@ -35,8 +34,7 @@ COLUMNS = {
     "validation_difference": ("difference from dense", "+.4f"),
     "equal_hours_difference": ("difference at equal hours", "+.4f"),
 }
-# columns of curves.csv
-CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")
+CURVES = ("step", "loss", "tokens_per_second", "seconds", "n_devices")  # columns of curves.csv
 # Values that are not recorded yet are missing; a published range is a string.
 Row = dict[str, Any]
 

@@ -33,11 +33,12 @@ LOSS = "rest of the loss"
 ELEMENTWISE = "norms, RoPE, SwiGLU, residuals"
 EMBEDDING = "embedding"
 SHARDING = "FSDP: casts, copies, collectives"
+EXCHANGE = "exchange between the GPUs of a sequence"
 OPTIMIZER = "optimizer and clipping"
 OTHER = "other kernels"
 IDLE = "idle"
 PARTS = (DENSE_ATTENTION, GATHERED_ATTENTION, LIGHTHOUSE, BLOCK_GEMMS, OUTPUT_GEMMS, LOSS)
-PARTS += (ELEMENTWISE, EMBEDDING, SHARDING, OPTIMIZER, OTHER, IDLE)
+PARTS += (ELEMENTWISE, EMBEDDING, SHARDING, EXCHANGE, OPTIMIZER, OTHER, IDLE)
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,12 @@ def read_kernels(trace: Path) -> list[Kernel]:
 def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
     """The part of the step that a kernel belongs to."""
     stack = " ".join(kernel.stack)
-    if "FSDP::" in stack or "fsdp::" in stack or "nccl" in kernel.name:
+    if "FSDP::" in stack or "fsdp::" in stack:
         return SHARDING
     if kernel.in_optimizer or "_foreach" in stack or "clip_grad" in stack:
         return OPTIMIZER
+    if "nccl" in kernel.name:
+        return EXCHANGE
     if "scaled_dot_product" in stack or "flash_attention_4" in stack:
         of_all_rows = any(seq_len in query for query in kernel.shapes[:1])
         return DENSE_ATTENTION if of_all_rows else GATHERED_ATTENTION

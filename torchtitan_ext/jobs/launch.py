@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import IO
 
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
-# a training's environment, unless the caller's says otherwise
-DEFAULTS = {
+DEFAULTS = {  # a training's environment, unless the caller's says otherwise
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down others on a shared CPU
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed segments leave gaps too small for long activations
 }
