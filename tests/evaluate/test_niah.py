@@ -6,6 +6,7 @@ import os
 import re
 import string
 import sys
+from dataclasses import asdict
 from itertools import product
 
 import pytest
@@ -206,9 +207,10 @@ def test_logits_are_the_models_at_the_last_position_and_no_others_are_computed(c
 
 
 def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, monkeypatch, capsys):
-    folder, places = tmp_path / "results", list(product((37, 600), (0, 50)))
-    made = [niah.Cell(*place, ("0123456789" * 2)[: 5 * i].ljust(20, "0")) for i, place in enumerate(places)]
-    monkeypatch.setattr(niah, "evaluate", lambda *_: made)
+    folder, digits, wrong = tmp_path / "results", "0123456789" * 2, "1234567890" * 2
+    right = [2, 6, 10, 14]  # of 20
+    cells = [niah.Cell(*x, digits[:n] + wrong[n:]) for x, n in zip(product((37, 600), (0, 50)), right, strict=True)]
+    monkeypatch.setattr(niah, "evaluate", lambda *_: cells)
     options = ["--contexts", 37, 600, "--depths", 0, 50, "--trials", 20, "--seed", 7, "--output", folder]
     assert run_command(monkeypatch, "niah", checkpoint, *options) == 0
     out, err = capsys.readouterr()
@@ -219,22 +221,13 @@ def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, mon
     assert record["checkpoint"] == os.path.relpath(checkpoint) and record["trained_with_lighthouse"]
     assert [record[key] for key in ("contexts", "depths", "trials", "seed")] == [[37, 600], [0, 50], 20, 7]
     assert (record["max_context"], record["dtype"]) == (600, "float32")
-    cells = {(cell["context"], cell["depth"]): cell for cell in record["cells"]}
-    assert [*cells] == places
-    for cell in cells.values():
-        right = [int(answer) == trial % 10 for trial, answer in enumerate(cell["answers"])]
-        assert cell["correct"] == sum(right) and cell["mean"] == cell["correct"] / len(right)
-    mean, n_trials = record["mean"], 20 * len(cells)
-    assert mean == sum(cell["correct"] for cell in cells.values()) / n_trials
-    assert record["standard_error"] == math.sqrt(mean * (1 - mean) / n_trials)
+    for cell, n, found in zip(cells, right, record["cells"], strict=True):
+        assert found == asdict(cell) | {"correct": n, "mean": n / 20}
+    assert record["mean"] == 0.4 and record["standard_error"] == math.sqrt(0.4 * 0.6 / 80)
 
-    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
-    assert rows[0] == ["depth", "37", "600", "mean"]
-    for row, depth in zip(rows[2:-1], (0, 50), strict=True):
-        near, far = (cells[context, depth]["mean"] for context in (37, 600))
-        assert row == [f"{depth} %", *(f"{share:.2f}" for share in (near, far, (near + far) / 2))]
-    near, far = ((cells[context, 0]["mean"] + cells[context, 50]["mean"]) / 2 for context in (37, 600))
-    assert rows[-1] == ["mean", *(f"{share:.2f}" for share in (near, far, mean))]
+    head, _, *rows = [line.strip("| ") for line in out.splitlines() if line.startswith("|")]
+    assert head == "depth | 37 | 600 | mean"
+    assert rows == ["0 % | 0.10 | 0.50 | 0.30", "50 % | 0.30 | 0.70 | 0.50", "mean | 0.20 | 0.60 | 0.40"]
 
 
 def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, monkeypatch, capsys):
