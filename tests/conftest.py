@@ -57,6 +57,14 @@ def pytest_collection_finish():
 
 
 @pytest.fixture
+def triton_everywhere(monkeypatch):
+    """The layer takes the Triton operators on any device."""
+    from torchtitan_ext.lighthouse import attention, triton_ops
+
+    monkeypatch.setattr(attention, "ops_for", lambda _: triton_ops)
+
+
+@pytest.fixture
 def job(tmp_path, monkeypatch):
     """Parses a job file of configs/text with overrides, in a fresh dump folder; legal without any."""
     from helpers.jobs import ROOT

@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.jobs import ROOT, job_of
+from helpers.lighthouse_cases import DEVICE
+from helpers.models import build
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from torchtitan_ext.jobs.memory import GIB, no_estimate_reason, peak_memory
 from torchtitan_ext.jobs.preflight import FA4_MFU, MFU, PRODUCTS
 from torchtitan_ext.jobs.rules import parallel_dims
-from torchtitan_ext.lighthouse import attention, triton_ops
-from torchtitan_ext.model import LighthouseTransformer, flavors
+from torchtitan_ext.model import flavors
 from torchtitan_ext.model.settings import Lighthouse
 
 RECORDS = ("bench_train", "kernels/train_fa4", "kernels/train_1m_fa4", "kernels/train_1m_kept_fa4")
@@ -37,9 +38,7 @@ def test_the_estimates_are_near_what_was_measured(row, monkeypatch):
 @pytest.mark.parametrize(
     "policy", ["none", "selective", "selective wo", "selective wk,w1", f"selective {','.join(PRODUCTS)}", "full"]
 )
-def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, policy, lighthouse):
-    on = "cuda" if torch.cuda.is_available() else "cpu"
-    monkeypatch.setattr(attention, "ops_for", lambda x: triton_ops)
+def test_a_compiled_block_keeps_what_the_estimate_counts(triton_everywhere, policy, lighthouse):
     mode, *recomputed = policy.split()
     given = [f"per_op_sac_force_recompute_mm_shapes_by_fqns={names}" for names in recomputed] + [f"mode={mode}"]
     settings = ("training.seq_len=64", *(f"activation_checkpoint.{setting}" for setting in given))
@@ -48,10 +47,7 @@ def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, policy, li
     args = replace(flavors["debug"], n_layers=1, n_kv_heads=1, max_seq_len=64, lighthouse=lighthouse_settings)
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        model = LighthouseTransformer(args).bfloat16()
-        model.init_weights()
-    model.to(on)
+    model = build(args, device=DEVICE).bfloat16()
     if mode != "none":
         cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         saved = {*_op_sac_save_list, cpu_attention}
@@ -64,7 +60,7 @@ def test_a_compiled_block_keeps_what_the_estimate_counts(monkeypatch, policy, li
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    hidden = torch.randn(1, 64, args.dim, dtype=torch.bfloat16, device=on, requires_grad=True)
+    hidden = torch.randn(1, 64, args.dim, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(hidden, model.freqs_cis, None, None)
     counted = peak_memory(job, args, parallel_dims(job, 1))["kept by the blocks"]

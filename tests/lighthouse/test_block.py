@@ -15,22 +15,13 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
-from torchtitan_ext.lighthouse import attention as layer
-from torchtitan_ext.lighthouse import scorers, triton_ops
+from torchtitan_ext.lighthouse import scorers
 from torchtitan_ext.model import Lighthouse
 
 SEQ_LEN = 64
 LIGHTHOUSE = Lighthouse(enable=True, levels=2, pooling_factor=4, top_k=4, tile_winners=4, dense_layers=[])
 ARGS = small_args(n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64, multiple_of=32, lighthouse=LIGHTHOUSE)
-
-
-@pytest.fixture(autouse=True)
-def triton_everywhere(monkeypatch):
-    monkeypatch.setattr(layer, "ops_for", lambda _: triton_ops)
-
-
-def model(args=ARGS):
-    return build(args, device=DEVICE)
+pytestmark = pytest.mark.usefixtures("triton_everywhere")
 
 
 def tokens(seed=0):
@@ -46,7 +37,7 @@ def gradients(built, seed=0):
 
 @cache
 def plain_gradients(seed=0):
-    return gradients(model(), seed)
+    return gradients(build(ARGS, device=DEVICE), seed)
 
 
 def assert_same(ours, reference, **tolerance):
@@ -63,7 +54,7 @@ def compile_block(built):
 
 @pytest.mark.slow
 def test_compiles_fullgraph_and_does_not_recompile_between_steps():
-    built = compile_block(model())
+    built = compile_block(build(ARGS, device=DEVICE))
     assert_same(gradients(built), plain_gradients(), rtol=1e-4, atol=1e-6)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same(gradients(built, 1), plain_gradients(1), rtol=1e-4, atol=1e-6)
@@ -79,7 +70,7 @@ def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(mode, s
     calls, compute = [], scorers.output_scores
     monkeypatch.setattr(scorers, "output_scores", lambda *x: calls.append(x) or compute(*x))
     args = replace(ARGS, lighthouse=replace(ARGS.lighthouse, scorer=scorer))
-    plain, built = gradients(model(args)), model(args)
+    plain, built = gradients(build(args, device=DEVICE)), build(args, device=DEVICE)
     calls.clear()
     settings = ActivationCheckpoint(mode=mode, selective_ac_option="op")
     apply_ac(built, settings, model_compile_enabled=compiled, op_sac_save_list=_op_sac_save_list)
@@ -90,7 +81,7 @@ def test_gradients_under_activation_checkpointing_are_the_unchecked_ones(mode, s
 
 @pytest.mark.gpu
 def test_a_step_never_waits_for_the_gpu():
-    built = compile_block(model())
+    built = compile_block(build(ARGS, device=DEVICE))
     gradients(built)
     batch = tokens(1)
     torch.cuda.set_sync_debug_mode("error")

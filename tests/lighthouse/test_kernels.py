@@ -62,12 +62,6 @@ def inputs_of(shape, dtype=torch.float32, rope="selected", seed=0):
     return tensors, rotary_table(seq_len + 3, head_dim, torch.complex64).to(DEVICE), config
 
 
-@pytest.fixture
-def triton_everywhere(monkeypatch):
-    """The layer takes the Triton operators on any device."""
-    monkeypatch.setattr(layer, "ops_for", lambda _: triton_ops)
-
-
 @pytest.fixture(params=[torch_ops, triton_ops], ids=["torch", "triton"])
 def either_path(request, monkeypatch):
     """The layer takes the torch operators, or the Triton ones, on any device."""
