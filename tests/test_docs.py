@@ -10,6 +10,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 from urllib.parse import unquote
 
 import pytest
@@ -186,21 +187,18 @@ def test_the_examples_of_the_layer_run_from_top_to_bottom(page):
     assert shown["out"].shape == shown["q"].shape and all(x.grad.any() for x in trained)
 
 
+@patch.dict(DATASETS)  # so that it goes with this test
 def test_the_data_set_that_is_shown_is_read_whole_shared_out_and_resumed(tmp_path):
     [example] = code(ROOT / "docs" / "data.md", "python")
     texts = [f"text {i}" for i in range(6)]
     for i in range(2):
         (tmp_path / f"{i}.csv").write_text("\n".join(["number,text", *(f"{i},{text}" for text in texts[i::2])]))
     known = set(DATASETS)
-    try:
-        exec(example, {})
-        [name] = set(DATASETS) - known
-        ranks = [documents(name, tmp_path, rank=rank, world=2) for rank in range(2)]
-        drawn, _ = stopped(lambda: loader(name, tmp_path, 3), 9, 30)  # into the next pass
-        expected = stream(islice(loader(name, tmp_path, 3), 39))
-    finally:
-        for name in set(DATASETS) - known:
-            del DATASETS[name]
+    exec(example, {})
+    [name] = set(DATASETS) - known
+    ranks = [documents(name, tmp_path, rank=rank, world=2) for rank in range(2)]
+    drawn, _ = stopped(lambda: loader(name, tmp_path, 3), 9, 30)  # into the next pass
+    expected = stream(islice(loader(name, tmp_path, 3), 39))
     assert [[text.decode() for text in rank] for rank in ranks] == [texts[0::2], texts[1::2]]
     assert drawn == expected
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import run_command
-from helpers.damage import SHARDS, SKIPPED, N, with_bytes, with_line
+from helpers.damage import SHARDS, SKIPPED, N, with_bytes, with_line, write_damaged
 from helpers.streams import loader, stopped, stream, write_c4
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,11 +94,8 @@ def test_a_run_that_ends_amid_a_file_ends_quietly(tmp_path, monkeypatch):
 @given(kinds=st.lists(st.sampled_from([None, *DAMAGE]), min_size=1, max_size=5))
 def test_every_damaged_file_is_reported_and_no_other(kinds):
     with tempfile.TemporaryDirectory() as folder:
-        path = write_c4(Path(folder), [SHARDS[0]] * len(kinds))
+        path, _ = write_damaged(folder, kinds, DAMAGE)
         files = text_files(str(path))
-        for file, kind in zip(files, kinds, strict=True):
-            if kind:
-                DAMAGE[kind][0](Path(file))
         checked, report, damaged = check(path)
     assert damaged == any(kinds) and f"damaged files: {sum(map(bool, kinds))}" in report
     assert report.count("remedy: fetch it again") == sum(map(bool, kinds))

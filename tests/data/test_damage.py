@@ -10,7 +10,7 @@ import tempfile
 import time
 from itertools import chain, islice
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 from helpers.damage import SHARDS, SKIPPED, with_line, write_damaged
@@ -149,8 +149,7 @@ def test_a_data_set_without_an_intact_document_is_named(tmp_path):
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(1, 20), st.integers(1, 10))
 def test_a_long_document_comes_in_pieces(lengths, longest, stop):
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "LONGEST_DOCUMENT", longest)
+    with tempfile.TemporaryDirectory() as folder, patch.object(datasets, "LONGEST_DOCUMENT", longest):
         texts = [("é🗼x" * length)[:length] for length in lengths]
         path = write_c4(Path(folder), [texts])
         got = documents("c4_local", path)

@@ -12,6 +12,7 @@ from itertools import chain, islice
 from multiprocessing import Value
 from pathlib import Path
 from threading import Event
+from unittest.mock import patch
 
 import pytest
 from helpers import streams
@@ -220,8 +221,7 @@ def pieces_in_order(path):
 def test_python_source_cuts_between_characters(text, stray, piece):
     data = text.encode() + stray
     text = data.decode(errors="replace").removeprefix("\ufeff")
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "PIECE", piece)
+    with tempfile.TemporaryDirectory() as folder, patch.object(datasets, "PIECE", piece):
         Path(folder, "a.txt").write_bytes(data)
         starts, pieces = pieces_in_order(folder)
         assert starts == list(range(0, max(1, len(data)), piece))

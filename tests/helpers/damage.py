@@ -51,12 +51,12 @@ SKIPPED = {
 }
 
 
-def write_damaged(folder, kinds):
+def write_damaged(folder, kinds, damages=SKIPPED):
     """A copy of C4 whose files have these kinds of damage, and the texts that are left of each."""
     texts = SHARDS[1]
     path, left = write_c4(Path(folder), [texts] * len(kinds)), []
     for file, kind in zip(text_files(str(path)), kinds, strict=True):
         if kind:
-            SKIPPED[kind][0](Path(file))
-        left.append([] if kind and SKIPPED[kind][1] == "after line 0" else texts)
+            damages[kind][0](Path(file))
+        left.append([] if kind and damages[kind][1] == "after line 0" else texts)
     return path, left

@@ -26,8 +26,6 @@ LAYOUTS = {  # what users' tokenizer_config.json say
     "two tokens": {"bos_token": "<s>", "eos_token": "</s>"},
     "two tokens, of which it adds one": {"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": True},
 }
-
-
 MERGES = (("i", "t"), ("Ġ", "it"), ("2", "0"), ("<", "/"), ("|", ">"), ("e", "n"))
 
 

@@ -1,7 +1,7 @@
 """The torch path of the layer: equal to the fp64 reference, and the properties that make it the method."""
 
 from itertools import product
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -71,8 +71,7 @@ def test_with_the_selection_fixed_no_output_sees_a_later_input(case, data):
     t = data.draw(st.integers(1, seq_len - 1))
 
     def run(q, k, v):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_ops, "select", lambda *_: slots)
+        with patch.object(torch_ops, "select", lambda *_: slots):
             return lighthouse_attention(q, k, v, config, freqs_cis=freqs_cis)
 
     before = run(q, k, v)
@@ -102,8 +101,7 @@ def test_keeps_dtype_and_shape_and_stays_near_the_fp64_result(dtype):
     for op in (torch_ops.gather, torch_ops.scatter):
         assert torch.equal(op(x, slots, SMALL), op(x.to(wide), slots, SMALL).to(dtype))  # rounded once
         x = op(x, slots, SMALL)
-    with pytest.MonkeyPatch.context() as patch:  # rounding may move a selection: hold it
-        patch.setattr(torch_ops, "select", lambda *_: slots)
+    with patch.object(torch_ops, "select", lambda *_: slots):  # rounding may move a selection: hold it
         exact = lighthouse_attention(*(x.double() for x in inputs), SMALL, freqs_cis=freqs_cis)
     assert error(out, exact) <= TOLERANCE.get(dtype, 0)
 
