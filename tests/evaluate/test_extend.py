@@ -9,16 +9,15 @@ import torch
 from helpers.commands import ROOT, run_command
 from helpers.jobs import problems
 from helpers.launches import losses, train
-from helpers.streams import write_lines
+from helpers.streams import END, write_bpe, write_lines
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from torchtitan_ext.evaluate.niah import find_candidate
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.model import flavors
 
-CONFIGS, END = "configs/llama3.2-1b-128k", "<|end|>"
+CONFIGS = "configs/llama3.2-1b-128k"
 SMALL = ["--training.seq_len=512", "--training.global_batch_size=2", "--training.mixed_precision_param=float32"]
 SMALL += ["--lighthouse.top_k=32", "--lighthouse.tile_winners=8", "--rope.theta=4e6", "--lr_scheduler.warmup_steps=2"]
 SMALL += ["--compile.no_enable", "--metrics.log_freq=1", "--checkpoint.interval=2"]
@@ -28,14 +27,9 @@ MODEL |= {"intermediate_size": 160, "vocab_size": 1024, "tie_word_embeddings": T
 
 @pytest.mark.slow
 def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
-    text, tokenizer, given = Path(argparse.__file__).read_text(), Tokenizer(models.BPE()), tmp_path / "given"
+    text, given = Path(argparse.__file__).read_text(), tmp_path / "given"
     LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(given)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    settings = {"vocab_size": 1000, "special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    digits = " 0 1 2 3 4 5 6 7 8 9" * 99  # frequent, so that each is one token
-    tokenizer.train_from_iterator([text, digits], trainers.BpeTrainer(**settings))
-    tokenizer.save(str(given / "tokenizer.json"))
-    (given / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    write_bpe(given, {"eos_token": END}, [("Ġ", digit) for digit in "0123456789"])
     write_lines(tmp_path / "text.jsonl.zst", [text[i : i + 2000] for i in range(0, len(text), 2000)])
 
     monkeypatch.chdir(ROOT)
