@@ -15,7 +15,7 @@ from helpers.checkpoints import build, save_run
 from helpers.commands import run_command
 from helpers.streams import TOKENIZER as BYTES
 from helpers.streams import write_bpe
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from torchtitan_ext.data.passkey import QUESTION, needle
@@ -33,11 +33,7 @@ def words(tmp_path_factory):
     """A token holds several characters, a digit comes with the space before it, and encode() itself begins with bos."""
     folder = tmp_path_factory.mktemp("words")
     merges = *(("Ġ", digit) for digit in "0123456789"), ("a", "b"), ("i", "s"), ("4", "2")
-    write_bpe(folder, {"bos_token": "<s>"}, merges)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    bos = ("<s>", tokenizer.token_to_id("<s>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_bpe(folder, {"bos_token": "<s>", "add_bos_token": True}, merges)
     return HuggingFaceTokenizer(str(folder))
 
 

@@ -50,8 +50,7 @@ def faulty_forward_backward(self, **batch):
 
 
 def state(trainer):
-    tensors = {"weights": list(trainer.model_parts[0].parameters())}
-    tensors["moments"] = list(trainer.optimizers.state_dict().values())
+    tensors = {"weights": trainer.model_parts[0].parameters(), "moments": trainer.optimizers.state_dict().values()}
     return {
         name: [x.to_local().clone() for x in values if isinstance(x, torch.Tensor) and x.ndim]
         for name, values in tensors.items()

@@ -37,8 +37,10 @@ def write_bpe(folder: Path, config: dict, merges=MERGES) -> Tokenizer:
     plain.decoder = decoders.ByteLevel()
     whole = deepcopy(plain)
     whole.add_special_tokens([END, "<s>", "</s>", "<pad>"])
-    if config.get("add_eos_token"):
-        whole.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", len(pieces) + 2)])
+    ids = [(token, whole.token_to_id(token)) for token in ("<s>", "</s>")]
+    for setting, template in (("add_bos_token", "<s> $A"), ("add_eos_token", "$A </s>")):
+        if config.get(setting):
+            whole.post_processor = processors.TemplateProcessing(template, special_tokens=ids)
     folder.mkdir(exist_ok=True)
     whole.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -126,18 +126,17 @@ def test_versions_are_held_against_the_supported_ones(check, monkeypatch, caplog
     assert "triton is not installed" in first and "torchtitan is 0.2.1" in second
 
 
-def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(check, tmp_path):
+def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(check, monkeypatch, tmp_path):
     stale = tmp_path / "torchtitan_lighthouse.egg-info"
     stale.mkdir()
     extras = 'Requires-Dist: tyro<1; extra == "train"\nRequires-Dist: ruff<0; extra == "dev"\n'
     requires = f"Requires-Python: >=4\nRequires-Dist: torch<2\n{extras}"
     (stale / "PKG-INFO").write_text(f"Name: torchtitan-lighthouse\nVersion: 0.1.0\n{requires}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        assert not check()[0]
-        # the built package, apart from any clone
-        patch.setattr(environment, "PROJECT", tmp_path / "pyproject.toml")
-        problems, _ = check()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not check()[0]
+    # the built package, apart from any clone
+    monkeypatch.setattr(environment, "PROJECT", tmp_path / "pyproject.toml")
+    problems, _ = check()
     expected = ("needs >=4", "torch<2", "tyro<1")
     assert len(problems) == 3 and all(map(str.__contains__, problems, expected))
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.launches import SHORT, losses, train
+from helpers.streams import stream
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -91,8 +92,7 @@ def runs(request, tmp_path_factory):
 
 
 def batch(run, rank, count):
-    inputs, labels = torch.load(run.records / f"batch-{rank}-{count}.pt")
-    return inputs["input"], labels
+    return torch.load(run.records / f"batch-{rank}-{count}.pt")
 
 
 def continued(runs):
@@ -100,10 +100,9 @@ def continued(runs):
     return [getattr(runs, name) for name in ("stage2", "resumed", "moved", "longer") if hasattr(runs, name)]
 
 
-def stream(run, rank, first, last):
-    """The tokens of these batches, in the order drawn: of each sequence its inputs and the last label."""
-    batches = [batch(run, rank, count) for count in range(first, last + 1)]
-    return torch.cat([torch.cat([inputs, labels[:, -1:]], dim=1).flatten() for inputs, labels in batches])
+def drawn(run, rank, first, last):
+    """The tokens of these batches, in the order drawn."""
+    return stream(batch(run, rank, count) for count in range(first, last + 1))
 
 
 def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(runs):
@@ -136,12 +135,12 @@ def test_every_validation_of_every_start_reads_the_same_documents(runs):
 
 def test_what_continues_draws_first_what_stage_1_would_have_drawn_next(runs):
     for rank in range(runs.dp):
-        rest = stream(runs.whole, rank, runs.job.split + 1, runs.job.steps)
+        rest = drawn(runs.whole, rank, runs.job.split + 1, runs.job.steps)
         for run in continued(runs):
-            first = stream(run, rank, 1, 1)
-            assert torch.equal(first, rest[: len(first)])
-        drawn = [batch(runs.whole, rank, count)[0] for count in range(1, runs.job.steps + 1)]
-        assert len({tuple(tokens.flatten().tolist()) for tokens in drawn}) == runs.job.steps
+            first = drawn(run, rank, 1, 1)
+            assert first == rest[: len(first)]
+        each = {tuple(drawn(runs.whole, rank, count, count)) for count in range(1, runs.job.steps + 1)}
+        assert len(each) == runs.job.steps
 
 
 def test_what_continues_starts_from_the_optimizer_schedule_and_step_of_the_checkpoint(runs):
