@@ -102,20 +102,17 @@ def test_every_damage_is_skipped_by_one_rank(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capfd, caplog):
+def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capfd):
     path, _ = write_damaged(tmp_path, ["no JSON", None, "cut short"])
     files = text_files(str(path))
     file = Path(files[0])
     file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()) + b"no JSON\n" * 7))
-    log = logging.StreamHandler()  # seen from the worker's process too
-    logging.getLogger().addHandler(log)
-    try:
+    log = [logging.StreamHandler()]  # seen from the worker's process too
+    with patch.object(logging.getLogger(), "handlers", log):
         data = loader("c4_local", path, 8, workers=workers, skip=True)
         epoch = len(list(loader("c4_local", path, 8, infinite=False, skip=True)))
         capfd.readouterr()
         list(islice(data, 2 * epoch))
-    finally:
-        logging.getLogger().removeHandler(log)
     lines = [line for line in capfd.readouterr().err.splitlines() if ": skipped," in line]
     in_file_2 = f"{files[2]}, after line {len(TEXTS)}"
     assert [line.split(": ")[0] for line in lines] == [f"{files[0]}, line 3", in_file_2]

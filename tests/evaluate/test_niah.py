@@ -8,6 +8,7 @@ import string
 import sys
 from dataclasses import asdict
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,18 +29,15 @@ ALPHABET = {*string.ascii_letters, *string.digits}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    """A token holds several characters, a digit comes with the space before it, and encode() itself begins with bos."""
+@pytest.fixture(scope="module", params=["bytes", "words"])
+def tokenizer(request, tmp_path_factory):
+    """Of words: tokens hold several characters, a digit has the space before it, and encode() adds bos itself."""
+    if request.param == "bytes":
+        return BYTES
     folder = tmp_path_factory.mktemp("words")
     merges = *(("Ġ", digit) for digit in "0123456789"), ("a", "b"), ("i", "s"), ("4", "2")
     write_bpe(folder, {"bos_token": "<s>", "add_bos_token": True}, merges)
     return HuggingFaceTokenizer(str(folder))
-
-
-@pytest.fixture(params=["bytes", "words"])
-def tokenizer(request):
-    return BYTES if request.param == "bytes" else request.getfixturevalue("words")
 
 
 @pytest.mark.parametrize("n_filler", [0, 1, 300, 1000])
@@ -162,11 +160,9 @@ def test_batch_size_and_order_change_nothing_but_the_batches():
 
 
 def test_out_of_memory_and_logits_that_are_no_numbers_are_no_answer():
-    def model(tokens):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
     advice = "--batch-size = 8 at context 200: give a smaller --batch-size, or leave it out"
-    for wrong, words in ((model, advice), (lambda tokens: finder(tokens) / (1 - finder(tokens)), "not finite")):
+    for wrong, words in ((full, advice), (lambda tokens: finder(tokens) / (1 - finder(tokens)), "not finite")):
         with pytest.raises(ValueError, match=words):
             niah.evaluate(wrong, niah.Prompts(BYTES), niah.Settings((200,), batch_size=8))
 
