@@ -48,8 +48,6 @@ def test_what_a_launch_sets_holds_over_the_checkpoint(tmp_path, changed, without
     for done in range(2):
         position = done + (0 if "lr_scheduler" in without else 3)
         by_hand.param_groups[0]["lr"] = settings["lr"] * (position + 1) / 10
-        model(torch.arange(4.0)).square().sum().backward()
-        by_hand.step()
-        by_hand.zero_grad()
+        train(model, {"optimizer": by_hand})
         train(resumed, resumed_states)
         assert all(map(torch.equal, model.parameters(), resumed.parameters()))

@@ -94,34 +94,30 @@ def test_every_problem_is_named_at_once(check, tmp_path):
     assert [sum(field in problem for problem in problems) for field in fields] == [1] * len(problems)
 
 
-def version_of(**changed):
-    """importlib.metadata.version with some changed, None for not installed."""
-
-    def version(name):
-        found = changed.get(name, VERSION(name))
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
-
-    return version
-
-
 @pytest.mark.slow
 def test_versions_are_held_against_the_supported_ones(check, monkeypatch, caplog, tmp_path):
     job, _ = job_of(TEXT, f"job.dump_folder={tmp_path}")
     [pin] = re.findall(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+    def version(name):
+        if name == missing:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return others.get(name) or VERSION(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    missing = None
     for good in ("2.11.0+cu130", pin, "2.15.0a0+nv"):
-        monkeypatch.setattr(importlib.metadata, "version", version_of(torch=good))
+        others = {"torch": good}
         assert not check()[0]
     for wrong in ("2.10.0", "2.16.1+cpu"):
-        monkeypatch.setattr(importlib.metadata, "version", version_of(torch=wrong))
+        others = {"torch": wrong}
         words = [f"torch is {wrong}", "<2.16", ">=2.11", "pip install"]
         only(check()[0], *words)
         # which a launch says too, and trains
         start(job)
         only([r.message for r in caplog.records if r.levelname == "WARNING"], *words)
         caplog.clear()
-    monkeypatch.setattr(importlib.metadata, "version", version_of(triton=None, torchtitan="0.2.1"))
+    missing, others = "triton", {"torchtitan": "0.2.1"}
     first, second = check()[0]
     assert "triton is not installed" in first and "torchtitan is 0.2.1" in second
 

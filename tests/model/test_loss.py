@@ -21,9 +21,8 @@ def several_chunks(monkeypatch):
 
 def example(dtype=torch.float32, ignored=0, device="cpu"):
     g = torch.Generator().manual_seed(0)
-    hidden, weight = (
-        torch.randn(*shape, DIM, generator=g).to(device, dtype).requires_grad_() for shape in ((2, TOKENS), (VOCAB,))
-    )
+    shapes = (2, TOKENS, DIM), (VOCAB, DIM)
+    hidden, weight = (torch.randn(shape, generator=g).to(device, dtype).requires_grad_() for shape in shapes)
     labels = torch.randint(VOCAB, (2, TOKENS), generator=g).to(device)
     labels[:, :ignored] = IGNORE_INDEX
     return hidden, weight, labels
