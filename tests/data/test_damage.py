@@ -15,13 +15,14 @@ from unittest.mock import Mock, patch
 import pytest
 from helpers.damage import SHARDS, SKIPPED, with_line, write_damaged
 from helpers.launches import start_ranks
-from helpers.streams import EOS, documents, loader, stopped, stream, write_c4
+from helpers.streams import EOS, TOKENIZER, documents, loader, stopped, stream, write_c4
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtitan_ext.data import datasets
+from torchtitan_ext.data import build_dataloader, datasets
 from torchtitan_ext.data.check_text import check_file
 from torchtitan_ext.data.datasets import text_files
+from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.train.spec import register
 
 TEXTS = SHARDS[1]
@@ -69,6 +70,14 @@ def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
     resumed = loader(*args, infinite=False, skip=True, workers=workers)
     resumed.load_state_dict(state)
     assert got and got + stream(resumed) == whole
+
+
+def test_validation_data_is_never_skipped(tmp_path):
+    path, _ = write_damaged(tmp_path, [None, "no JSON"])
+    source = "--validation.dataset=c4_local", f"--validation.dataset_path={path}", "--training.skip_damaged_data"
+    job = parse_job("configs/text/dense.toml", source)
+    with pytest.raises(ValueError, match="validation data must be repaired"):
+        list(build_dataloader(1, 0, TOKENIZER, job, infinite=False, section="validation"))
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def build_dataloader(
     tokenizer = copy(tokenizer)
     tokenizer.tokenizer.encode_special_tokens = True
     tokenizer.tokenizer = _OnlyIds(tokenizer.tokenizer)
-    skip = training.skip_damaged_data
+    skip = training.skip_damaged_data and section == "training"
     documents = load_documents(job_config, section, n_ranks)
     try:
         dataset = TextDataset(documents, tokenizer, data.seq_len, rank, n_ranks, infinite, skip)
