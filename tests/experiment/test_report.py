@@ -75,11 +75,11 @@ def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
     assert report.batch_noise(SimpleNamespace(loss=loss)) == pytest.approx(deviation, rel=0.05)
 
 
-def write_start(folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices=2, name="a", seed=1, lighthouse=None):
+def write_start(folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices=2, name="a", seed=1, **config):
     """The records of one process start that logged `loss` at `step`, and its event file."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"training": {"steps": total, "seq_len": 128}, "model": {"flavor": "made"}, "debug": {"seed": seed}}
-    config |= {"lighthouse": {"rope": "selected", "top_k": 256} | (lighthouse or {}), "attention": {"kernel": "fa4"}}
+    config |= {"training": {"steps": total, "seq_len": 128}, "model": {"flavor": "made"}, "debug": {"seed": seed}}
+    config = {"lighthouse": {"rope": "selected", "top_k": 256}, "attention": {"kernel": "fa4"}} | config
     (folder / "config.json").write_text(json.dumps(config))
     writer = SummaryWriter(folder / "tb" / name)
     since = np.minimum(np.diff(step, prepend=0), log_freq)
@@ -221,19 +221,21 @@ def test_seeds_are_compared_run_by_run(made, tmp_path):
     first, other = compared(folder, tmp_path / "out", tmp_path)
     loss = curve(TOTAL) + 1
     assert first[:2] + first[-2:] == ["the first", "dense", f"{loss:.4f}", "+0.0000"]
-    assert other[:2] + other[-2:] == ["seed = 2", "dense", f"{loss + 0.125:.4f}", "+0.1250"]
+    assert other[:2] + other[-2:] == ["debug.seed = 2", "dense", f"{loss + 0.125:.4f}", "+0.1250"]
     with pytest.raises(ValueError, match="has the first's settings and seed"):
         report.write(folder, tmp_path / "out", PUBLISHED, [folder])
 
 
-def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_path):
+@pytest.mark.parametrize("setting", ["lighthouse.rope = base", "parallelism.context_parallel_degree = 2"])
+def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_path, setting):
     folder, log_freq = made
     for name, start, end in (("stage1", 0, 50), ("stage2-50", 50, TOTAL)):
-        step, settings = logged_steps(start, end, log_freq), {"log_freq": log_freq, "lighthouse": {"rope": "base"}}
+        step, (section, field, value) = logged_steps(start, end, log_freq), re.split(r"\W+", setting)
+        settings = {"log_freq": log_freq, section: {field: value}}
         write_start(tmp_path / "base" / name, step, curve(step) - 0.25, total=end, **settings)
     # stage2-60 of the default has nothing to stand beside
     default, base = compared(folder, tmp_path / "out", tmp_path / "base")
-    assert [default[:2], base[:2]] == [["the first", "50 + 30"], ["rope = base", "50 + 30"]]
+    assert [default[:2], base[:2]] == [["the first", "50 + 30"], [setting, "50 + 30"]]
     assert float(default[-1]) == 0
     assert float(base[-1]) == pytest.approx(float(base[-2]) - float(default[-2]), abs=2e-4) == 0.25
 

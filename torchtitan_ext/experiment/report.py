@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from torchtitan_ext import figures
 from torchtitan_ext.console import make_folder
+from torchtitan_ext.jobs.recorded import LEARNED_WITH
 
 from .records import Run, read_run
 
@@ -229,11 +230,12 @@ def comparison(experiments: Sequence[Experiment]) -> str:
     """The runs that experiments share, each with its loss's difference from the first experiment's. Raises ValueError
     for an experiment of the same seed and settings as the first."""
     names = ("run", "ktok_s", "device_hours", "jump", "recovery", "final_loss", "validation_loss")
-    settings = [run.config["lighthouse"] | run.config["debug"] for run in (e.runs[-1] for e in experiments)]
+    sections, configs = (*LEARNED_WITH, "parallelism"), [experiment.runs[-1].config for experiment in experiments]
+    settings = [{(s, name): x for s in sections for name, x in config.get(s, {}).items()} for config in configs]
     tables = [dict(zip(("dense", *e.tails), table(e), strict=True)) for e in experiments]
     body = []
     for number, (rows, own) in enumerate(zip(tables, settings, strict=True)):
-        changed = ", ".join(f"{name} = {value}" for name, value in own.items() if value != settings[0][name])
+        changed = ", ".join(f"{'.'.join(name)} = {x}" for name, x in own.items() if x != settings[0].get(name))
         if number and not changed:
             raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first's settings and seed")
         for key, row in rows.items():

@@ -14,7 +14,7 @@ from torchtitan.config import JobConfig
 from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.launch import torchrun, training
-from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
+from torchtitan_ext.jobs.recorded import CONFIG_FILE, LEARNED_WITH, read_config
 from torchtitan_ext.jobs.resume import complete_steps, is_saved
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.jobs.schedule import optimizer_problems
@@ -131,7 +131,7 @@ def _changed(run: PlannedRun) -> Iterator[str]:
         return
     saved = read_config(saved_file, "training.steps")
     now = json.loads(json.dumps(run.config.to_dict()))
-    for section in ("model", "rope", "lighthouse", "training", "optimizer", "lr_scheduler", "debug"):
+    for section in LEARNED_WITH:
         for field, value in now[section].items():
             before = saved.get(section, {}).get(field, value)
             if value != before and (section, field) != ("training", "steps"):

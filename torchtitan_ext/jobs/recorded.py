@@ -6,6 +6,8 @@ from pathlib import Path
 from torchtitan.config import JobConfig
 
 CONFIG_FILE = "config.json"  # the job of a run's last start that may save checkpoints
+# sections that decide what a run learns
+LEARNED_WITH = ("model", "rope", "lighthouse", "training", "optimizer", "lr_scheduler", "debug")
 # metrics logged beside torchtitan's
 N_DEVICES = "n_devices"
 LOG_FREQ = "log_freq"
