@@ -79,5 +79,5 @@ coverage: setup  ## lines of the package that the test suite runs, 96 % at least
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-clean:  ## remove the environment and every run
-	rm -rf $(VENV) outputs
+clean:  ## remove the environment; runs in outputs/ stay
+	rm -rf $(VENV)

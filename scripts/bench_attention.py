@@ -97,7 +97,7 @@ class BenchAttention:
     head_dim: Positive = 128 if ON_GPU else 64  # channels per head
     repeats: Positive = 30 if ON_GPU else 5  # of each timing; the median counts
     peers: bool = False  # time other layers at these lengths too, forward + backward
-    output: Path = Path("results" if ON_GPU else "outputs", "bench_attention.json")  # the plot goes beside it
+    output: Path = Path("outputs/bench_attention.json")  # the plot goes beside it
 
     def run(self) -> None:
         if self.output.is_dir():

@@ -5,7 +5,7 @@
 #   cp     one sequence on all of them: 1,048,576 tokens (1m, 1m-selective) and 262,144 with dense layers (256k)
 #   one    the comparison on one GPU: stage 1, dense, 1m, and for 1m-selective one GPU's share of its tokens
 #
-# Two to five minutes each. The rows of all go to OUTPUT=results/bench_eight.json.
+# Two to five minutes each. The rows of all go to OUTPUT=outputs/bench_eight.json.
 set -uo pipefail
 [[ ${1:-} =~ ^(-h|--help)$ ]] && sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit
 cd "$(dirname "$0")/.."
@@ -18,7 +18,7 @@ recipe=(--run stage1 configs/530m/stage1.toml --run dense configs/530m/dense.tom
 
 bench() {
     # A worker reads: every rank reads its whole sequence, which takes 0.25 s per million tokens.
-    python3 scripts/bench_train.py --append --output "${OUTPUT:-results/bench_eight.json}" \
+    python3 scripts/bench_train.py --append --output "${OUTPUT:-outputs/bench_eight.json}" \
         --steps 8 --window 2 --settings training.dataloader.num_workers=1 "$@" || failed=1
 }
 

@@ -47,7 +47,7 @@ class BenchTrain:
     window: Positive = 4  # steps timed at a time; the first of them warm up
     settings: tuple[str, ...] = ()  # section.field=value for every run
     profile: bool = False  # split the last step's time into parts, each beside its limit on this GPU
-    output: Path = Path("results" if ON_GPU else "outputs", "bench_train.json")  # the records; logs go beside it
+    output: Path = Path("outputs/bench_train.json")  # the records; logs go beside it
     append: bool = False  # add to the records in --output, to compare the runs of several calls
 
     def run(self) -> None:
