@@ -68,7 +68,6 @@ class Soak:
         command = [*torchrun(RANKS, CONFIG), *SETTINGS, f"--job.dump_folder={folder}"]
         command += [f"--training.steps={self.steps}", f"--checkpoint.interval={self.interval}"]
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_MAX_RESTARTS": str(len(kills))}
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or restarted ranks wait for killed ones
         self.display.begin(name, self.steps)
         with training(command, folder / "log.txt", **environment) as child:
             for step, *_ in child.steps():

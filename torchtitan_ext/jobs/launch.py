@@ -59,13 +59,16 @@ def training(command: list[str], log_file: Path, **environment: str) -> Iterator
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
                 stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         log = stack.enter_context(log_file.open("a"))
+        environment = {**DEFAULTS, **os.environ, "PYTHONUNBUFFERED": "1", **environment}
+        if environment.get("PET_MAX_RESTARTS", "0") != "0":  # or restarted ranks wait for killed ones
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         child = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**DEFAULTS, **os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            env=environment,
             start_new_session=True,  # Ctrl-C reaches only this process, which then ends the child in order
         )
         stack.enter_context(child)
