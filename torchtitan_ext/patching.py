@@ -9,7 +9,6 @@ import importlib.util
 import os
 import re
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 VERSION = "0.2.2"
@@ -59,12 +58,9 @@ def is_patched(root: Path) -> bool:
     raise ValueError(f"{root / 'torchtitan'} is {state}\nRestore it: {remedy}")
 
 
-def check_patched(changed_is_fine: bool = False) -> None:
-    """Raise ValueError for torchtitan as released and, unless `changed_is_fine`, for one changed in another way."""
-    root, patched = installed_root(), True
-    with suppress(*([ValueError] if changed_is_fine else [])):
-        patched = is_patched(root)
-    if not patched:
+def check_patched() -> None:
+    """Raise ValueError for torchtitan as released, and for one changed in another way."""
+    if not is_patched(root := installed_root()):
         raise ValueError(f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext patch apply")
 
 

@@ -40,8 +40,9 @@ def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, ki
 
 def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(monkeypatch, capsys):
     arguments = [f"--job.config_file={ROOT}/configs/text/dense.toml", "--print-config"]
-    monkeypatch.setattr("torchtitan_ext.patching.is_patched", lambda root: False)
-    with pytest.raises(SystemExit, match="2"):
+    with monkeypatch.context() as released, pytest.raises(SystemExit, match="2"):
+        released.setattr("torchtitan_ext.patching.is_patched", lambda root: False)
+        released.delattr("torchtitan.train.Trainer.checkpointer_cls")
         main(arguments)
     assert "is not patched: python -m torchtitan_ext patch apply" in capsys.readouterr().err
     monkeypatch.setattr("torchtitan_ext.patching.is_patched", MagicMock(side_effect=ValueError))
