@@ -25,6 +25,7 @@ from torchtitan_ext.experiment.records import LOSS, SECONDS, TOKENS_PER_SECOND, 
 from torchtitan_ext.experiment.runner import load_job
 from torchtitan_ext.experiment.timing import this_machine
 from torchtitan_ext.figures import markdown_table
+from torchtitan_ext.jobs.job_file import arguments_of
 from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
 from torchtitan_ext.model import flavors
@@ -130,11 +131,8 @@ class BenchTrain:
             arguments += ["--profiling.enable_profiling", f"--profiling.profile_freq={self.steps}"]
             arguments += [f"--profiling.profiler_active={PROFILED}", "--profiling.profiler_warmup=1"]
         for setting in (*words[2:], *self.settings):
-            path, _, value = setting.partition("=")
-            if value in ("true", "false"):  # torchtitan's switches take no value
-                section, _, field = path.rpartition(".")
-                setting = f"{section}.{field if value == 'true' else f'no_{field}'}"
-            arguments.append(f"--{setting}")
+            field, _, value = setting.partition("=")
+            arguments += arguments_of(field, {"true": True, "false": False}.get(value, value))
         return arguments
 
     def train(self, nproc: int, words: tuple[str, ...], folder: Path, log: Path, display: Display) -> str | None:

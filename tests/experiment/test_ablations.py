@@ -28,6 +28,15 @@ def test_every_cell_of_a_grid_is_a_legal_job_with_its_settings(configs, settings
     assert stages[0].lighthouse.enable and not stages[1].lighthouse.enable
 
 
+def test_a_cell_may_turn_switches_on_and_off(tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text(
+        '[[ablations]]\nrun = "a"\nsettings = { loss = { fuse_output = true }, compile = { enable = false } }'
+    )
+    job = parse_job(ROOT / "configs/27m/stage1.toml", ablations.read_grid(file)["a"])
+    assert job.loss.fuse_output and not job.compile.enable
+
+
 def test_a_cell_runs_both_stages_from_ten_sixteenths_into_a_folder_of_its_name(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     cells = {"a": ["--lighthouse.top_k=256"], "b": ["--lighthouse.rope=base"]}

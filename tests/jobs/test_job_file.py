@@ -6,7 +6,7 @@ import pytest
 from helpers.jobs import ROOT
 from torchtitan.config import ConfigManager
 
-from torchtitan_ext.jobs.job_file import RENAMED, as_toml, parse_job, read_toml
+from torchtitan_ext.jobs.job_file import as_toml, parse_job, read_toml
 from torchtitan_ext.lighthouse.scorers import SCORERS
 from torchtitan_ext.train.__main__ import main
 
@@ -104,9 +104,3 @@ def test_the_printed_job_is_the_job(write, capsys):
         job_config.job.config_file = None
         assert json.dumps(job_config.to_dict()) == json.dumps(job.to_dict())
     assert as_toml(again) == as_toml(job)
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_an_old_recipes_new_name_is_given(old, new):
-    assert f"{old}/stage1.toml: No such file or directory; {old} is {new} now" in refusal(ROOT / old / "stage1.toml")
-    assert (ROOT / new / "stage1.toml").exists()

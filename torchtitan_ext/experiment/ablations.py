@@ -1,11 +1,11 @@
 """Ablation grids: each cell is a stage 1 and a stage 2 with its own settings."""
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torchtitan_ext.jobs.job_file import parse_job
+from torchtitan_ext.jobs.job_file import arguments_of, parse_job
 
 from . import runner
 
@@ -13,16 +13,15 @@ from . import runner
 def read_grid(file: Path) -> dict[str, list[str]]:
     """torchtitan arguments of each cell, by name. Raises ValueError if the file is not a grid."""
     try:
-        return {cell["run"]: [*_arguments(cell["settings"])] for cell in tomllib.loads(file.read_text())["ablations"]}
+        return {cell["run"]: _arguments(cell["settings"]) for cell in tomllib.loads(file.read_text())["ablations"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "give a TOML file of [[ablations]], each with a run and its settings, like configs/published.toml"
         raise ValueError(f"--grid {file} is not a grid ({error!r}): {remedy}") from error
 
 
-def _arguments(settings: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    for section, fields in settings.items():
-        for field, value in fields.items():
-            yield from (f"--{section}.{field}", *map(str, value if isinstance(value, list) else [value]))
+def _arguments(settings: Mapping[str, Mapping[str, object]]) -> list[str]:
+    pairs = ((f"{section}.{name}", value) for section, fields in settings.items() for name, value in fields.items())
+    return [argument for field, value in pairs for argument in arguments_of(field, value)]
 
 
 def plan(

@@ -15,8 +15,6 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan_ext.arguments import errors_in_one_line
 from torchtitan_ext.model import settings as own
 
-RENAMED = {"configs/demo": "configs/text", "configs/small": "configs/27m"}
-
 
 def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The sections of a TOML file, merged over those of the file that it `extends`. Raises ValueError."""
@@ -26,8 +24,7 @@ def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, A
     try:
         values = tomllib.loads(file.read_text())
     except OSError as error:
-        moved = [f"{old} is {new} now" for old, new in RENAMED.items() if file.parent.as_posix().endswith(old)]
-        raise ValueError(f"{file}: {error.strerror}; {(moved or ['give the path of a job file'])[0]}") from error
+        raise ValueError(f"{file}: {error.strerror}; give the path of a job file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not TOML ({error}); correct that") from error
     if (parent := values.pop("extends", None)) is None:
@@ -69,6 +66,14 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
         # the rest advises on torchtitan's launcher
         said = str(error).splitlines()[0].partition(" We'll try")[0]
         raise ValueError(f"{where}: {said.rstrip('.')}; correct that in the file or argument") from error
+
+
+def arguments_of(field: str, value: object) -> list[str]:
+    """torchtitan's arguments that set `field`, such as "loss.fuse_output"; its switches take no value."""
+    section, _, name = field.rpartition(".")
+    if isinstance(value, bool):
+        return [f"--{field}" if value else f"--{section}.no_{name}"]
+    return [f"--{field}", *map(str, value)] if isinstance(value, list) else [f"--{field}={value}"]
 
 
 def import_extension(module: str, where: str | Path) -> None:
