@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table test test-fast test-eight test-gpu test-gpus soak bench docs patches lint coverage clean
+.PHONY: help setup demo test test-fast test-eight test-gpu test-gpus soak bench docs patches lint coverage clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -27,16 +27,10 @@ $(VENV)/.patched: $(VENV)/.installed $(wildcard patches/*.patch)
 	@touch $@
 
 demo: setup  ## the whole path on this machine, in minutes: dense, Lighthouse, three splits, table, plot, retrieval
-	$(MAKE) --no-print-directory table PRESET=passkey
+	$(BIN)/python -m torchtitan_ext splits --configs configs/passkey
+	$(BIN)/python -m torchtitan_ext table outputs/passkey
 	for run in stage1 stage2-900; do $(BIN)/python -m torchtitan_ext niah outputs/passkey/$$run \
 		--contexts 64 128 256 512 --output outputs/passkey/niah/$$run || exit; done
-
-PRESET ?= text
-NPROC ?= 1
-OVERRIDES ?=
-table: setup  ## the split-point experiment of configs/PRESET, continued where it stopped, then table and plot
-	$(BIN)/python -m torchtitan_ext splits --configs configs/$(PRESET) --nproc $(NPROC) $(OVERRIDES)
-	$(BIN)/python -m torchtitan_ext table outputs/$(PRESET)
 
 # Files of few tests take longest, because those launch processes: they would come last.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -34,7 +34,7 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     common = [*SMALL, f"--model.hf_assets_path={given}", f"--training.dataset_path={tmp_path}/text.jsonl.zst"]
-    [problem] = problems(parse_job(f"{CONFIGS}/extend.toml", common))
+    [problem] = problems(parse_job(f"{CONFIGS}/stage1.toml", common))
     flavor = problem[problem.index("flavors['mine']") :]
     (tmp_path / "my_flavor.py").write_text(f"from torchtitan_ext.model import *\n{flavor}\n")
     monkeypatch.syspath_prepend(tmp_path)
