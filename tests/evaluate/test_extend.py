@@ -55,7 +55,7 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
     before, after = (load_file(folder / "model.safetensors") for folder in (given, untrained))
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
-    whole, _, resumed = launch("whole", "extend", 4), launch("resumed", "extend", 2), launch("resumed", "extend", 4)
+    whole, _, resumed = launch("whole", "stage1", 4), launch("resumed", "stage1", 2), launch("resumed", "stage1", 4)
     assert losses(whole) == losses(resumed) and len(losses(whole)) == 4
     finished = launch("finished", "stage2", 6, f"--checkpoint.initial_load_path={whole}/checkpoint/step-4")
     llama = AutoModelForCausalLM.from_pretrained(export(finished))
