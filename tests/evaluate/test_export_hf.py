@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from helpers.checkpoints import build, save_run
 from helpers.commands import run_command
 from helpers.jobs import cut_short
@@ -20,7 +19,6 @@ from helpers.streams import LAYOUTS, TOKENIZER, write_bpe
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -133,34 +131,12 @@ def test_an_environment_without_transformers_exports(tmp_path, monkeypatch, caps
     LlamaForCausalLM.from_pretrained(tmp_path / "hf")
 
 
-def save_last_in_hf(dump_folder, model):
-    """What torchtitan leaves as step 12 under checkpoint.last_save_in_hf."""
-    path = dump_folder / "checkpoint" / "step-12"
-    adapter = Llama3StateDictAdapter(model.model_args, None)
-    writer = HuggingFaceStorageWriter(str(path), save_distributed=True, enable_consolidation=True)
-    dcp.save(adapter.to_hf(model.state_dict()), storage_writer=writer, no_dist=True)
-    return path
-
-
-def test_a_dump_folder_stands_for_its_newest_complete_step_in_either_format(tmp_path):
-    older, newest = build(), build()
-    newest.output.weight.data += 1
+def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
     for step in (9, 10, 11):
-        path = save_run(tmp_path, older, step=step)
+        path = save_run(tmp_path, build(), step=step)
     (path / ".metadata").unlink()  # saved last: step 11 is not complete
     assert find_checkpoint(tmp_path).path == tmp_path / "checkpoint" / "step-10"
-    path = save_last_in_hf(tmp_path, newest)
-    for found in map(find_checkpoint, (tmp_path, path)):
-        assert found.path == path
-        for dtype in (torch.float32, torch.bfloat16):
-            state, expected = found.load_state(dtype), newest.state_dict()
-            assert state.keys() == expected.keys()
-            assert all(torch.equal(state[key], expected[key].to(dtype)) for key in state)
-    assert find_candidate(tmp_path).name == f"{tmp_path.name}-step-12"
-
-
-def cut_short_in_hf(path):
-    cut_short(save_last_in_hf(path.parents[1], build()), "*.safetensors")
+    assert find_candidate(tmp_path).name == f"{tmp_path.name}-step-10"
 
 
 def job_of(path):
@@ -187,7 +163,6 @@ SPOILED = {
     "not there": (lambda path: None, "checkpoint/step-4", INCOMPLETE, "or its run's folder"),
     "no metadata": (lambda path: (path / ".metadata").unlink(), STEP, INCOMPLETE, "or its run's folder"),
     "cut short": (cut_short, STEP, INCOMPLETE, "restore it"),
-    "cut short in HF": (cut_short_in_hf, "checkpoint/step-12", INCOMPLETE, "restore it"),
     "no job": (lambda path: job_of(path).unlink(), STEP, "config.json: No such file", "give one that exists"),
     "another config": (lambda path: job_of(path).write_text("{}"), ".", "not the job config", "restore"),
     "unknown flavor": (job("model", "flavor", "7B"), ".", "model.flavor = '7B'", ", ".join(flavors)),

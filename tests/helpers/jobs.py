@@ -65,8 +65,8 @@ def only_problem(config, *words):
     return only(problems(config), *words)
 
 
-def cut_short(path, data="*.distcp"):
-    data = next(path.glob(data))
+def cut_short(path):
+    data = next(path.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
 
 

@@ -101,7 +101,7 @@ VALIDATION = "--validation.enable --validation"
         ("--checkpoint.folder a/.. --checkpoint.initial_load_path x", ["checkpoint.folder = 'a/..'"]),
         ("--checkpoint.folder .. --checkpoint.initial_load_path x", ["checkpoint.folder = '..'"]),
         ("--checkpoint.last_save_model_only", ["checkpoint.last_save_model_only = true", "set it to false"]),
-        ("--checkpoint.last_save_in_hf", ["last_save_in_hf = true", "python -m torchtitan_ext export"]),
+        ("--lighthouse.no_enable --checkpoint.last_save_model_only --checkpoint.last_save_in_hf", ["in_hf", "export"]),
         ("--lr_scheduler.total_steps 100", ["lr_scheduler.total_steps = 100", "training.steps = 240"]),
     ],
 )

@@ -19,10 +19,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
-from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from torchtitan_ext.console import make_folder
 from torchtitan_ext.data.tokenizer import load_tokenizer
@@ -56,33 +54,6 @@ class Checkpoint:
     tokenizer: HuggingFaceTokenizer
     lighthouse: bool  # whether the run trained with it
 
-    @property
-    def adapter(self) -> BaseStateDictAdapter:
-        return Llama3StateDictAdapter(self.model_args, None)
-
-    @property
-    def in_hugging_face(self) -> bool:
-        return not (self.path / resume.METADATA).is_file()
-
-    @property
-    def _reader(self) -> FileSystemReader:
-        path = self.path
-        return self.adapter.get_hf_storage_reader(str(path)) if self.in_hugging_face else FileSystemReader(path)
-
-    def as_saved(self, state: State) -> State:
-        """The tensors with the checkpoint's names and shapes."""
-        return self.adapter.to_hf(state) if self.in_hugging_face else state
-
-    def metadata(self) -> Metadata:
-        """The checkpoint's metadata. Raises ValueError if it isn't complete."""
-        if not self.in_hugging_face:
-            return resume.complete_metadata(self.path)
-        try:
-            return self._reader.read_metadata()
-        except Exception as error:  # safetensors raises many kinds
-            reason = f"{self.path} is not a complete checkpoint ({error})"
-            raise ValueError(f"{reason}; restore it, or use another") from error
-
     def n_bytes(self, dtype: torch.dtype) -> int:
         return sum(t.numel() for t in meta_model(self.model_args).parameters()) * dtype.itemsize
 
@@ -93,9 +64,8 @@ class Checkpoint:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process is intended
             for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
-                part = self.as_saved({key: state[key] for key in keys})
-                dcp.load(part, storage_reader=self._reader, no_dist=True)
-                state |= self.adapter.from_hf(part) if self.in_hugging_face else part
+                part = {key: state[key] for key in keys}
+                dcp.load(part, checkpoint_id=self.path, no_dist=True)  # into the same tensors
                 advance(sum(tensor.nbytes for tensor in part.values()))
         return state
 
@@ -108,7 +78,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """
     path = path.resolve()
     is_run = (path / CONFIG_FILE).is_file()
-    if not is_run and not resume.is_saved(path):
+    if not is_run and not (path / resume.METADATA).is_file():
         missing = f"it has no .metadata and no {CONFIG_FILE}; give a complete step-N folder, or its run's folder"
         raise ValueError(f"{path} is not a complete checkpoint or a run's folder: {missing}")
     config_file = (path if is_run else path.parents[1]) / CONFIG_FILE
@@ -117,11 +87,10 @@ def find_checkpoint(path: Path) -> Checkpoint:
         import_extension(module, config_file)
     if is_run:
         folder = path / job["checkpoint"]["folder"]
-        steps = [*resume.complete_steps(folder), *resume.complete_steps(folder, resume.HF_INDEX)]
-        if not steps:
+        if not (steps := resume.complete_steps(folder)):
             remedy = "train with checkpoint.enable = true until the first is saved (checkpoint.interval)"
             raise ValueError(f"{folder} holds no complete checkpoint: {remedy}")
-        path = folder / f"step-{max(steps)}"
+        path = folder / f"step-{steps[-1]}"
     flavor, assets = job["model"]["flavor"], job["model"]["hf_assets_path"]
     if flavor not in flavors:
         remedy = f"export with the version that trained it; this one has {', '.join(flavors)}"
@@ -130,12 +99,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
     model_args.set_rope(**job.get("rope", {}))
     remedy = "call from the folder that the training was launched from, or correct the path"
     tokenizer = load_tokenizer(assets, f"model.hf_assets_path = {assets!r} in {config_file}", remedy)
-    checkpoint = Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
-    expected = checkpoint.as_saved(meta_model(model_args).state_dict())
-    if mismatch := resume.shape_mismatch(expected, resume.saved_shapes(checkpoint.metadata())):
+    shapes = resume.saved_shapes(resume.complete_metadata(path))
+    if mismatch := resume.shape_mismatch(meta_model(model_args).state_dict(), shapes):
         reason = f"{path} holds no model of flavor {flavor!r} ({mismatch})"
         raise ValueError(f"{reason}; correct model.flavor in {config_file}")
-    return checkpoint
+    return Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])
 
 
 def export(
@@ -148,7 +116,7 @@ def export(
     with TemporaryDirectory() as small_files:
         _save_small_files(checkpoint, dtype, Path(small_files))
         make_folder(folder)
-        state = checkpoint.adapter.to_hf(checkpoint.load_state(dtype, advance))
+        state = Llama3StateDictAdapter(checkpoint.model_args, None).to_hf(checkpoint.load_state(dtype, advance))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         advance(checkpoint.n_bytes(dtype))
         # The config last, so that an incomplete folder doesn't load.

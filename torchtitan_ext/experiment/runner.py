@@ -15,7 +15,7 @@ from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.recorded import CONFIG_FILE, LEARNED_WITH, read_config
-from torchtitan_ext.jobs.resume import complete_steps, is_saved
+from torchtitan_ext.jobs.resume import complete_steps
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.jobs.schedule import optimizer_problems
 from torchtitan_ext.progress import Display
@@ -43,7 +43,7 @@ class PlannedRun:
         return self.folder / self.config.checkpoint.folder / f"step-{step}"
 
     def has(self, step: int) -> bool:
-        return is_saved(self.checkpoint(step))
+        return step in complete_steps(self.checkpoint(step).parent)
 
     @property
     def newest(self) -> int:

@@ -28,15 +28,10 @@ from .recorded import recorded_start
 from .schedule import schedule_changes
 
 INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at a step that was not due
-METADATA, HF_INDEX = ".metadata", "model.safetensors.index.json"  # each is written last
+METADATA = ".metadata"  # written last
 STATES = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}  # of a checkpoint, besides the weights
 Weights = Mapping[str, torch.Tensor]
 Shapes = Mapping[str, Sequence[int]]
-
-
-def is_saved(path: Path) -> bool:
-    """Whether the folder holds a checkpoint, or weights in Hugging Face's format (checkpoint.last_save_in_hf)."""
-    return any((path / name).is_file() for name in (METADATA, HF_INDEX))
 
 
 def checkpoint_folder(job_config: JobConfig) -> Path:
@@ -109,9 +104,9 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
     if folder.resolve() in (own := Path(dump).resolve(), *own.parents):
         yield f"checkpoint.folder = {checkpoint.folder!r}: must name a folder in {dump}, for example 'checkpoint'"
         return
-    if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
-        remedy = "set it to false, and export the last checkpoint with python -m torchtitan_ext export"
-        yield f"checkpoint.last_save_in_hf = true: that format can't hold a checkpoint, only weights; {remedy}"
+    if checkpoint.last_save_in_hf:
+        remedy = "set it to false, and call python -m torchtitan_ext export for config.json and the tokenizer too"
+        yield f"checkpoint.last_save_in_hf = true: that format holds weights only; {remedy}"
     if job_config.lighthouse.enable and checkpoint.last_save_model_only:
         yield "checkpoint.last_save_model_only = true: a dense stage can't continue from weights only; set it to false"
     if initial and checkpoint.initial_load_model_only and not checkpoint.initial_load_in_hf:
@@ -321,9 +316,9 @@ def _step_folders(folder: Path) -> dict[int, Path]:
     return {step: folder / f"step-{step}" for step in sorted(int(match[1]) for match in matches if match)}
 
 
-def complete_steps(folder: Path, written_last: str = METADATA) -> list[int]:
-    """Steps of the checkpoints that a run can continue from; with HF_INDEX, of those in Hugging Face's format."""
-    return [step for step, path in _step_folders(folder).items() if (path / written_last).is_file()]
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that a run can continue from."""
+    return [step for step, path in _step_folders(folder).items() if (path / METADATA).is_file()]
 
 
 def stale_checkpoints(folder: Path, keep_latest_k: int) -> list[Path]:
