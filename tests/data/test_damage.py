@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_read_stops_either_way(tmp_path, monkeypatch):
 def test_a_data_set_without_an_intact_document_is_named(tmp_path):
     path = write_c4(tmp_path / "empty", [[], []])
     Path(text_files(str(path))[0]).write_bytes(gzip.compress(b"\xef\xbb\xbf\n \n"))  # only blank lines
-    with pytest.raises(ValueError, match=rf"training\.dataset_path = '{path}': no document in its 2 files"):
+    with pytest.raises(ValueError, match=rf"training\.dataset_path: '{path}': no document in its 2 files"):
         loader("c4_local", path, 8, world=2)
     path, _ = write_damaged(tmp_path / "damaged", ["no bytes", "no gzip"])
     for skip, words in ((True, r"training\.dataset_path.*no document.*are not damaged"), (False, "0: .*no bytes")):

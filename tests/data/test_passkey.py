@@ -6,12 +6,12 @@ from itertools import islice
 
 import pytest
 import torch
-from helpers.streams import TOKENIZER, loader
+from helpers.streams import TOKENIZER, check_dataset, loader
 from hypothesis import given
 from hypothesis import strategies as st
 from torchtitan.components.loss import IGNORE_INDEX
 
-from torchtitan_ext.data import check_dataset, passkey
+from torchtitan_ext.data import passkey
 from torchtitan_ext.data.passkey import MIN_LENGTH, QUESTION, passkey_text
 
 
@@ -67,5 +67,5 @@ def test_a_label_is_kept_where_the_question_is_whole_before_it(n_tokens, seed):
 @pytest.mark.parametrize("length", [None, "", "-5", "4k", "data", "0", str(MIN_LENGTH - 1)])
 def test_what_is_no_length_is_refused_with_the_way_on(length):
     check_dataset("PassKey", str(MIN_LENGTH))
-    with pytest.raises(ValueError, match=rf"training\.dataset_path = .*{MIN_LENGTH} or more"):
+    with pytest.raises(ValueError, match=rf"validation\.dataset_path: .*{MIN_LENGTH} or more"):
         check_dataset("passkey", length)

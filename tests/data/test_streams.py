@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from torchtitan_ext.data import check_dataset, dataloader, datasets
+from torchtitan_ext.data import dataloader, datasets
 
 MIXED = WRITE | {"mixture": write_sources}
 
@@ -171,8 +171,8 @@ def test_an_epoch_of_all_ranks_is_every_document_once_and_needs_no_network(datas
     monkeypatch.setattr(socket, "getaddrinfo", None)
     monkeypatch.setattr(socket.socket, "connect", None)
     path = WRITE[dataset](tmp_path / "data", SHARDS)
-    check_dataset(dataset.title(), str(path))  # torchtitan takes capitals too
-    check_dataset("c4", None)
+    streams.check_dataset(dataset.title(), str(path))  # torchtitan takes capitals too
+    streams.check_dataset("c4", None)
     expected = [text.encode() for text in TEXTS]
     for world in (1, 2, 5):
         ranks = [documents(dataset.title(), path, rank, world) for rank in range(world)]
@@ -254,31 +254,31 @@ def test_python_source_is_the_standard_library_by_default_and_holds_some_files_o
     root = sysconfig.get_path("stdlib")
     assert os.fsencode(os.path.join(root, "os.py")) in whole
     assert not any(b"site-packages" in file.removeprefix(os.fsencode(root)) for file in whole)
-    check_dataset("python_source", None)
+    streams.check_dataset("python_source", None)
 
 
 @pytest.mark.parametrize(
     "dataset, path, words",
     [
-        ("c5", None, ["training.dataset = 'c5'", *WRITE]),
-        ("c4_local", None, ["training.dataset_path = ''", "no file that ends in .parquet", "give a file"]),
-        ("text", "missing", ["training.dataset_path = ", "missing", "no file", "give a file"]),
-        ("python_source", "missing", ["training.dataset_path = ", "missing", "not a folder"]),
-        ("python_source", "empty", ["training.dataset_path = ", "empty", "no text file", ".py"]),
+        ("c5", None, ["validation.dataset = 'c5'", *WRITE]),
+        ("c4_local", None, ["validation.dataset_path: '': no file that ends in .parquet", "give a file"]),
+        ("text", "training.old", ["validation.dataset_path: '{}/training.old': no file", "give a file"]),
+        ("python_source", "missing", ["validation.dataset_path: '{}/missing' is not a folder"]),
+        ("python_source", "empty", ["validation.dataset_path: '{}/empty' has no text file", ".py"]),
         ("python_source", "other", ["no text file", "2 other files", ".csv", "docs/data.md"]),
         ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
         ("text", "other", ["no file that ends in .parquet", "' doesn't", "docs/data.md"]),
         ("text", "other/data/1.arrow", ["no file that ends in .parquet", "docs/data.md"]),
     ],
 )
-def test_check_dataset_names_field_value_and_remedy(dataset, path, words, tmp_path):
+def test_a_wrong_data_set_is_named_with_field_value_and_remedy(dataset, path, words, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("data/1.arrow", ".gitattributes", "a.csv"):
         (file := tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
         file.write_text(name)
     with pytest.raises(ValueError) as error:
-        check_dataset(dataset, path and str(tmp_path / path))
-    assert not [word for word in words if word not in str(error.value)]
+        streams.check_dataset(dataset, path and str(tmp_path / path))
+    assert not [word for word in words if word.format(tmp_path) not in str(error.value)]
 
 
 @pytest.mark.parametrize("dataset", WRITE)
@@ -292,8 +292,8 @@ def test_a_name_without_a_file_is_refused_before_training(tmp_path):
     last = Path(datasets.text_files(str(write_c4(tmp_path, SHARDS)))[-1])
     for replace in (lambda: (last.unlink(), last.mkdir()), lambda: (last.rmdir(), last.symlink_to("nothing"))):
         replace()
-        with pytest.raises(ValueError, match=rf"training\.dataset_path = .*1 of its files.*{last}"):
-            check_dataset("c4_local", str(tmp_path))
+        with pytest.raises(ValueError, match=rf"validation\.dataset_path: .*1 of its files.*{last}"):
+            streams.check_dataset("c4_local", str(tmp_path))
 
 
 def test_a_position_in_other_data_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
 
-from torchtitan_ext.data import build_dataloader, tokenizer
+from torchtitan_ext.data import build_dataloader, check_data, tokenizer
 
 BYTE_TOKENIZER = Path(tokenizer.__file__).parent / "byte_tokenizer"
 TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
@@ -92,6 +92,12 @@ def write_sources(root: Path, shards: list[list[str]]) -> Path:
 
 
 WRITE = {"c4_local": write_c4, "python_source": write_tree, "text": write_files}
+
+
+def check_dataset(dataset, path):
+    config = deepcopy(JOB)
+    config.validation.dataset, config.validation.dataset_path = dataset, path
+    check_data(config, "validation")
 
 
 def loader(dataset, path, seq_len, batch_size=1, rank=0, world=1, workers=0, infinite=True, skip=False, **more):

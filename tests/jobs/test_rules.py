@@ -78,7 +78,7 @@ VALIDATION = "--validation.enable --validation"
         ("--model.converters float8", ["model.converters = ['float8']", "quantize.linear.float8"]),
         (f"--{FLOAT8}.enable_fsdp_float8_all_gather", [f"{FLOAT8}.enable_fsdp_float8_all_gather = true", "to false"]),
         ("--model.hf_assets_path nowhere", ["model.hf_assets_path = 'nowhere'", "tokenizer.json", ROOT]),
-        ("--training.dataset_path nowhere", ["nowhere"]),
+        ("--training.dataset_path nowhere", ["training.dataset_path: 'nowhere'"]),
         (f"{VALIDATION}.dataset books", ["validation.dataset = 'books'"]),
         (f"{VALIDATION}.seq_len 100", ["[validation]", "seq_len = 100"]),
         (f"{VALIDATION}.seq_len 8192", ["validation.seq_len = 8192", "training.seq_len = 4096"]),
@@ -110,11 +110,13 @@ def test_each_problem_is_named_with_its_value_and_remedy(job, overrides, words):
     only_problem(job(*extra, *overrides.split()), *words)
 
 
-@pytest.mark.parametrize("source", [{"weight": 0.0}, {"weight": math.inf}, {"dataset": "passkey"}, {"path": "gone"}])
+@pytest.mark.parametrize("source", [{"weight": 0.0}, {"weight": math.inf}, {"dataset": "passkey"}, {"dataset": "c5"}])
 def test_a_source_that_can_not_be_mixed_is_named(job, source):
     config, [(field, value)] = job("--validation.enable"), source.items()
     config.training.mixture = [{"dataset": "python_source"} | source]
     only_problem(config, f"training.mixture: {field} = {value!r}")
+    config.training.mixture = [{"dataset": "python_source", "path": "gone"}]
+    only_problem(config, "training.mixture: 'gone' is not a folder")
 
 
 def test_every_number_below_1_that_must_not_be_is_named(job):

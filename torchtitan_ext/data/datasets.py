@@ -68,7 +68,7 @@ def text_files(dataset_path: str) -> list[str]:
         return known
     what = what or (f"{os.path.basename(files[-1])!r} doesn't; " if files else "") + OTHER_FORMATS
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
-    raise ValueError(f"training.dataset_path = {dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
+    raise ValueError(f"{dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
 
 
 def _is_remote(path: str) -> bool:
@@ -146,14 +146,14 @@ def source_documents(dataset_path: str, held_out: bool | None) -> Dataset:
     out for validation, False for the rest, None for all.
     """
     if not os.path.isdir(dataset_path):
-        raise ValueError(f"training.dataset_path = {dataset_path!r} is not a folder: give one that exists")
+        raise ValueError(f"{dataset_path!r} is not a folder: give one that exists")
     # Names are bytes: they need not be UTF-8.
     tree, others = _pieces_of_tree(Path(dataset_path))
     pieces = [(os.fsencode(file), start) for _, file, start, is_held_out in tree if held_out in (None, is_held_out)]
     if not pieces:
         among, more = (f" among the one in {HELD_OUT} held out for validation", "more ") if held_out else ("", "")
         remedy = f"give a folder with {more}files that end in {', '.join(TEXT_SUFFIXES)}; {others}".removesuffix("; ")
-        raise ValueError(f"training.dataset_path = {dataset_path!r} has no text file{among}: {remedy}")
+        raise ValueError(f"{dataset_path!r} has no text file{among}: {remedy}")
     if others:
         logger.info(others)
     files, starts = zip(*pieces, strict=True)
@@ -183,20 +183,6 @@ def _pieces_of_tree(root: Path) -> tuple[list[tuple[bytes, str, int, bool]], str
     return sorted(pieces), others if ignored else ""
 
 
-def check_dataset(dataset: str, dataset_path: str | None, text_field: str = "text") -> None:
-    """Raise ValueError for an unknown data set or missing files of ours; doesn't ask the Hugging Face hub."""
-    name = dataset.lower()  # as torchtitan reads it
-    if name not in DATASETS:
-        raise ValueError(f"training.dataset = {dataset!r} is not a known data set: use {', '.join(sorted(DATASETS))}")
-    if name in OWN_DATASETS and not (name in OF_FILES and _is_remote(dataset_path or "")):
-        _load(name, dataset_path, text_field)
-
-
-def _load(name: str, path: str | None, text_field: str) -> Dataset | IterableDataset:
-    of_files = {"text_field": text_field} if name in OF_FILES else {}
-    return DATASETS[name].loader(path or DATASETS[name].path, **of_files)
-
-
 def is_mixture(job_config: JobConfig, section: str) -> bool:
     return section == "training" and bool(job_config.training.mixture)
 
@@ -219,18 +205,32 @@ def settings_of(job_config: JobConfig, section: str) -> str:
 
 
 def check_data(job_config: JobConfig, section: str) -> None:
-    """Check every source of a section. Raises ValueError as `check_dataset` does, and for illegal mixtures."""
+    """Check every source of a section; doesn't ask the Hugging Face hub. Raises ValueError for an unknown data set,
+    missing files of ours or an illegal mixture."""
     mixed = is_mixture(job_config, section)
     for source in sources(job_config, section):
+        name = source["dataset"]
         if not 0 < source["weight"] < inf:
             raise ValueError(f"training.mixture: weight = {source['weight']}: give a number above 0")
-        if mixed and source["dataset"] == "passkey":
+        if mixed and name == "passkey":
             raise ValueError("training.mixture: dataset = 'passkey' has only answers as labels: train on it alone")
-        try:
-            check_dataset(source["dataset"], source["path"], source["text_field"])
-        except ValueError as error:
-            said = str(error).replace("training.", "training.mixture: " if mixed else f"{section}.")
-            raise ValueError(said.replace("mixture: dataset_path", "mixture: path")) from error
+        if name not in DATASETS:
+            field = "training.mixture: dataset" if mixed else f"{section}.dataset"
+            raise ValueError(f"{field} = {name!r} is not a known data set: use {', '.join(sorted(DATASETS))}")
+        if name in OWN_DATASETS and not (name in OF_FILES and _is_remote(source["path"] or "")):
+            _load(job_config, section, source)
+
+
+def _load(job_config: JobConfig, section: str, source: dict[str, Any]) -> Dataset | IterableDataset:
+    """The samples of one of a section's sources. Raises ValueError, which names the field."""
+    name = source["dataset"]
+    of_files = {"text_field": source["text_field"]} if name in OF_FILES else {}
+    try:
+        return DATASETS[name].loader(source["path"] or DATASETS[name].path, **of_files)
+    except ValueError as error:
+        field = "dataset_path" if name in OWN_DATASETS else "dataset"
+        field = "mixture" if is_mixture(job_config, section) else field
+        raise ValueError(f"{section}.{field}: {error}") from error
 
 
 def load_documents(job_config: JobConfig, section: str, n_ranks: int) -> tuple:
@@ -238,7 +238,7 @@ def load_documents(job_config: JobConfig, section: str, n_ranks: int) -> tuple:
     mixture's sources. Raises ValueError if there are no documents."""
     parts, mixed = sources(job_config, section), []
     for number, source in enumerate(parts):
-        samples = _load(source["dataset"], source["path"], source["text_field"])
+        samples = _load(job_config, section, source)
         text_of = DATASETS[source["dataset"]].sample_processor
         if not is_mixture(job_config, section):
             return source["dataset"], samples, text_of, []
@@ -275,12 +275,12 @@ def _read_files(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
 
 
 def _file_dataset(dataset_path: str, text_field: str = "text") -> IterableDataset:
-    files, field = text_files(dataset_path), f"training.dataset_path = {dataset_path!r}"
+    files = text_files(dataset_path)
     if gone := [file for file in files if not is_address(file) and not os.path.isfile(file)]:
         reason = f"{len(gone):,} of its files are broken links or not files, {gone[0]} first"
-        raise ValueError(f"{field}: {reason}; put the files there, or remove the names")
+        raise ValueError(f"{dataset_path!r}: {reason}; put the files there, or remove the names")
     if not any(_read_files(files, text_field)):
-        raise ValueError(f"{field}: no document in its {len(files):,} files; give other files")
+        raise ValueError(f"{dataset_path!r}: no document in its {len(files):,} files; give other files")
     return IterableDataset.from_generator(_read_files, gen_kwargs={"files": files, "text_field": text_field})
 
 

@@ -41,8 +41,7 @@ def passkey_documents(dataset_path: str) -> Dataset:
     """`N_DOCUMENTS` rows for `passkey_text`; `dataset_path` is the documents' length in characters, as digits."""
     if not dataset_path.isdecimal() or int(dataset_path) < MIN_LENGTH:
         wanted = f"passkey takes its documents' length in characters, {MIN_LENGTH} or more"
-        hint = "with a byte tokenizer, training.seq_len - 1 fills a sequence"
-        raise ValueError(f"training.dataset_path = {dataset_path!r}: {wanted}; {hint}")
+        raise ValueError(f"{dataset_path!r}: {wanted}; with a byte tokenizer, seq_len - 1 fills a sequence")
     return Dataset.from_dict({"index": np.arange(N_DOCUMENTS), "length": np.full(N_DOCUMENTS, int(dataset_path))})
 
 

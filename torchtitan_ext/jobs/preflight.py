@@ -106,8 +106,7 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
         except Exception as error:  # whatever reads a data set
             # A worker's error comes with its traceback, as text.
             reason = (str(error).splitlines() or [""])[-1].removeprefix(f"{type(error).__name__}: ")
-            is_named = f"{name}.data" in reason or f"{name}.mixture" in reason
-            yield reason if is_named else f"{source} its first documents can't be read ({reason})"
+            yield reason if reason.startswith(f"{name}.") else f"{source} its first documents can't be read ({reason})"
 
 
 def _checkpoints_to_come(plan: Plan) -> int:
