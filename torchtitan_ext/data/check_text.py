@@ -1,7 +1,5 @@
 """Check text files: count documents and find damage."""
 
-import os
-import shlex
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +10,7 @@ from torchtitan.config import JobConfig
 
 from torchtitan_ext.data.datasets import OF_FILES, pieces_of_document, read_documents, sources, text_files
 
+REMEDY = "restore the file or replace it, or set training.text_field to the field with the text"
 PROBLEMS_KEPT = 5  # per file: a corrupt byte can damage every later line
 
 
@@ -75,17 +74,6 @@ def check_files(files: Sequence[str], workers: int, text_fields: Iterable[str] =
         yield from pool.map(check_file, files, text_fields)
 
 
-def remedy(file: str) -> str:
-    """How to get an intact copy of one file: a command, if its layout is allenai/c4's."""
-    root, folder = os.path.split(os.path.dirname(os.path.abspath(file)))
-    if folder != "en":
-        return "put an intact copy of the file in its place, or set training.text_field to the field with the text"
-    # Without --force-download, hf keeps a file that was damaged when it was fetched.
-    command = ["hf", "download", "allenai/c4", "--repo-type", "dataset", f"en/{os.path.basename(file)}"]
-    fetch = shlex.join([*command, "--force-download", "--local-dir", root])
-    return f"fetch it again (or write it again, if the data is your own): {fetch}"
-
-
 def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig) -> tuple[str, bool]:
     """The report on checked files, compared with what a run reads, and whether there is damage."""
     problems: list[str] = []
@@ -94,7 +82,7 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
         if more := contents.n_problems - len(contents.problems):
             problems.append(f"{file}: {more:,} more problems")
         if contents.n_problems:
-            problems.append(f"  remedy: {remedy(file)}")
+            problems.append(f"  remedy: {REMEDY}")
 
     sizes = [(c.documents, c.characters, c.utf8_bytes, c.tokens) for c in checked]
     documents, characters, utf8_bytes, tokens = map(sum, zip(*sizes, strict=True))
