@@ -136,7 +136,7 @@ def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
         path = save_run(tmp_path, build(), step=step)
     (path / ".metadata").unlink()  # saved last: step 11 is not complete
     assert find_checkpoint(tmp_path).path == tmp_path / "checkpoint" / "step-10"
-    assert find_candidate(tmp_path).name == f"{tmp_path.name}-step-10"
+    assert find_candidate(tmp_path).name == f"{tmp_path.parent.name}-{tmp_path.name}-step-10"
 
 
 def job_of(path):

@@ -73,7 +73,7 @@ def find_candidate(path: Path) -> Candidate:
         _only_last(model.output)
         return lambda tokens: model(tokens.to(device))[:, -1]
 
-    name = f"{path.parents[1].name}-{path.name}"
+    name = "-".join(part.name for part in (path.parents[2], path.parents[1], path))
     return Candidate(path, name, checkpoint.tokenizer, args.max_seq_len, checkpoint.lighthouse, load)
 
 
