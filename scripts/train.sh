@@ -19,6 +19,8 @@ command -v torchrun > /dev/null ||
     fail "torchrun is not on the PATH: activate the environment first (after make setup: source .venv/bin/activate)"
 # Growing segments of GPU memory leave no gaps too small for the activations of a long sequence.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+# After SIGTERM: three steps of a slow job, and the save. Before torch 2.13 it is always 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 # In a store that outlives torchrun's restart, ranks find addresses of killed ranks, and wait for them.
 [[ ${PET_MAX_RESTARTS:-0} == 0 ]] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes="${NNODES:-1}" --nproc_per_node="${NGPU:-8}" --rdzv_backend=c10d \

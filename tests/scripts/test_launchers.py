@@ -12,7 +12,7 @@ from helpers.launches import ROOT, SHORT, train
 from torch.distributed.run import parse_args
 
 from torchtitan_ext.experiment import records
-from torchtitan_ext.jobs.launch import ANSI_COLOR
+from torchtitan_ext.jobs.launch import ANSI_COLOR, DEFAULTS
 from torchtitan_ext.jobs.resume import complete_steps
 
 CONFIG = "configs/text/stage1.toml"
@@ -116,6 +116,7 @@ def test_one_node_needs_no_meeting_point(launches, restarts):
     assert run.rdzv_endpoint == "localhost:0"  # any free port
     assert run.training_script_args == ["--job.config_file", CONFIG, *OVERRIDES]
     environment = (launches.calls / "environment").read_text()
+    assert all(f"{name}={value}" in environment for name, value in DEFAULTS.items() if name != "OMP_WAIT_POLICY")
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment) == (restarts == "3")
 
 

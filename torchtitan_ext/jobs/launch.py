@@ -14,6 +14,7 @@ from typing import IO
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 DEFAULTS = {  # a training's environment, unless the caller's says otherwise
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down others on a shared CPU
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240",  # seconds after SIGTERM, for three steps and the save
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # fixed segments leave gaps too small for long activations
 }
 STEP_LINE = re.compile(r"- step:\s*(\d+)\s+loss:\s*(\S+).*\btps:\s*([\d,]+)")
@@ -77,5 +78,5 @@ def training(command: list[str], log_file: Path, **environment: str) -> Iterator
             child.wait()
         finally:
             if child.poll() is None:
-                child.terminate()  # torchrun ends its workers, and kills them after 30 s
+                child.terminate()  # torchrun ends its workers, and kills them after a timeout
                 log.write(child.communicate()[0])
