@@ -97,6 +97,9 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
     """Problems of [checkpoint] and, `with_start`, of the checkpoint to load; without dims, none that ranks decide."""
     checkpoint, dump = job_config.checkpoint, job_config.job.dump_folder
     folder, initial = checkpoint_folder(job_config), checkpoint.initial_load_path
+    if with_start and (checkpoint.load_only or not checkpoint.enable) and complete_steps(folder):
+        remedy = "its curve would replace the run's; choose another folder"
+        yield f"job.dump_folder = {dump!r}: holds a run's checkpoints, and this launch saves none: {remedy}"
     if not checkpoint.enable:
         if initial:
             yield f"checkpoint.initial_load_path = {initial!r}: checkpoint.enable = false loads nothing; set it to true"
