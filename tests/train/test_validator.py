@@ -1,6 +1,11 @@
 """Validation data: every rank gets the same number of batches, with the labels that training counts."""
 
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
+import torch
 import torch.distributed as dist
 from helpers.launches import in_group
 from torchtitan.protocols.train_spec import get_train_spec
@@ -34,6 +39,25 @@ def validators(rank):
     passkey = "--validation.dataset=passkey", "--validation.dataset_path=511"
     [(_, labels)] = batches(*passkey, "--validation.steps=1", "--validation.seq_len=512")
     assert 0 < (labels != -100).float().mean() < 0.05  # the answers alone, as in training
+
+
+def test_the_next_log_counts_the_training_before_a_validation_and_not_the_validation():
+    metrics, validated = SimpleNamespace(time_last_log=time.perf_counter() - 100, ntokens_since_last_log=7), []
+
+    def log_validation(loss, step):
+        validated.append((loss, time.perf_counter() - metrics.time_last_log < 50, metrics.ntokens_since_last_log))
+        metrics.time_last_log, metrics.ntokens_since_last_log = time.perf_counter(), 0
+
+    metrics.log_validation = log_validation
+    validator = object.__new__(LighthouseValidator)
+    validator.validation_dataloader = [({"input": torch.zeros(1, 4)}, torch.zeros(1, 4, dtype=torch.long))]
+    validator.post_dataloading_process = lambda inputs, labels, model_parts: (inputs["input"], labels, {}, {})
+    validator.validation_context, validator.maybe_enable_amp, validator.pp_schedule = nullcontext, nullcontext(), None
+    validator.loss_fn, validator.metrics_processor = lambda out, labels: out.sum() + 8, metrics
+    validator.parallel_dims = SimpleNamespace(get_optional_mesh=lambda name: None)
+    validator.validate([torch.nn.Identity()], 3)
+    assert validated == [(2, True, 4)]
+    assert 100 <= time.perf_counter() - metrics.time_last_log < 150 and metrics.ntokens_since_last_log == 7
 
 
 @pytest.mark.slow

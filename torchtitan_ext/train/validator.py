@@ -1,5 +1,6 @@
 """Validate a model on the same held-out documents each time, counting each label once."""
 
+import time
 from itertools import islice
 from typing import Any
 
@@ -25,7 +26,9 @@ class LighthouseValidator(Validator):
         source, validation = (dp_world_size, dp_rank, tokenizer), job_config.validation
         to_the_end = validation.steps == -1
         loader = build_dataloader(*source, job_config, infinite=not to_the_end, section="validation")
-        super().__init__(job_config, *source, **kwargs)  # after our loader, whose errors are clearer
+        # Not super().__init__, which would open the data a second time.
+        self.job_config, self.tokenizer = job_config, tokenizer
+        self.__dict__.update(kwargs)
         self.validation_dataloader = batches = list(islice(loader, None if to_the_end else validation.steps))
         if not batches:
             reason = f"a data-parallel rank gets not one sequence of {validation.seq_len} tokens"
@@ -42,9 +45,12 @@ class LighthouseValidator(Validator):
         """Log the mean loss per label; torchtitan's mean of means depends on the batches."""
         for part in model_parts:
             part.eval()
+        metrics, begin = self.metrics_processor, time.perf_counter()
+        trained_s, n_trained = begin - metrics.time_last_log, metrics.ntokens_since_last_log
+        metrics.time_last_log, metrics.ntokens_since_last_log = begin, 0
         losses, counts = [], []
         for input_dict, labels in self.validation_dataloader:
-            self.metrics_processor.ntokens_since_last_log += labels.numel()
+            metrics.ntokens_since_last_log += labels.numel()
             input_dict = {name: tensor.to(device_type) for name, tensor in input_dict.items()}
             labels = labels.to(device_type)
             inputs, labels, extra, settings = self.post_dataloading_process(input_dict, labels, model_parts)
@@ -59,6 +65,8 @@ class LighthouseValidator(Validator):
                     losses.append(self.loss_fn(model_parts[0](inputs, **extra, **settings), labels))
         mesh = self.parallel_dims.get_optional_mesh("loss")
         loss, count = (dist_sum(torch.stack(parts).sum(), mesh) for parts in (losses, counts))
-        self.metrics_processor.log_validation(loss=loss / count, step=step)
+        metrics.log_validation(loss=loss / count, step=step)
+        # Training's next log counts what it has done since its last.
+        metrics.time_last_log, metrics.ntokens_since_last_log = time.perf_counter() - trained_s, n_trained
         for part in model_parts:
             part.train()
