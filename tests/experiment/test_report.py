@@ -265,6 +265,14 @@ def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
     assert "nothing is recorded between steps 20 to 60" in text
 
 
+def test_a_validation_that_the_end_did_not_reach_is_no_final_loss(tmp_path):
+    step = logged_steps(0, 25, 1)
+    for name, freq in (("dense", 10), ("late", 5)):  # the last one logged is step 20's
+        write_start(tmp_path / name, step, curve(step), total=25, validation={"freq": freq})
+    assert report.table(report.Experiment(records.read_run(tmp_path / "dense"), None, {}))[0]["validation_loss"]
+    assert "validation_loss" not in report.table(report.Experiment(records.read_run(tmp_path / "late"), None, {}))[0]
+
+
 def test_records_that_lack_something_name_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         report.read_experiment(tmp_path)

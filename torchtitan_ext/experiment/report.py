@@ -160,8 +160,9 @@ def _speed(run: Run, upto: int) -> Row:
 
 def _final_losses(run: Run) -> Row:
     final = mean_loss(run.step, run.loss, run.total_steps, window(run.total_steps, run.log_freq))
-    validation = {"validation_loss": float(run.validation_loss[-1])} if run.validation_loss.size else {}
-    return {"final_loss": final} | validation
+    due = run.total_steps // (freq := run.config.get("validation", {}).get("freq", 1)) * freq
+    last = run.validation_loss[run.validation_step == due]  # the run may have ended before it
+    return {"final_loss": final} | ({"validation_loss": float(last[0])} if last.size else {})
 
 
 def _status(run: Run | None, start: int = 0) -> str:
