@@ -194,7 +194,8 @@ class BenchAttention:
         row = self.head_dim * q.element_size() / 1e6
         base, all_rows = q.shape[1] * row, (q.shape[1] + config.gathered_len(q.shape[1])) * row
         read_by_scorer = n_heads + n_kv_heads * (1 if config.scorer == "norm" else 2)
-        scores = ops.score(q, k, v, config)
+        score = partial(ops.score, q, k, v, config, kernel=attention.kernel)
+        scores = score()
         slots = ops.select(scores, config)
         gather = partial(layer.gather, q, k, v, freqs_cis, slots, config)
         gathered = gather()
@@ -204,7 +205,7 @@ class BenchAttention:
         grad = torch.randn_like(positions)
         backward = partial(torch.autograd.grad, retain_graph=True)
         stages = {
-            "score": (lambda: ops.score(q, k, v, config), base * read_by_scorer + scores.nbytes / 1e6),
+            "score": (score, base * read_by_scorer + scores.nbytes / 1e6),
             "select": (lambda: ops.select(scores, config), (scores.nbytes + slots.nbytes) / 1e6),
             "gather": (gather, all_rows * (n_heads + 2 * n_kv_heads)),
             "scatter": (lambda: ops.scatter(out, slots, config), all_rows * n_heads),
