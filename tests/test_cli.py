@@ -80,7 +80,7 @@ WRONG = [
     ("table", ["{}/empty", "--out", "x"], ["--out: no such argument", "--help"]),
     ("export", ["{}/broken", "--output", "{}/hf"], ["config.json is not the job config", "restore"]),
     ("niah", ["{}/empty"], ["{}/empty is not a complete checkpoint", "give"]),
-    ("check-data", ["{}/gone"], ["check-data: '{}/gone': no file that ends in .parquet", "give a file, a folder"]),
+    ("check-data", ["{}/gone"], ["check-data: '{}/gone': no file that ends in .parquet", "nothing is there", "give"]),
     ("check-data", [f"{TEXT}/stage1.toml"], ["'python_source' is not checked", "that `text` reads"]),
     ("draw_method", ["--output", "{}/file"], ["{}/file: File exists; choose another path"]),
     ("bench_attention", ["--output", "{}/empty"], ["--output {}/empty: is a folder; name"]),

@@ -66,7 +66,7 @@ def test_damage_of_any_format_stops_a_run_or_is_left_out(name, tmp_path, caplog)
     text = bytes(token for token in stream(data) if token < 256).decode()
     assert text in ("".join(TEXTS[-left:] * bool(left)) + "".join(TEXTS), "".join(TEXTS + TEXTS[-left:] * bool(left)))
     assert re.search(f"{file}, {problem}.*: skipped", caplog.text)
-    with pytest.raises(ValueError, match=f"{file}, {problem}.*training.skip_damaged_data"):
+    with pytest.raises(ValueError, match=f"{file}, {problem}.*training.text_field.*training.skip_damaged_data"):
         list(loader("text", tmp_path, 1, infinite=False))
 
 

@@ -66,7 +66,7 @@ def text_files(dataset_path: str) -> list[str]:
     dirs = {os.path.dirname(file) for file in files}  # Spark names them like files
     if known := [f for f in files if FORMAT.search(f) and os.path.basename(f) not in FILES_TO_IGNORE and f not in dirs]:
         return known
-    what = what or (f"{os.path.basename(files[-1])!r} doesn't; " if files else "") + OTHER_FORMATS
+    what = what or (f"{os.path.basename(files[-1])!r} doesn't; " if files else "nothing is there; ") + OTHER_FORMATS
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
     raise ValueError(f"{dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
 
@@ -287,8 +287,9 @@ def _file_dataset(dataset_path: str, text_field: str = "text") -> IterableDatase
 def _text(sample: dict[str, str]) -> str:
     if "damage" in sample:
         find = f"to find all that is damaged, run python -m torchtitan_ext check-data {os.path.dirname(sample['file'])}"
+        other = "if the text is in another field, name that in training.text_field"
         skip = "to train without it, set training.skip_damaged_data to true (validation data must be repaired)"
-        raise ValueError(f"{sample['damage']}; {find}; {skip}")
+        raise ValueError(f"{sample['damage']}; {other}; {find}; {skip}")
     return sample["text"]
 
 
