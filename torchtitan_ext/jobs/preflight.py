@@ -22,7 +22,14 @@ from torchtitan_ext.model.settings import Model
 
 from .job_file import parse_job
 from .memory import GIB, no_estimate_reason, peak_memory
-from .resume import checkpoint_folder, checkpoint_to_load, complete_steps, data_parallel_degree, saved_state
+from .resume import (
+    checkpoint_folder,
+    checkpoint_to_load,
+    complete_steps,
+    data_parallel_degree,
+    saved_state,
+    saves_checkpoints,
+)
 from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequences_at_once
 
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
@@ -112,7 +119,7 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
 def _checkpoints_to_come(plan: Plan) -> int:
     """How many more checkpoints than now the run's folder will hold at most."""
     checkpoint, steps = plan.job.checkpoint, plan.job.training.steps
-    if not checkpoint.enable or checkpoint.load_only or plan.first_step >= steps:
+    if not saves_checkpoints(plan.job) or plan.first_step >= steps:
         return 0
     saves = -(-steps // checkpoint.interval) - plan.first_step // checkpoint.interval  # the last step too
     if not checkpoint.keep_latest_k:

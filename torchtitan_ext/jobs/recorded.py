@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torchtitan.config import JobConfig
 
-CONFIG_FILE = "config.json"  # the job of a run's last start that may save checkpoints
+CONFIG_FILE = "config.json"  # the job of a run's last start
 # sections that decide what a run learns
 LEARNED_WITH = ("model", "rope", "lighthouse", "training", "optimizer", "lr_scheduler", "debug")
 # metrics logged beside torchtitan's

@@ -38,6 +38,10 @@ def checkpoint_folder(job_config: JobConfig) -> Path:
     return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
 
 
+def saves_checkpoints(job_config: JobConfig) -> bool:
+    return job_config.checkpoint.enable and not job_config.checkpoint.load_only
+
+
 def checkpoint_to_load(job_config: JobConfig) -> Path | None:
     """The checkpoint that a launch starts from; None from scratch."""
     checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
@@ -97,7 +101,7 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
     """Problems of [checkpoint] and, `with_start`, of the checkpoint to load; without dims, none that ranks decide."""
     checkpoint, dump = job_config.checkpoint, job_config.job.dump_folder
     folder, initial = checkpoint_folder(job_config), checkpoint.initial_load_path
-    if with_start and (checkpoint.load_only or not checkpoint.enable) and complete_steps(folder):
+    if with_start and not saves_checkpoints(job_config) and complete_steps(folder):
         remedy = "its curve would replace the run's; choose another folder"
         yield f"job.dump_folder = {dump!r}: holds a run's checkpoints, and this launch saves none: {remedy}"
     if not checkpoint.enable:

@@ -20,7 +20,7 @@ from torchtitan.train import Trainer
 from torchtitan_ext.jobs.environment import environment_problems
 from torchtitan_ext.jobs.folder_lock import lock_folders
 from torchtitan_ext.jobs.recorded import write_config
-from torchtitan_ext.jobs.resume import checkpoint_folder, excluded_states, remove_half_saved
+from torchtitan_ext.jobs.resume import checkpoint_folder, excluded_states, remove_half_saved, saves_checkpoints
 from torchtitan_ext.jobs.rules import check_job, launched_ranks, parallel_dims
 
 from .checkpointer import LighthouseCheckpointManager
@@ -60,7 +60,7 @@ class LighthouseTrainer(Trainer):
         checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
         if is_first:
             lock_folders(job_config)
-            if checkpoint.enable and not checkpoint.load_only:
+            if saves_checkpoints(job_config):
                 remove_half_saved(checkpoint_folder(job_config))
             write_config(job_config)  # not job.save_config_file, which lets a rejected job replace the run's record
         excluded = excluded_states(job_config, parallel_dims(job_config, n_ranks) if n_ranks else None)
