@@ -97,24 +97,22 @@ class BenchTrain:
                         display.say(failure)
                     else:
                         row |= measured(Path(folder), job, self.window, self.profile)
-                        for rank, trace in enumerate(sorted(Path(folder).glob("profile_traces/*/rank*_trace.json"))):
-                            key = name if nproc == 1 else f"{name} on {nproc}, rank {rank}"
-                            kernels, vocab_size = step_profile.read_kernels(trace), flavors[job.model.flavor].vocab_size
-                            parts, rows = step_profile.breakdown(kernels, job.training.seq_len, vocab_size)
-                            profiles[key] = {"parts_ms": parts, "kernels": rows[:60]}
-                            # The limits are those of one device that recomputes nothing.
-                            if nproc == 1 and job.activation_checkpoint.mode == "none":
-                                limited[key] = job
+                        for rank, profile in enumerate(profiles_of_ranks(Path(folder), job)):
+                            profiles[name if nproc == 1 else f"{name} on {nproc}, rank {rank}"] = profile
+                        # The limits are those of one device that recomputes nothing.
+                        if self.profile and nproc == 1 and job.activation_checkpoint.mode == "none":
+                            limited[name] = job
                 records["rows"].append(row)
                 display.say(table([row]).splitlines()[-1])
                 output.write_text(json.dumps(records, indent=1) + "\n")
-        rates = step_profile.measure_rates() if limited else {}  # after the runs, which need all of the GPU's memory
-        for key, job in limited.items():
-            args, training = replace(flavors[job.model.flavor]), job.training
-            args.update_from_config(job)
-            limits = step_profile.limits(training.seq_len, training.local_batch_size, args, rates)
-            profiles[key] |= {"rates": rates, "limits_ms": limits}
-        output.write_text(json.dumps(records, indent=1) + "\n")
+        if limited:  # after the runs, which need all of the GPU's memory
+            rates = step_profile.measure_rates()
+            for key, job in limited.items():
+                args, training = replace(flavors[job.model.flavor]), job.training
+                args.update_from_config(job)
+                limits = step_profile.limits(training.seq_len, training.local_batch_size, args, rates)
+                profiles[key] |= {"rates": rates, "limits_ms": limits}
+            output.write_text(json.dumps(records, indent=1) + "\n")
         for key, profile in profiles.items():
             print(f"\n{key}\n\n{step_profile.table(profile['parts_ms'], profile.get('limits_ms'))}")
         print(f"\n{records['machine']}\n\n{table(records['rows'])}\n\nrecords: {output}")
@@ -164,6 +162,16 @@ def measured(folder: Path, job: JobConfig, window: int, profile: bool) -> dict:
         "loss_last": values[LOSS][-1],
         "losses": values[LOSS],
     }
+
+
+def profiles_of_ranks(folder: Path, job: JobConfig) -> list[dict]:
+    """The last step of each rank, split into parts; none without --profile."""
+    profiles = []
+    for trace in sorted(folder.glob("profile_traces/*/rank*_trace.json")):
+        kernels, vocab_size = step_profile.read_kernels(trace), flavors[job.model.flavor].vocab_size
+        parts, rows = step_profile.breakdown(kernels, job.training.seq_len, vocab_size)
+        profiles.append({"parts_ms": parts, "kernels": rows[:60]})
+    return profiles
 
 
 def share_of_one(row: dict, rows: list[dict]) -> str:

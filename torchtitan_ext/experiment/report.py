@@ -160,7 +160,8 @@ def _speed(run: Run, upto: int) -> Row:
 
 def _final_losses(run: Run) -> Row:
     final = mean_loss(run.step, run.loss, run.total_steps, window(run.total_steps, run.log_freq))
-    due = run.total_steps // (freq := run.config.get("validation", {}).get("freq", 1)) * freq
+    freq = run.config.get("validation", {}).get("freq", 1)
+    due = run.total_steps - run.total_steps % freq
     last = run.validation_loss[run.validation_step == due]  # the run may have ended before it
     return {"final_loss": final} | ({"validation_loss": float(last[0])} if last.size else {})
 
@@ -187,7 +188,9 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
     """
     experiment = read_experiment(folder)
     paths = [make_folder(output) / name for name in ("table.md", "table.csv", "curves.csv", "loss.png")]
-    text = markdown(experiment, published) + (comparison([experiment, *map(read_experiment, others)]) if others else "")
+    text = markdown(experiment, published)
+    if others:
+        text += comparison([experiment, *map(read_experiment, others)])
     paths[0].write_text(text)
     columns = [*COLUMNS, "steps_after_switch", "status"]
     figures.write_csv(paths[1], columns, ([row.get(column) for column in columns] for row in table(experiment)))
