@@ -165,7 +165,9 @@ def test_stage_2_attends_densely_differs_from_stage_1_by_that_alone_and_may_be_l
     for run in filter(None, (runs.stage2, longer)):
         [(step, loss)] = losses(run.dump)
         assert step == runs.job.split + 1 and whole[step] != loss == pytest.approx(whole[step], abs=1)
+        assert "lighthouse.enable = False (was True)" in run.output
     assert not longer or batch(longer, 0, 1)[1].shape == (1, 512)
+    assert not runs.killed or "Changed since" not in runs.resumed.output
 
 
 def test_another_context_parallel_degree_trains_the_same_from_a_checkpoint_on(runs):

@@ -4,7 +4,6 @@ Each run is one torchrun of torchtitan_ext.train with one of the folder's three 
 interrupted ones continue from their newest checkpoint.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torchtitan.config import JobConfig
 from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.launch import torchrun, training
-from torchtitan_ext.jobs.recorded import CONFIG_FILE, LEARNED_WITH, read_config
+from torchtitan_ext.jobs.recorded import CONFIG_FILE, changed_settings
 from torchtitan_ext.jobs.resume import complete_steps
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.jobs.schedule import optimizer_problems
@@ -129,14 +128,10 @@ def _changed(run: PlannedRun) -> Iterator[str]:
     saved_file = run.folder / CONFIG_FILE
     if run.newest == run.start or not saved_file.is_file():
         return
-    saved = read_config(saved_file, "training.steps")
-    now = json.loads(json.dumps(run.config.to_dict()))
-    for section in LEARNED_WITH:
-        for field, value in now[section].items():
-            before = saved.get(section, {}).get(field, value)
-            if value != before and (section, field) != ("training", "steps"):
-                changed = f"{section}.{field} = {before!r}, which is {value!r} now"
-                yield f"{run.folder} was run with {changed}: choose another output folder, or delete this one"
+    for name, before, now in changed_settings(saved_file, run.config):
+        if name != "training.steps":
+            changed = f"{name} = {before!r}, which is {now!r} now"
+            yield f"{run.folder} was run with {changed}: choose another output folder, or delete this one"
 
 
 def train_command(run: PlannedRun, nproc: int) -> list[str]:

@@ -23,6 +23,7 @@ from torchtitan_ext.model.settings import Model
 from .job_file import parse_job
 from .memory import GIB, no_estimate_reason, peak_memory
 from .resume import (
+    changes_since,
     checkpoint_folder,
     checkpoint_to_load,
     complete_steps,
@@ -187,6 +188,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     seq_len, start, at_once = job.training.seq_len, checkpoint_to_load(job), sequences_at_once(job, dims)
     batch = job.training.global_batch_size if job.training.global_batch_size > 0 else at_once  # sequences
     tokens = max(0, job.training.steps - plan.first_step) * batch * seq_len
+    origin = f"{start or 'scratch'}" + (f", changed since: {changes}" if (changes := changes_since(start, job)) else "")
     n_lighthouse = len(args.lighthouse_layers)
     attention = f"dense in {args.n_layers - n_lighthouse} layers"
     if n_lighthouse:
@@ -199,7 +201,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
         "attention": attention,
         "GPUs": f"{dims.world_size}: {shared}",
         "batch": f"{batch} x {seq_len:,} tokens per step, in {batch // at_once} accumulation steps",
-        "steps": f"{plan.first_step:,} to {job.training.steps:,}, {tokens:,} tokens, from {start or 'scratch'}",
+        "steps": f"{plan.first_step:,} to {job.training.steps:,}, {tokens:,} tokens, from {origin}",
         "time": _time(plan, tokens, gpu, tok_s),
     }
 

@@ -24,7 +24,7 @@ from torchtitan_ext.model import flavors
 from torchtitan_ext.model.hf_config import config_problems
 from torchtitan_ext.model.model import meta_model
 
-from .recorded import recorded_start
+from .recorded import CONFIG_FILE, changed_settings, recorded_start
 from .schedule import schedule_changes
 
 INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at a step that was not due
@@ -52,6 +52,16 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
         return None if step == -1 else folder / f"step-{step}"
     start = checkpoint.initial_load_path or (checkpoint.initial_load_in_hf and job_config.model.hf_assets_path)
     return Path(start) if start else None
+
+
+def changes_since(start: Path | None, job_config: JobConfig) -> str:
+    """The settings that differ from those of the run that saved the checkpoint `start`; empty if it recorded none."""
+    if start is None or not (start / METADATA).is_file():
+        return ""
+    with suppress(ValueError, FileNotFoundError):
+        changed = changed_settings(start.parent.parent / CONFIG_FILE, job_config)
+        return ", ".join(f"{name} = {now!r} (was {before!r})" for name, before, now in changed)
+    return ""
 
 
 def _loads_from(folder: Path, load_only: bool) -> bool:
