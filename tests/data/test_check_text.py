@@ -42,7 +42,6 @@ def test_a_healthy_copy_is_counted_and_tokens_sequences_and_passes_are_those_of_
 
 
 DAMAGE = SKIPPED | {
-    "empty text": (with_line(b'{"text": ""}', 5), "line 5", "empty text"),
     "no document": (with_bytes(lambda data: gzip.compress(b"")), "", "no document"),
     "blank lines": (with_bytes(lambda data: gzip.compress(MARK + b"\n \n")), "", "no document"),
     "a folder": (lambda file: (file.unlink(), file.mkdir()), "after line 0", "director"),
@@ -111,7 +110,8 @@ def test_every_damaged_file_is_reported_and_no_other(kinds):
 def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_path):
     path = write_c4(tmp_path, [SHARDS[0]] * 2)
     file, other = map(Path, text_files(str(path)))
-    for kind in ("empty text", "no UTF-8", "no JSON"):  # from below, so that each stays in its line
+    with_line(b'{"text": ""}', 5)(file)
+    for kind in ("no UTF-8", "no JSON"):  # from below, so that each stays in its line
         DAMAGE[kind][0](file)
     with_line(b"", 2)(file)
     DAMAGE["cut short"][0](file)
@@ -119,8 +119,8 @@ def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_p
     other.write_bytes(gzip.compress(b"no JSON\n" * lines))
     [contents, many], report, _ = check(path)
     places = [problem.split(": ")[0].removeprefix(f"{file}, ") for problem in contents.problems]
-    assert places == ["line 4", "line 6", "line 8", f"after line {N + 4}"]
-    assert contents.documents == N + 1  # the empty one is a document
+    assert places == ["line 4", "line 6", f"after line {N + 4}"]
+    assert contents.documents == N + 1 and "1 of them empty, damaged lines" in report
     assert many.n_problems == lines and len(many.problems) == check_text.PROBLEMS_KEPT
     assert f"{lines - check_text.PROBLEMS_KEPT} more problems" in report
 

@@ -19,6 +19,7 @@ class Contents:
     """Counts of one file; characters and bytes of its texts."""
 
     documents: int = 0
+    empty: int = 0  # of them
     pieces: int = 0  # that training cuts the documents into
     characters: int = 0
     utf8_bytes: int = 0
@@ -49,17 +50,16 @@ def check_file(file: str, text_field: str = "text") -> Contents:
     """Read one file as training does, but continue after damage."""
     contents = Contents()
     try:
-        for line, sample in enumerate(read_documents(file, text_field), 1):
+        for sample in read_documents(file, text_field):
             if "damage" in sample:
                 contents.add_problem(sample["damage"])
             if "text" in sample:
                 text = sample["text"]
                 contents.documents += 1
+                contents.empty += not text
                 contents.pieces += len(pieces_of_document(text))
                 contents.characters += len(text)
                 contents.utf8_bytes += len(text.encode())
-                if not text:
-                    contents.add_problem(f"{file}, line {line}: empty text")
     except ValueError as error:
         contents.add_problem(str(error))
     if not contents.documents and not contents.n_problems:
@@ -90,9 +90,10 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
     seq_len, batch = training.seq_len, training.global_batch_size
     # A sequence with its labels takes seq_len + 1 tokens.
     sequences, wanted = tokens // (seq_len + 1), training.steps * batch * (seq_len + 1)
+    empty = f", {n:,} of them empty" if (n := sum(contents.empty for contents in checked)) else ""
     lines = [
         *problems,
-        f"{len(files):,} files, {documents:,} documents{', damaged lines left out' if problems else ''}",
+        f"{len(files):,} files, {documents:,} documents{empty}{', damaged lines left out' if problems else ''}",
         f"text: {characters:,} characters, {utf8_bytes:,} bytes in UTF-8",
         f"byte tokenizer: {tokens:,} tokens with bos and eos, {sequences:,} sequences of {seq_len:,}, "
         f"{sequences // batch:,} steps of {batch:,} sequences",
