@@ -120,10 +120,12 @@ def test_a_source_that_can_not_be_mixed_is_named(job, source):
 
 
 def test_every_number_below_1_that_must_not_be_is_named(job):
-    fields = ["training.seq_len", "training.local_batch_size", "validation.seq_len", "validation.local_batch_size"]
-    fields += ["validation.freq", "metrics.log_freq", "checkpoint.interval", "rope.original_max_position_embeddings"]
+    fields = [f"{section}.{name}" for section in ("training", "validation") for name in ("seq_len", "local_batch_size")]
+    fields += ["training.steps", "validation.freq", "metrics.log_freq", "checkpoint.interval"]
+    fields += ["rope.original_max_position_embeddings"]
     said = problems(job("--validation.enable", *(f"--{field}=0" for field in fields)))
     assert not {f"{field} = 0: must be 1 or more" for field in fields}.difference(said)
+    only_problem(job("--training.max_norm=-1"), "training.max_norm = -1.0: gradients", "above 0")
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,10 @@ def data_sections(job_config: JobConfig) -> Iterator[tuple[str, Training | Valid
 
 
 def _number_problems(job_config: JobConfig) -> Iterator[str]:
-    """Numbers that training divides by or allocates."""
-    positive = ["metrics.log_freq", "training.seq_len", "training.local_batch_size"]
+    """Numbers that training divides by, allocates or counts to."""
+    positive = ["metrics.log_freq", "training.seq_len", "training.local_batch_size", "training.steps"]
+    if (norm := job_config.training.max_norm) <= 0:
+        yield f"training.max_norm = {norm}: gradients are scaled down to it; give a number above 0"
     if job_config.validation.enable:
         positive += ["validation.seq_len", "validation.local_batch_size", "validation.freq"]
         table, longest = job_config.training.seq_len, job_config.validation.seq_len
