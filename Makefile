@@ -44,7 +44,7 @@ test-eight: setup  ## FSDP and context parallelism on eight CPU processes: exact
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m eight
 
 test-gpu: setup  ## the kernels at full size, the scorers and the loss, on a CUDA device
-	$(BIN)/python -m pytest tests/lighthouse tests/model/test_loss.py -m "gpu or not gpu"
+	$(BIN)/python -m pytest -n 4 --dist worksteal tests/lighthouse tests/model/test_loss.py -m "gpu or not gpu"
 
 test-gpus: setup  ## exact resume of six of the 530M recipe's layers across the switch, context parallelism, on two CUDA devices
 	$(BIN)/python -m pytest -n 4 --dist loadgroup tests/test_context_parallel.py tests/train/test_resume.py -m gpu
