@@ -13,7 +13,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A process of a test that crashes says where.
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 
 # An example's milliseconds say how busy the machine is.
 settings.register_profile("any-speed", deadline=None)
@@ -23,6 +24,7 @@ settings.load_profile("any-speed")
 def pytest_collection():
     """Before a test is imported, and not in a process that only starts others, as pytest-xdist's does."""
     gc.disable()  # what is imported stays
+    os.chdir(ROOT)  # job files name their paths from there
     import torch
 
     if not torch.cuda.is_available():
@@ -67,11 +69,8 @@ def triton_everywhere(monkeypatch):
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """Parses a job file of configs/text with overrides, in a fresh dump folder; legal without any."""
-    from helpers.jobs import ROOT
-
     from torchtitan_ext.jobs.job_file import parse_job
 
-    monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 

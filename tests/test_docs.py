@@ -34,24 +34,18 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "patches/READM
 PAGES += sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "results").glob("**/README.md"))
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    return load_script("write_settings")
-
-
-def test_the_settings_page_is_what_the_script_writes(script):
+def test_the_settings_page_is_what_the_script_writes():
     page = (ROOT / "docs" / "settings.md").read_text()
-    assert page == script.reference(), "docs/settings.md is out of date: make docs"
+    assert page == load_script("write_settings").reference(), "docs/settings.md is out of date: make docs"
 
 
-def test_a_field_without_a_docstring_is_named(script):
+def test_a_field_without_a_docstring_is_named():
     @dataclass(frozen=True)
     class More(Lighthouse):
         threshold: float = 0.0
 
     with pytest.raises(ValueError, match=r"lighthouse\.threshold in .*no docstring"):
-        script.documented("lighthouse", More)
+        load_script("write_settings").documented("lighthouse", More)
 
 
 def test_the_picture_of_the_method_is_drawn(tmp_path, monkeypatch):
@@ -155,7 +149,6 @@ REFUSED = "--training.seq_len 5000"  # as the page says
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: " ".join(map(str, launch[2])))
 def test_documented_launches_are_legal_and_fit(launch, monkeypatch):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setitem(sys.modules, "my_data", ModuleType("my_data"))  # which data.md shows
     monkeypatch.setitem(DATASETS, "my_csv", DATASETS["c4"])
     file, n_gpus, overrides = launch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import ROOT, run_command
+from helpers.commands import run_command
 from helpers.jobs import problems
 from helpers.launches import losses, train
 from helpers.streams import END, write_bpe, write_lines
@@ -32,7 +32,6 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
     write_bpe(given, {"eos_token": END}, [("Ġ", digit) for digit in "0123456789"])
     write_lines(tmp_path / "text.jsonl.zst", [text[i : i + 2000] for i in range(0, len(text), 2000)])
 
-    monkeypatch.chdir(ROOT)
     common = [*SMALL, f"--model.hf_assets_path={given}", f"--training.dataset_path={tmp_path}/text.jsonl.zst"]
     [problem] = problems(parse_job(f"{CONFIGS}/stage1.toml", common))
     flavor = problem[problem.index("flavors['mine']") :]

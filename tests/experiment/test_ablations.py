@@ -18,8 +18,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize("configs, settings, arguments", CELLS)
-def test_every_cell_of_a_grid_is_a_legal_job_with_its_settings(configs, settings, arguments, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_cell_of_a_grid_is_a_legal_job_with_its_settings(configs, settings, arguments):
     stages = [parse_job(f"configs/{configs}/{stage}.toml", arguments) for stage in ("stage1", "stage2")]
     for job in stages:
         for section, fields in settings.items():
@@ -37,8 +36,7 @@ def test_a_cell_may_turn_switches_on_and_off(tmp_path):
     assert job.loss.fuse_output and not job.compile.enable
 
 
-def test_a_cell_runs_both_stages_from_ten_sixteenths_into_a_folder_of_its_name(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
+def test_a_cell_runs_both_stages_from_ten_sixteenths_into_a_folder_of_its_name(tmp_path):
     cells = {"a": ["--lighthouse.top_k=256"], "b": ["--lighthouse.rope=base"]}
     runs = ablations.plan(cells, ROOT / "configs/text", tmp_path, (), ["--debug.seed=7"])
     assert [run.name for run in runs] == ["a/stage1", "a/stage2-200", "b/stage1", "b/stage2-200"]

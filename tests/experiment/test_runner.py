@@ -89,7 +89,6 @@ def by_stand_in(trainer, torchrun=False):
 @pytest.fixture
 def output(tmp_path, monkeypatch):
     """An output folder whose runs are the stand-in's."""
-    monkeypatch.chdir(ROOT)
     (tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(runner, "train_command", by_stand_in(tmp_path / "trainer.py"))
     return tmp_path / "runs"
@@ -133,8 +132,7 @@ def test_launched_by_itself_a_job_file_goes_on_where_the_runner_does(folder, mon
         assert run.config.checkpoint.initial_load_path == (str(run.load) if run.load else None)
 
 
-def test_what_an_experiment_needs_holds_over_the_users_arguments_and_no_more(plan, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_what_an_experiment_needs_holds_over_the_users_arguments_and_no_more(plan, tmp_path):
     overrides = ["--checkpoint.interval=20", "--checkpoint.keep_latest_k=0", "--checkpoint.no_enable"]
     overrides += ["--metrics.no_enable_tensorboard", "--job.dump_folder=elsewhere"]
     for run in plan(tmp_path, splits=[80, 100], overrides=overrides):

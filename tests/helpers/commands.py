@@ -18,7 +18,6 @@ SCRIPTS = {path.stem: path for path in sorted((ROOT / "scripts").glob("*.py"))}
 def run_command(monkeypatch, name, *arguments):
     """The exit code of a verb or script."""
     arguments = list(map(str, arguments))
-    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
         if name in SCRIPTS:
             monkeypatch.setattr(sys, "argv", [str(SCRIPTS[name]), *arguments])

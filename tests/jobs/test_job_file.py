@@ -14,9 +14,7 @@ STAGE1 = ROOT / "configs/text/stage1.toml"
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-
+def write(tmp_path):
     def write(text, name="job.toml"):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)

@@ -29,9 +29,8 @@ assert JOBS
 
 
 @pytest.fixture
-def check(tmp_path, monkeypatch, capsys):
+def check(tmp_path, capsys):
     """Checks a job file with overrides, in a fresh dump folder: the problems and the whole report."""
-    monkeypatch.chdir(ROOT)
 
     def run(*overrides, file=TEXT):
         arguments = [f"--job.config_file={file}", f"--job.dump_folder={tmp_path / 'run'}"]

@@ -22,8 +22,7 @@ SMALL = ("training.seq_len=256", "lighthouse.top_k=16", "lighthouse.tile_winners
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*/stage1.toml")), ids=lambda path: path.parent.name)
-def test_every_recipe_can_be_timed_without_its_data_and_weights(recipe, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_recipe_can_be_timed_without_its_data_and_weights(recipe):
     bench = load_script("bench_train").BenchTrain()
     load_job(recipe, bench.job_arguments(("", "", "model.hf_assets_path=torchtitan_ext/data/byte_tokenizer")))
 
@@ -62,7 +61,7 @@ def test_warm_up_is_not_timed(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_runs_on_eight_gpus_are_good_and_compare_with_those_on_one(tmp_path, monkeypatch):
+def test_the_runs_on_eight_gpus_are_good_and_compare_with_those_on_one(tmp_path):
     stand_in, bench_train, jobs = tmp_path / "bin/python3", load_script("bench_train"), {}
     stand_in.parent.mkdir()
     stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n")
@@ -70,7 +69,6 @@ def test_the_runs_on_eight_gpus_are_good_and_compare_with_those_on_one(tmp_path,
     for part in ("fsdp", "cp", "one"):
         env = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
         assert call("bash", "scripts/bench_eight.sh", part, **env).returncode == 0
-    monkeypatch.chdir(ROOT)
     for arguments in (tmp_path / "calls").read_text().split("END\0")[:-1]:
         bench = parse(bench_train.BenchTrain, arguments.split("\0")[1:-1], "bench_train")
         for words, n_gpus in product(bench.runs, bench.nproc):

@@ -14,7 +14,7 @@ from itertools import product
 from types import SimpleNamespace
 
 import pytest
-from helpers.launches import ROOT, SHORT, losses, train
+from helpers.launches import SHORT, losses, train
 
 from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.preflight import plan_report
@@ -95,8 +95,7 @@ def test_of_two_launches_into_a_folder_one_is_refused_with_the_process_of_the_ot
     assert not re.search(r"step: +1 ", runs["rival"].output)
 
 
-def test_the_preflight_finds_no_fault_in_a_run_to_be_continued(runs, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_preflight_finds_no_fault_in_a_run_to_be_continued(runs):
     settings = [*SETTINGS, f"--job.dump_folder={runs['completed'].dump}", f"--training.steps={STEPS + 2}"]
     facts, problems = plan_report(CONFIG, settings, 2, None, None)
     assert problems == [] and facts["steps"].startswith(f"{STEPS} to {STEPS + 2}")
