@@ -10,8 +10,6 @@ from torchtitan.config import LRScheduler, Optimizer
 
 from torchtitan_ext.train.optimizer import LaunchSchedulers
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
 
 def build(model, **settings):
     optimizers = build_optimizers([model], Optimizer(**settings), None)

@@ -21,8 +21,6 @@ from torchtitan_ext.data import unpickling
 from torchtitan_ext.jobs.resume import complete_metadata
 from torchtitan_ext.jobs.rules import check_job
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
 
 class Hostile:
     """A pickle of this creates `file` when it is loaded, by whichever function `call` is."""

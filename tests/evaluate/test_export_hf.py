@@ -30,8 +30,6 @@ from torchtitan_ext.model.hf_config import llama_config
 
 TEXT = Path(argparse.__file__).read_text()
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
 
 @pytest.fixture(scope="module", params=["debug", "grouped"])
 def exported(request, tmp_path_factory):

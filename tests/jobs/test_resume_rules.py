@@ -22,7 +22,6 @@ from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.hf_config import _computed, llama_config
 from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 OWN_ROPE = {"rope_theta": 5e5, "rope_scaling": llama_config(flavors["debug"])["rope_scaling"] | {"factor": 32.0}}
 

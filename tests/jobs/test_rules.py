@@ -18,8 +18,6 @@ from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.model import flavors
 from torchtitan_ext.train.__main__ import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
 
 @pytest.mark.parametrize(
     ("section", "setting", "kind"),

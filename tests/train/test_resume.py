@@ -14,7 +14,6 @@ from helpers.streams import stream
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-pytestmark += [pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")]
 COMMON = (
     *("--lr_scheduler.warmup_steps=2", "--checkpoint.interval=2", "--metrics.log_freq=1"),
     *("--experimental.custom_import=helpers.recording_import", "--training.dataset=python_source"),
