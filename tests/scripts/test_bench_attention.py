@@ -11,11 +11,10 @@ from torchtitan_ext.lighthouse import LighthouseConfig
 from torchtitan_ext.lighthouse.kernels import dense_attention
 from torchtitan_ext.lighthouse.scorers import SCORERS
 
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SIZES = ("--top-k=32", "--tile-winners=8", "--n-heads=4", "--n-kv-heads=2", "--head-dim=8", "--repeats=1")
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_a_row_for_each_scorer_at_each_length(tmp_path, monkeypatch, capsys):
     output = tmp_path / "bench.json"
     assert run_command(monkeypatch, "bench_attention", *SIZES, f"--output={output}", "--seq-lens", 512, 1024) == 0
@@ -34,8 +33,6 @@ def test_a_row_for_each_scorer_at_each_length(tmp_path, monkeypatch, capsys):
     assert output.with_suffix(".png").stat().st_size > 0
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_a_layer_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     cute = SimpleNamespace(flash_attn_func=lambda q, k, v, **_: (dense_attention(q, k, v), None))
     for module, stand_in in {"flash_attn.cute": cute, "fla.ops.gla": None, "fla.ops.nsa": None}.items():
