@@ -31,6 +31,8 @@ SETTINGS = (
     "--optimizer.lr=3e-3",
 )
 RANKS = 2
+INTERVAL = 50  # steps between two checkpoints
+PER_KILL = 100  # steps of the second run
 SAMPLE = 20  # steps between two looks at the processes
 APART = 5  # least steps between two kills: the log lags behind
 NOISE = 0.02  # of the resident memory: smaller growth is ignored
@@ -39,23 +41,17 @@ NOISE = 0.02  # of the resident memory: smaller growth is ignored
 @dataclass
 class Soak:
     steps: Positive = 2000  # of each run
-    interval: Positive = 50  # steps between two checkpoints
-    kills: Positive = 20  # of the second run
     output: Path = Path("outputs/soak")  # folder of runs and tables; must be new
 
     def run(self) -> int:
-        if self.steps < 3 * SAMPLE:
-            raise ValueError(f"--steps {self.steps}: give {3 * SAMPLE} or more")
-        last = self.steps - self.interval  # that a kill may follow
-        if self.kills * APART >= last:
-            most = f"(--steps - --interval) / {APART} = {last} / {APART}"
-            raise ValueError(f"--kills {self.kills}: give fewer than {most}")
+        if self.steps < PER_KILL:
+            raise ValueError(f"--steps {self.steps}: give {PER_KILL} or more")
         if self.output.exists():
             raise ValueError(f"{self.output} holds the runs of an earlier soak: delete it, or name another --output")
 
         self.samples: list[tuple] = []  # step, rank, MiB resident, open files
         moments = random.Random(0)
-        steps = moments.sample(range(1, last, APART), self.kills)
+        steps = moments.sample(range(1, self.steps - INTERVAL, APART), self.steps // PER_KILL)
         kills = {step + moments.randrange(APART - 2): moments.randrange(RANKS) for step in steps}
         with Display() as self.display:
             self.train("undisturbed", {})
@@ -66,7 +62,7 @@ class Soak:
         """Train the run `name` to its end. kills: the rank to kill, by the step whose log line it follows."""
         folder = make_folder(self.output / name)
         command = [*torchrun(RANKS, CONFIG), *SETTINGS, f"--job.dump_folder={folder}"]
-        command += [f"--training.steps={self.steps}", f"--checkpoint.interval={self.interval}"]
+        command += [f"--training.steps={self.steps}", f"--checkpoint.interval={INTERVAL}"]
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_MAX_RESTARTS": str(len(kills))}
         self.display.begin(name, self.steps)
         with training(command, folder / "log.txt", **environment) as child:
@@ -96,9 +92,9 @@ class Soak:
         last_third = len(of_ranks) * 2 // 3
         memory, files = (of_ranks[last_third:].max(0) / of_ranks[:last_third].max(0)).max(0) - 1  # of the worst rank
         table = [
-            ("steps, and a checkpoint every", f"{self.steps:,}, {self.interval}"),
+            ("steps, and a checkpoint every", f"{self.steps:,}, {INTERVAL}"),
             ("ranks", RANKS),
-            ("kills", self.kills),
+            ("kills", self.steps // PER_KILL),
             ("steps trained more than once", sum(n_trained > 1 for *_, n_trained in rows)),
             ("steps whose losses differ in any bit", len(unequal)),
             ("growth of a rank's memory in the last third of the undisturbed run", f"{memory:+.1%}"),
