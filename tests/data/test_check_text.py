@@ -3,7 +3,7 @@
 import codecs
 import gzip
 import tempfile
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ RUN = Training(seq_len=8, global_batch_size=2, steps=10)
 
 def check(path, workers=2):
     files = text_files(str(path))
-    checked = list(check_text.check_files(files, workers))
+    checked = list(check_text.check_files(files, workers, repeat("text")))
     return checked, *check_text.report(files, checked, JobConfig(training=RUN))
 
 

@@ -75,10 +75,10 @@ def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
 def test_a_source_of_a_mixture_that_begins_with_damage_stops_the_launch(tmp_path):
     job, names = parse_job("configs/text/stage1.toml"), ("text", "body")
     for name in names:
-        (tmp_path / f"{name}.jsonl").write_text(f'{{"{name}": "a document"}}\n')
+        (tmp_path / f"{name}.jsonl").write_text(f'\n{{"{name}": "a document"}}\n')  # after a blank line
     files = [(tmp_path / f"{name}.jsonl", weight) for name, weight in zip(names, (1, 1e-9), strict=True)]
     job.training.mixture = [{"path": str(file), "weight": weight, "dataset": "text"} for file, weight in files]
-    with pytest.raises(ValueError, match=r"body\.jsonl, line 1.*name that in training\.text_field"):
+    with pytest.raises(ValueError, match=r"body\.jsonl, line 2.*name that in training\.text_field"):
         build_dataloader(1, 0, TOKENIZER, job)
 
 

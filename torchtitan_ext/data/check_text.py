@@ -4,7 +4,6 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import repeat
 
 from torchtitan.config import JobConfig
 
@@ -67,7 +66,7 @@ def check_file(file: str, text_field: str = "text") -> Contents:
     return contents
 
 
-def check_files(files: Sequence[str], workers: int, text_fields: Iterable[str] = repeat("text")) -> Iterator[Contents]:
+def check_files(files: Sequence[str], workers: int, text_fields: Iterable[str]) -> Iterator[Contents]:
     """Check files in `workers` processes; results come in the order of `files`."""
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # the parent stops them
     with ProcessPoolExecutor(min(workers, len(files)), initializer=signal.signal, initargs=ignore_interrupt) as pool:

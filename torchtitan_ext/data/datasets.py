@@ -243,9 +243,7 @@ def load_documents(job_config: JobConfig, section: str, n_ranks: int) -> tuple:
         if not is_mixture(job_config, section):
             return source["dataset"], samples, text_of, []
         if source["dataset"] in OF_FILES and not job_config.training.skip_damaged_data:
-            first: dict[str, Any] = next(iter(samples))
-            if "damage" in first:
-                text_of(first)  # raises now, not when a rare source is first drawn
+            text_of(next(filter(None, samples)))  # raises for damage now, not when a rare source is first drawn
         if isinstance(samples, Dataset):
             samples = samples.to_iterable_dataset(num_shards=min(n_ranks, len(samples)))
         # Without declared features the library reads ahead.
