@@ -52,16 +52,6 @@ def test_a_python_without_the_packages_is_answered_in_one_line():
     assert f"is not installed for {sys.executable}" in done.stderr and "'.[train]'" in done.stderr
 
 
-@pytest.fixture
-def wrong(tmp_path):
-    """What is wrong in some way, by name."""
-    for folder in ("empty", "broken"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "file").write_text("junk")
-    (tmp_path / "broken" / "config.json").write_text('{"training": ')
-    return tmp_path
-
-
 TEXT = "configs/text"
 BENCH = ["--output", "{}/bench.json", "--run"]
 # each ends with 2, and says these words
@@ -105,14 +95,18 @@ assert {name for name, *_ in WRONG} == {*VERBS, *SCRIPTS}
 @pytest.mark.parametrize(
     ("name", "arguments", "words"), WRONG, ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else str(x)
 )
-def test_what_is_wrong_is_named_with_a_remedy(monkeypatch, capsys, wrong, name, arguments, words):
+def test_what_is_wrong_is_named_with_a_remedy(monkeypatch, capsys, tmp_path, name, arguments, words):
+    for folder in ("empty", "broken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").write_text("junk")
+    (tmp_path / "broken" / "config.json").write_text('{"training": ')
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert run_command(monkeypatch, name, *(str(argument).format(wrong) for argument in arguments)) == 2
+    assert run_command(monkeypatch, name, *(str(argument).format(tmp_path) for argument in arguments)) == 2
     said = capsys.readouterr().err
     program = f"python scripts/{name}.py" if name in SCRIPTS else f"python -m torchtitan_ext {name}"
     assert "Traceback" not in said and f"{program}: " in said
     for word in words:
-        assert word.format(wrong) in said
+        assert word.format(tmp_path) in said
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.checkpoints import build, save_run
 from helpers.commands import run_command
 from helpers.jobs import cut_short
+from helpers.models import attentive, save_run
 from helpers.streams import LAYOUTS, TOKENIZER, write_bpe
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -39,7 +39,7 @@ def exported(request, tmp_path_factory):
         grouped = replace(flavors["debug"], n_heads=4, n_kv_heads=2, enable_weight_tying=True)
         monkeypatch.setitem(flavors, "grouped", grouped)
         rope = {"theta": 5e4, "scaling_factor": 32} if request.param == "grouped" else {}
-        model = build(request.param, seq_len=9000, rope=rope)
+        model = attentive(request.param, seq_len=9000, rope=rope)
         export(find_checkpoint(save_run(folder, model, flavor=request.param, rope=rope)), folder / "hf")
     hf = folder / "hf"
     return SimpleNamespace(model=model, hf=hf, tokenizer=AutoTokenizer.from_pretrained(hf))
@@ -74,7 +74,7 @@ def test_every_flavor_has_the_tensors_of_its_llama(flavor):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_keep_their_values_in_the_dtype_asked_for(tmp_path, monkeypatch, capsys, dtype):
-    model, option = build(), ["--dtype", dtype] if dtype != "float32" else []  # the default
+    model, option = attentive(), ["--dtype", dtype] if dtype != "float32" else []  # the default
     path = save_run(tmp_path, model, lighthouse=not option)
     assert run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option) == 0
     assert (f"warning: {path} is from a first stage" in capsys.readouterr().err) == (not option)
@@ -101,7 +101,7 @@ def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_clas
     write_bpe(tmp_path / "tokenizer", LAYOUTS[layout] | named)
     if not tokenizer_class:
         (tmp_path / "tokenizer/chat_template.jinja").write_text("{{ messages }}")
-    path = save_run(tmp_path, build())
+    path = save_run(tmp_path, attentive())
     changed_job("model", "hf_assets_path", str(tmp_path / "tokenizer"), path)
     export(find_checkpoint(path), tmp_path / "hf")
     exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -119,7 +119,7 @@ def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_clas
 
 
 def test_an_environment_without_transformers_exports(tmp_path, monkeypatch, capsys):
-    path = save_run(tmp_path, build())
+    path = save_run(tmp_path, attentive())
     with monkeypatch.context() as patch:
         for name in [name for name in sys.modules if re.match(r"torchtitan_ext\.(evaluate|cli)|transformers\.", name)]:
             patch.delitem(sys.modules, name)
@@ -131,7 +131,7 @@ def test_an_environment_without_transformers_exports(tmp_path, monkeypatch, caps
 
 def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
     for step in (9, 10, 11):
-        path = save_run(tmp_path, build(), step=step)
+        path = save_run(tmp_path, attentive(), step=step)
     (path / ".metadata").unlink()  # saved last: step 11 is not complete
     assert find_checkpoint(tmp_path).path == tmp_path / "checkpoint" / "step-10"
     assert find_candidate(tmp_path).name == f"{tmp_path.parent.name}-{tmp_path.name}-step-10"
@@ -175,7 +175,7 @@ SPOILED = {
 @pytest.mark.parametrize("kind", SPOILED)
 def test_what_cannot_be_exported_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, kind):
     spoil, place, reason, remedy = SPOILED[kind]
-    spoil(save_run(tmp_path, build()))
+    spoil(save_run(tmp_path, attentive()))
     if kind == "full folder":
         (tmp_path / "hf/mine").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))

@@ -12,8 +12,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.checkpoints import build, save_run
 from helpers.commands import run_command
+from helpers.models import attentive, save_run
 from helpers.streams import TOKENIZER as BYTES
 from helpers.streams import write_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -169,7 +169,7 @@ def test_out_of_memory_and_logits_that_are_no_numbers_are_no_answer():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return save_run(tmp_path / "run", build(seq_len=600), lighthouse=True)
+    return save_run(tmp_path / "run", attentive(seq_len=600), lighthouse=True)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def hugging_face(checkpoint, tmp_path):
 
 
 def test_logits_are_the_models_at_the_last_position_and_no_others_are_computed(checkpoint, hugging_face, monkeypatch):
-    model, prompts, linear, shapes = build(seq_len=600), niah.Prompts(BYTES), torch.nn.functional.linear, []
+    model, prompts, linear, shapes = attentive(seq_len=600), niah.Prompts(BYTES), torch.nn.functional.linear, []
     tokens = torch.tensor([prompts(600, 50, trial, 0) for trial in range(3)])
     with torch.inference_mode():
         expected = model(tokens)[:, -1]
@@ -223,7 +223,7 @@ def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, mon
 
 
 def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, monkeypatch, capsys):
-    path = save_run(tmp_path / "run", build(seq_len=5000))
+    path = save_run(tmp_path / "run", attentive(seq_len=5000))
     monkeypatch.setattr(niah, "CONTEXTS", (100, 200, 5001, 9000))
     options = ["--depths", 0, "--output", tmp_path / "out"]
     assert run_command(monkeypatch, "niah", path, *options) == 0
