@@ -20,17 +20,9 @@ from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
 from torchtitan_ext.model.model import meta_model
 from torchtitan_ext.model.settings import Model
 
+from . import resume
 from .job_file import parse_job
 from .memory import GIB, no_estimate_reason, peak_memory
-from .resume import (
-    changes_since,
-    checkpoint_folder,
-    checkpoint_to_load,
-    complete_steps,
-    data_parallel_degree,
-    saved_state,
-    saves_checkpoints,
-)
 from .rules import DEGREES, data_sections, job_problems, parallel_dims, sequences_at_once
 
 MFU = {"none": 47, "selective": 47, "full": 38}  # percent on H200s by cuDNN: results/bench_train.json
@@ -55,7 +47,7 @@ class Plan:
         args.update_from_config(job)
         counts = args.get_nparams_and_flops(meta_model(args), job.training.seq_len)
         dims = parallel_dims(job, n_gpus)
-        return cls(job, dims, args, *counts, saved_state(job, dims, TRAIN_STATE).get("step", 0))
+        return cls(job, dims, args, *counts, resume.saved_state(job, dims, TRAIN_STATE).get("step", 0))
 
 
 def plan_report(
@@ -93,8 +85,8 @@ def plan_report(
 
 def _reading_problems(plan: Plan) -> Iterator[str]:
     """Read a batch of the first rank and of the last, which gets the fewest documents, from where the run continues."""
-    job, degree = plan.job, data_parallel_degree(plan.dims)
-    position = saved_state(job, plan.dims, DATALOADER)
+    job, degree = plan.job, resume.data_parallel_degree(plan.dims)
+    position = resume.saved_state(job, plan.dims, DATALOADER)
     for name, section in data_sections(job):
         try:
             check_data(job, name)
@@ -120,13 +112,14 @@ def _reading_problems(plan: Plan) -> Iterator[str]:
 def _checkpoints_to_come(plan: Plan) -> int:
     """How many more checkpoints than now the run's folder will hold at most."""
     checkpoint, steps = plan.job.checkpoint, plan.job.training.steps
-    if not saves_checkpoints(plan.job) or plan.first_step >= steps:
+    if not resume.saves_checkpoints(plan.job) or plan.first_step >= steps:
         return 0
     saves = -(-steps // checkpoint.interval) - plan.first_step // checkpoint.interval  # the last step too
     if not checkpoint.keep_latest_k:
         return saves
+    held = len(resume.complete_steps(resume.checkpoint_folder(plan.job)))
     # The oldest goes after the next is written.
-    return min(saves, max(1, checkpoint.keep_latest_k + 1 - len(complete_steps(checkpoint_folder(plan.job)))))
+    return min(saves, max(1, checkpoint.keep_latest_k + 1 - held))
 
 
 def _disk(plan: Plan, problems: list[str]) -> str:
@@ -185,10 +178,11 @@ def _what_fits(plan: Plan, gpu_memory: float, others: list[str]) -> str:
 
 def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     job, args, dims, rope = plan.job, plan.args, plan.dims, vars(plan.args.rope_scaling_args)
-    seq_len, start, at_once = job.training.seq_len, checkpoint_to_load(job), sequences_at_once(job, dims)
+    seq_len, start, at_once = job.training.seq_len, resume.checkpoint_to_load(job), sequences_at_once(job, dims)
     batch = job.training.global_batch_size if job.training.global_batch_size > 0 else at_once  # sequences
     tokens = max(0, job.training.steps - plan.first_step) * batch * seq_len
-    origin = f"{start or 'scratch'}" + (f", changed since: {changes}" if (changes := changes_since(start, job)) else "")
+    changes = resume.changes_since(start, job)
+    origin = f"{start or 'scratch'}{f', changed since: {changes}' if changes else ''}"
     n_lighthouse = len(args.lighthouse_layers)
     attention = f"dense in {args.n_layers - n_lighthouse} layers"
     if n_lighthouse:

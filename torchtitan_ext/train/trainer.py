@@ -17,17 +17,10 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
+from torchtitan_ext.jobs import resume
 from torchtitan_ext.jobs.environment import environment_problems
 from torchtitan_ext.jobs.folder_lock import lock_folders
 from torchtitan_ext.jobs.recorded import write_config
-from torchtitan_ext.jobs.resume import (
-    changes_since,
-    checkpoint_folder,
-    checkpoint_to_load,
-    excluded_states,
-    remove_half_saved,
-    saves_checkpoints,
-)
 from torchtitan_ext.jobs.rules import check_job, launched_ranks, parallel_dims
 
 from .checkpointer import LighthouseCheckpointManager
@@ -67,12 +60,12 @@ class LighthouseTrainer(Trainer):
         checkpoint, n_ranks = job_config.checkpoint, launched_ranks()
         if is_first:
             lock_folders(job_config)
-            if saves_checkpoints(job_config):
-                remove_half_saved(checkpoint_folder(job_config))
-            if changed := changes_since(start := checkpoint_to_load(job_config), job_config):
+            if resume.saves_checkpoints(job_config):
+                resume.remove_half_saved(resume.checkpoint_folder(job_config))
+            if changed := resume.changes_since(start := resume.checkpoint_to_load(job_config), job_config):
                 logger.info(f"Changed since {start}: {changed}")
             write_config(job_config)  # not job.save_config_file, which lets a rejected job replace the run's record
-        excluded = excluded_states(job_config, parallel_dims(job_config, n_ranks) if n_ranks else None)
+        excluded = resume.excluded_states(job_config, parallel_dims(job_config, n_ranks) if n_ranks else None)
         if loaded := sorted({*checkpoint.exclude_from_loading} - {*excluded}):
             logger.info(
                 f"checkpoint.exclude_from_loading: the run goes on from its own checkpoint, with {', '.join(loaded)}; "
