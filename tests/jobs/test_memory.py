@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['name']} on {row['n_gpus']}")
-def test_the_estimates_are_near_what_was_measured(row, monkeypatch):
+def test_the_estimates_are_near_what_was_measured(row):
     job, args = job_of(*row["config"].split())
     dims = parallel_dims(job, row["n_gpus"])
     assert no_estimate_reason(job, dims) is None
@@ -97,7 +97,7 @@ def test_the_estimate_grows_with_what_is_kept_and_shrinks_with_what_is_shared():
         (["model.converters=quantize.linear.float8"], "model.converters = ['quantize.linear.float8']"),
     ],
 )
-def test_no_estimate_is_given_of_what_was_not_looked_into(monkeypatch, settings, words):
+def test_no_estimate_is_given_of_what_was_not_looked_into(settings, words):
     job, _ = job_of("configs/530m/stage1.toml", *settings)
     sharing = any(setting.startswith("parallelism.") for setting in settings)
     assert words in no_estimate_reason(job, parallel_dims(job, 1 + sharing))

@@ -208,8 +208,6 @@ def test_the_first_documents_are_read(check, tmp_path):
     assert not check(*arguments)[0]
     file.write_bytes(gzip.compress(b"no JSON\n"))
     only(check(*arguments)[0], file, "line 1")
-    file.write_bytes(gzip.compress(b'{"text": "one document"}\n'))
-    only(check(*arguments, "--nproc=2")[0], "no document for data-parallel rank 1")
 
 
 def test_a_sequence_of_the_validation_data_is_read(check, tmp_path):
