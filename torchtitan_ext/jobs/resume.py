@@ -56,11 +56,10 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
 
 def changes_since(start: Path | None, job_config: JobConfig) -> str:
     """The settings that differ from those of the run that saved the checkpoint `start`; empty if it recorded none."""
-    if start is None or not (start / METADATA).is_file():
-        return ""
-    with suppress(ValueError, FileNotFoundError):
-        changed = changed_settings(start.parent.parent / CONFIG_FILE, job_config)
-        return ", ".join(f"{name} = {now!r} (was {before!r})" for name, before, now in changed)
+    if start and (start / METADATA).is_file():
+        with suppress(ValueError, FileNotFoundError):
+            changed = changed_settings(start.parent.parent / CONFIG_FILE, job_config)
+            return ", ".join(f"{name} = {now!r} (was {before!r})" for name, before, now in changed)
     return ""
 
 
