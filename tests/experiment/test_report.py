@@ -371,7 +371,7 @@ def test_pages_show_the_numbers_that_their_records_give():
     for row, other in zip(tables[0], others, strict=True):
         known.append(100 * other["device_hours"] / dense["device_hours"])
         known += [row["validation_loss"] - other["validation_loss"], 100 - 100 * row["ktok_s"] / other["ktok_s"]]
-    for run in [experiments[0].dense, *(experiment.stage1 for experiment in experiments)]:
+    for run in [experiments[0].dense, experiments[1].dense, *(experiment.stage1 for experiment in experiments)]:
         known += [run.loss[run.step == 100][0], mean_loss(run.step, run.loss, 500, 100)]
         known += [run.validation_loss[run.validation_step == 1000][0], np.median(run.tokens_per_second[1:]) / 1e6]
     known.append(100 - rows[-1]["hours_percent"])

@@ -207,8 +207,8 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
 
 def markdown(experiment: Experiment, published: dict) -> str:
     """Our table and, for the published model, the published rows; both are labelled."""
-    run = experiment.runs[0]
-    w = window(run.total_steps, run.log_freq)
+    run, longest = experiment.runs[0], max(experiment.runs, key=lambda run: run.total_steps)
+    w = window(longest.total_steps, longest.log_freq)
     status = {name: _status(*start) for name, start in experiment.starts.items()}
     unfinished = "".join(f"- {name}: {how}\n\n" for name, how in status.items() if how != "finished")
     dense, *splits = published["split_points"]

@@ -23,7 +23,8 @@ def check_context_parallel(config: LighthouseConfig, seq_len: int, degree: int, 
         config.check_seq_len(seq_len, len(chunk_order(degree, load_balance)))
     except ValueError as error:
         where = f"at a context-parallel degree of {degree}, " if degree > 1 else ""
-        degrees = [n for n in range(1, 2 * degree) if config.allows(seq_len, len(chunk_order(n, load_balance)))]
+        powers = (2**i for i in range(degree.bit_length()))  # of 2, which divide the heads of most models
+        degrees = [n for n in powers if config.allows(seq_len, len(chunk_order(n, load_balance)))]
         allowed = f"; allowed: context_parallel_degree = {' or '.join(map(str, degrees))}" if degrees else ""
         raise ValueError(f"{where}{error}{allowed}") from None
 
