@@ -133,6 +133,8 @@ def test_an_environment_inside_a_repository_that_ignores_it(clean, tmp_path, mon
     git(tmp_path, "init")
     (tmp_path / ".gitignore").write_text(".venv/\n")
     root = shutil.copytree(clean, tmp_path / ".venv" / "lib")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    (tmp_path / "gitconfig").write_text("[core]\n\tautocrlf = true\n")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
     assert patching.change(root, patched=True) and patching.is_patched(root)

@@ -73,8 +73,8 @@ def change(root: Path, patched: bool) -> bool:
         ["git", "apply", "-p2", *([] if patched else ["--reverse"])],
         input="".join(patch.read_text() for patch in series()),  # one input: git checks all of it before it writes
         cwd=(root / "torchtitan").resolve(),  # git follows no links
-        # Inside a repository, git apply skips files that are not the repository's.
-        env=os.environ | {"GIT_DIR": os.devnull},
+        # Inside a repository, git apply skips files that are not the repository's; core.autocrlf changes all lines.
+        env=os.environ | {"GIT_DIR": os.devnull, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"},
         capture_output=True,
         text=True,
     )

@@ -42,6 +42,8 @@ def test_documents_differ_and_their_digits_and_distances_are_spread():
 @pytest.mark.parametrize("seq_len", [64, 256])
 def test_a_document_fills_a_sequence_and_only_its_digits_are_labels(seq_len):
     batches = loader("passkey", str(seq_len - 1), seq_len)
+    held_out = passkey.passkey_documents("100", held_out=True)["index"]
+    assert not {*held_out} & {*passkey.passkey_documents("100")["index"]}
     for index, (inputs, labels) in enumerate(islice(batches, 5)):
         text = passkey_text({"index": index, "length": seq_len - 1})
         assert inputs["input"].tolist() == [[TOKENIZER.bos_id, *text.encode()]]

@@ -134,6 +134,9 @@ def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
         path = save_run(tmp_path, attentive(), step=step)
     (path / ".metadata").unlink()  # saved last: step 11 is not complete
     assert find_checkpoint(tmp_path).path == tmp_path / "checkpoint" / "step-10"
+    (tmp_path / "checkpoint").rename(tmp_path / "scratch")
+    (tmp_path / "checkpoint").symlink_to(tmp_path / "scratch")
+    assert find_candidate(tmp_path / "checkpoint/step-9").load
     assert find_candidate(tmp_path).name == f"{tmp_path.parent.name}-{tmp_path.name}-step-10"
 
 

@@ -16,6 +16,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from transformers import LlamaConfig
 
 from torchtitan_ext import model
+from torchtitan_ext.jobs.recorded import write_config
 from torchtitan_ext.jobs.resume import checkpoint_to_load, complete_metadata, excluded_states
 from torchtitan_ext.jobs.rules import check_job, parallel_dims
 from torchtitan_ext.model import LighthouseTransformer, flavors
@@ -35,6 +36,15 @@ def launch(request, job, tmp_path):
         return path, partial(job, *(() if request.param == "own" else start_from(path)))
 
     return saved
+
+
+def test_another_rope_than_the_checkpoints_is_an_error(launch):
+    path, job = launch()
+    trained = job("--rope.theta=5e5", "--rope.scaling_factor=8")  # 8 is the flavor's own
+    trained.job.dump_folder = str(path.parents[1])
+    write_config(trained)
+    only_problem(job(), "rope.theta = 10000", f"{path} was trained with 500000", "export")
+    check_job(job("--rope.theta=5e5"))
 
 
 def test_a_dropped_optimizer_or_step_is_an_error(job, tmp_path):

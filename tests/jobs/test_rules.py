@@ -45,6 +45,9 @@ def test_an_unpatched_torchtitan_is_refused_and_one_changed_by_its_owner_is_not(
     assert "is not patched: python -m torchtitan_ext patch apply" in capsys.readouterr().err
     monkeypatch.setattr("torchtitan_ext.patching.is_patched", MagicMock(side_effect=ValueError))
     main(arguments)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments[:1])
+    assert "launch with torchrun" in capsys.readouterr().err
 
 
 def test_a_good_job_passes_without_a_word(job, tmp_path, caplog):
@@ -70,6 +73,8 @@ VALIDATION = "--validation.enable --validation"
     ("overrides", "words"),
     [
         ("--training.seq_len 4100", ["[training]", "seq_len = 4100"]),
+        (f"--lighthouse.no_enable {CP2} --training.seq_len 255", ["training.seq_len = 255", "2 chunks"]),
+        ("--checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
         ("--training.seq_len 131072 --lighthouse.top_k 192", ["130944 or 131136; top_k = 128 or 256 or 2048"]),
         ("--lighthouse.dense_layers -1 2", ["lighthouse.dense_layers = [-1, 2]: [-1, 2] out", "0 to 1"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),

@@ -224,9 +224,10 @@ def check_data(job_config: JobConfig, section: str) -> None:
 def _load(job_config: JobConfig, section: str, source: dict[str, Any]) -> Dataset | IterableDataset:
     """The samples of one of a section's sources. Raises ValueError, which names the field."""
     name = source["dataset"]
-    of_files = {"text_field": source["text_field"]} if name in OF_FILES else {}
+    options: dict[str, Any] = {"text_field": source["text_field"]} if name in OF_FILES else {}
+    options |= {"held_out": section == "validation"} if name == "passkey" else {}
     try:
-        return DATASETS[name].loader(source["path"] or DATASETS[name].path, **of_files)
+        return DATASETS[name].loader(source["path"] or DATASETS[name].path, **options)
     except ValueError as error:
         field = "dataset_path" if name in OWN_DATASETS else "dataset"
         field = "mixture" if is_mixture(job_config, section) else field

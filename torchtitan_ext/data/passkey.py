@@ -37,12 +37,14 @@ def question_and_answers(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], li
     return question, answers
 
 
-def passkey_documents(dataset_path: str) -> Dataset:
-    """`N_DOCUMENTS` rows for `passkey_text`; `dataset_path` is the documents' length in characters, as digits."""
+def passkey_documents(dataset_path: str, held_out: bool = False) -> Dataset:
+    """`N_DOCUMENTS` rows for `passkey_text`; `dataset_path` is the documents' length in characters, as digits.
+    held_out: others, for validation."""
     if not dataset_path.isdecimal() or int(dataset_path) < MIN_LENGTH:
         wanted = f"passkey takes its documents' length in characters, {MIN_LENGTH} or more"
         raise ValueError(f"{dataset_path!r}: {wanted}; with a byte tokenizer, seq_len - 1 fills a sequence")
-    return Dataset.from_dict({"index": np.arange(N_DOCUMENTS), "length": np.full(N_DOCUMENTS, int(dataset_path))})
+    index = np.arange(N_DOCUMENTS) + N_DOCUMENTS * held_out
+    return Dataset.from_dict({"index": index, "length": np.full(N_DOCUMENTS, int(dataset_path))})
 
 
 def passkey_text(sample: dict[str, int]) -> str:

@@ -76,7 +76,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     Raises ValueError if none is complete, or the run's job config or tokenizer doesn't fit the checkpoint;
     FileNotFoundError if there is no job config.
     """
-    path = path.resolve()
+    path = path.absolute()  # follows no links: a run's folder of checkpoints may be one
     is_run = (path / CONFIG_FILE).is_file()
     if not is_run and not (path / resume.METADATA).is_file():
         missing = f"it has no .metadata and no {CONFIG_FILE}; give a complete step-N folder, or its run's folder"

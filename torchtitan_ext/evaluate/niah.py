@@ -57,7 +57,7 @@ class Candidate:
 def find_candidate(path: Path) -> Candidate:
     """The checkpoint at `path`: torchtitan's, as for `find_checkpoint`, or a Hugging Face folder. Raises ValueError if
     there is none, or a part is missing."""
-    path = path.resolve()
+    path = path.absolute()
     config_file = path / CONFIG_FILE  # a run has one too
     if config_file.is_file() and '"model_type"' in config_file.read_text():
         return _hugging_face(path)

@@ -22,6 +22,8 @@ from torchtitan_ext.progress import Display
 from .records import LOG
 
 STAGES = ("dense", "stage1", "stage2")
+# within a run; errors recommend the last two
+MAY_CHANGE = {"training.steps", "training.skip_nonfinite_steps", "training.skip_damaged_data"}
 RECORDED = ("--metrics.enable_tensorboard", "--checkpoint.enable")  # for the table, and for the next run
 
 
@@ -128,8 +130,8 @@ def _changed(run: PlannedRun) -> Iterator[str]:
     saved_file = run.folder / CONFIG_FILE
     if run.newest == run.start or not saved_file.is_file():
         return
-    for name, before, now in changed_settings(saved_file, run.config):
-        if name != "training.steps":
+    for name, (before, now) in changed_settings(saved_file, run.config):
+        if name not in MAY_CHANGE:
             changed = f"{name} = {before!r}, which is {now!r} now"
             yield f"{run.folder} was run with {changed}: choose another output folder, or delete this one"
 

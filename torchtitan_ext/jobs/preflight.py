@@ -181,7 +181,7 @@ def _facts(plan: Plan, gpu: str, tok_s: float | None) -> dict[str, str]:
     seq_len, start, at_once = job.training.seq_len, resume.checkpoint_to_load(job), sequences_at_once(job, dims)
     batch = job.training.global_batch_size if job.training.global_batch_size > 0 else at_once  # sequences
     tokens = max(0, job.training.steps - plan.first_step) * batch * seq_len
-    changes = resume.changes_since(start, job)
+    changes = resume.describe_changes(start, job)
     origin = f"{start or 'scratch'}{f', changed since: {changes}' if changes else ''}"
     n_lighthouse = len(args.lighthouse_layers)
     attention = f"dense in {args.n_layers - n_lighthouse} layers"

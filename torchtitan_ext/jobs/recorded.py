@@ -35,14 +35,14 @@ def read_config(file: Path, *fields: str) -> dict:
     return config
 
 
-def changed_settings(file: Path, job_config: JobConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Field, recorded value and value now of what differs from the job recorded in `file` and decides what a run
+def changed_settings(file: Path, job_config: JobConfig) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Field, and recorded value and value now, of what differs from the job recorded in `file` and decides what a run
     learns. Raises ValueError as `read_config` does."""
     saved, now = read_config(file, "training.steps"), json.loads(json.dumps(job_config.to_dict()))
     for section in LEARNED_WITH:
         for field, value in now[section].items():
             if value != (before := saved.get(section, {}).get(field, value)):
-                yield f"{section}.{field}", before, value
+                yield f"{section}.{field}", (before, value)
 
 
 def recorded_start(job_config: JobConfig) -> str | None:

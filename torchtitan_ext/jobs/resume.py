@@ -54,13 +54,18 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
     return Path(start) if start else None
 
 
-def changes_since(start: Path | None, job_config: JobConfig) -> str:
-    """The settings that differ from those of the run that saved the checkpoint `start`; empty if it recorded none."""
+def changes_since(start: Path | None, job_config: JobConfig) -> dict[str, tuple[Any, Any]]:
+    """By field, value before and now of the settings that differ from those of the run that saved the checkpoint
+    `start`; empty if it recorded none."""
     if start and (start / METADATA).is_file():
         with suppress(ValueError, FileNotFoundError):
-            changed = changed_settings(start.parent.parent / CONFIG_FILE, job_config)
-            return ", ".join(f"{name} = {now!r} (was {before!r})" for name, before, now in changed)
-    return ""
+            return dict(changed_settings(start.parent.parent / CONFIG_FILE, job_config))
+    return {}
+
+
+def describe_changes(start: Path | None, job_config: JobConfig) -> str:
+    changes = changes_since(start, job_config)
+    return ", ".join(f"{field} = {now!r} (was {before!r})" for field, (before, now) in changes.items())
 
 
 def _loads_from(folder: Path, load_only: bool) -> bool:
@@ -120,6 +125,8 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
     if folder.resolve() in (own := Path(dump).resolve(), *own.parents):
         yield f"checkpoint.folder = {checkpoint.folder!r}: must name a folder in {dump}, for example 'checkpoint'"
         return
+    if checkpoint.keep_latest_k == 1:
+        yield "checkpoint.keep_latest_k = 1: a save keeps the one before until it is complete; use 0 (all) or 2 or more"
     if checkpoint.last_save_in_hf:
         remedy = "set it to false, and call python -m torchtitan_ext export for config.json and the tokenizer too"
         yield f"checkpoint.last_save_in_hf = true: that format holds weights only; {remedy}"
@@ -234,6 +241,13 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
         return
     if args := flavors.get(job_config.model.flavor):
         yield from _shape_problems(job_config, field, path, meta_model(args).state_dict(), metadata)
+        default = {"rope.theta": args.rope_theta} | {f"rope.{k}": v for k, v in vars(args.rope_scaling_args).items()}
+        changes = changes_since(path, job_config)
+        for name in default.keys() & changes:
+            before, now = (default[name] if value is None else value for value in changes[name])
+            if before != now:
+                remedy = "set it to that, or export that checkpoint and start a new run from the export"
+                yield f"{name} = {now}: {path} was trained with {before}; {remedy}"
     if path == folder / "step-0":
         return  # torchtitan's seed checkpoint: weights only
     if path.parent != folder and objects.get(f"{TRAIN_STATE}.step", 0) >= (steps := job_config.training.steps):

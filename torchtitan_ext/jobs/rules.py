@@ -18,7 +18,7 @@ from torchtitan_ext.console import MOUNT, is_address
 from torchtitan_ext.data import OF_FILES, check_data
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
-from torchtitan_ext.lighthouse.ulysses import check_heads
+from torchtitan_ext.lighthouse.ulysses import check_heads, chunk_order
 from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
 
 from .resume import checkpoint_problems, data_parallel_degree
@@ -174,9 +174,13 @@ def _attention_problems(job_config: JobConfig) -> Iterator[str]:
         reason = "without a load balancer ranks compile different graphs, and from torch 2.14 on they wait forever"
         remedy = "set parallelism.context_parallel_load_balancer to 'headtail', or compile.enable to false"
         yield f"parallelism.context_parallel_rotate_method = 'alltoall': {reason}; {remedy}"
-    for name, section in data_sections(job_config) if lighthouse.enable else ():
+    for name, section in data_sections(job_config):
+        seq_len = section.seq_len
         try:
-            check_context_parallel(lighthouse, section.seq_len, degree, balancer is not None)
+            if lighthouse.enable:
+                check_context_parallel(lighthouse, seq_len, degree, balancer is not None)
+            elif degree > 1 and seq_len % (n_chunks := len(chunk_order(degree, balancer is not None))):
+                yield f"{name}.seq_len = {seq_len}: ranks share it in {n_chunks} chunks; use a multiple of that"
         except ValueError as error:
             yield f"[lighthouse] on [{name}]: {error}"
 

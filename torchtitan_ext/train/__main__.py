@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> None:
         if not hasattr(train.Trainer, "checkpointer_cls"):  # which a patch adds
             check_patched()
         job = parse_job(options.file, overrides)
+        if not options.print_config and "LOCAL_RANK" not in os.environ:
+            raise ValueError("LOCAL_RANK is not set: launch with torchrun, as scripts/train.sh does")
     except ValueError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"torchtitan_ext.train: {error}", file=sys.stderr)

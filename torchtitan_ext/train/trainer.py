@@ -62,7 +62,7 @@ class LighthouseTrainer(Trainer):
             lock_folders(job_config)
             if resume.saves_checkpoints(job_config):
                 resume.remove_half_saved(resume.checkpoint_folder(job_config))
-            if changed := resume.changes_since(start := resume.checkpoint_to_load(job_config), job_config):
+            if changed := resume.describe_changes(start := resume.checkpoint_to_load(job_config), job_config):
                 logger.info(f"Changed since {start}: {changed}")
             write_config(job_config)  # not job.save_config_file, which lets a rejected job replace the run's record
         excluded = resume.excluded_states(job_config, parallel_dims(job_config, n_ranks) if n_ranks else None)
