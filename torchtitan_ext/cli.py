@@ -36,11 +36,11 @@ class Patch:
         from . import patching
 
         root, wanted = self.root or patching.installed_root(), self.action != "revert"
-        changed = self.action != "check" and patching.change(root, wanted)
+        if self.action != "check":
+            patching.change(root, wanted)
         patched = patching.is_patched(root)
         state = f"patched ({len(patching.series())} patches)" if patched else "as released"
-        already = "" if changed or self.action == "check" else "already "
-        print(f"{root / 'torchtitan'} is {already}{state}")
+        print(f"{root / 'torchtitan'} is {state}")
         return 0 if patched == wanted else 1
 
 
@@ -134,7 +134,6 @@ class Ablate:
     configs: Path = CONFIGS / "530m"  # folder of dense.toml, stage1.toml and stage2.toml
     output: Path = Path("outputs/ablations")  # folder of the cells' runs
     nproc: Positive = 1  # processes, one per device
-    splits: Positives = ()  # steps at which stage 2 starts; by default ten sixteenths of its steps
 
     def run(self, overrides: list[str]) -> None:
         from .experiment import ablations, runner
@@ -148,7 +147,7 @@ class Ablate:
         if unknown := [name for name in names if name not in grid]:
             raise ValueError(f"--cells {' '.join(unknown)}: the grid has {', '.join(grid)}")
         cells = {name: grid[name] for name in names}
-        runner.run_all(ablations.plan(cells, self.configs, self.output, self.splits, overrides), self.nproc)
+        runner.run_all(ablations.plan(cells, self.configs, self.output, overrides), self.nproc)
 
 
 @dataclass

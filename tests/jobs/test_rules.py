@@ -74,7 +74,6 @@ VALIDATION = "--validation.enable --validation"
     [
         ("--training.seq_len 4100", ["[training]", "seq_len = 4100"]),
         (f"--lighthouse.no_enable {CP2} --training.seq_len 255", ["training.seq_len = 255", "2 chunks"]),
-        ("--checkpoint.keep_latest_k 1", ["checkpoint.keep_latest_k = 1", "2 or more"]),
         ("--training.seq_len 131072 --lighthouse.top_k 192", ["130944 or 131136; top_k = 128 or 256 or 2048"]),
         ("--lighthouse.dense_layers -1 2", ["lighthouse.dense_layers = [-1, 2]: [-1, 2] out", "0 to 1"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),

@@ -25,10 +25,10 @@ def _arguments(settings: Mapping[str, Mapping[str, object]]) -> list[str]:
 
 
 def plan(
-    cells: Mapping[str, list[str]], configs: Path, output: Path, splits: Sequence[int], overrides: Sequence[str]
+    cells: Mapping[str, list[str]], configs: Path, output: Path, overrides: Sequence[str]
 ) -> list[runner.PlannedRun]:
     """The runs of each cell, in a folder of its name: job files in `configs`, the cell's settings, overrides."""
-    splits = splits or [parse_job(configs / "stage2.toml", overrides).training.steps * 10 // 16]
+    splits = [parse_job(configs / "stage2.toml", overrides).training.steps * 10 // 16]
     runs = []
     for name, settings in cells.items():
         experiment = runner.plan(configs, output / name, splits, ("stage1", "stage2"), [*settings, *overrides])

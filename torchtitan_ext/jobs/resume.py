@@ -125,8 +125,6 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
     if folder.resolve() in (own := Path(dump).resolve(), *own.parents):
         yield f"checkpoint.folder = {checkpoint.folder!r}: must name a folder in {dump}, for example 'checkpoint'"
         return
-    if checkpoint.keep_latest_k == 1:
-        yield "checkpoint.keep_latest_k = 1: a save keeps the one before until it is complete; use 0 (all) or 2 or more"
     if checkpoint.last_save_in_hf:
         remedy = "set it to false, and call python -m torchtitan_ext export for config.json and the tokenizer too"
         yield f"checkpoint.last_save_in_hf = true: that format holds weights only; {remedy}"
