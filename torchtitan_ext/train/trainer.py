@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
@@ -72,6 +73,9 @@ class LighthouseTrainer(Trainer):
                 "to leave that out, start from it in another job.dump_folder (checkpoint.initial_load_path)"
             )
         checkpoint.exclude_from_loading = excluded
+
+    def init_distributed(self) -> ParallelDims:
+        return parallel_dims(self.job_config, super().init_distributed().world_size)
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         # From pinned memory, so the host does not wait for the previous step.
