@@ -240,10 +240,9 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
     if args := flavors.get(job_config.model.flavor):
         yield from _shape_problems(job_config, field, path, meta_model(args).state_dict(), metadata)
         default = {"rope.theta": args.rope_theta} | {f"rope.{k}": v for k, v in vars(args.rope_scaling_args).items()}
-        changes = changes_since(path, job_config)
-        for name in default.keys() & changes:
-            before, now = (default[name] if value is None else value for value in changes[name])
-            if before != now:
+        for name, values in changes_since(path, job_config).items():
+            before, now = (default.get(name) if value is None else value for value in values)
+            if name in default and before != now:
                 remedy = "set it to that, or export that checkpoint and start a new run from the export"
                 yield f"{name} = {now}: {path} was trained with {before}; {remedy}"
     if path == folder / "step-0":
