@@ -340,7 +340,11 @@ def recorded(file: Path) -> report.Experiment:
         fields |= {"log_freqs": freqs, "starts": np.arange(len(points)) == 0}
         runs[name] = records.Run(Path(name), {"training": {"steps": int(fields["step"][-1])}}, **fields)
     tails = {int(name.removeprefix("stage2-")): run for name, run in runs.items() if name.startswith("stage2-")}
-    return report.Experiment(runs.get("dense"), runs["stage1"], tails)
+    return report.Experiment(runs.get("dense"), runs.get("stage1"), tails)
+
+
+def validation_loss(run: records.Run, step: int) -> float:
+    return run.validation_loss[run.validation_step == step][0]
 
 
 def test_pages_show_the_numbers_that_their_records_give():
@@ -350,30 +354,44 @@ def test_pages_show_the_numbers_that_their_records_give():
     readme, quickstart, running = ((ROOT / page).read_text() for page in pages)
     assert report.markdown_rows(report.table(recorded(results / "passkey/curves.csv"))) in quickstart
 
-    experiments = [recorded(folder / f"curves/{n}.csv") for n in ("seed0", "seed1", "four-dense-layers-seed0")]
+    names = ("seed0", "seed1", "k1024-seed0", "half-rate-seed0", "base-seed0", "four-dense-layers-seed0")
+    experiments = [recorded(folder / f"curves/{name}.csv") for name in names]
     tables = [[row for row in report.table(e) if row["status"] == "finished"] for e in experiments]
     lost = ("hours_percent", "equal_hours_difference")  # the second seed's dense run took another number of GPUs
     second = [{c: v for c, v in row.items() if c not in lost} | {"run": f"{row['run']}, seed 1"} for row in tables[1]]
     shown = [report.markdown_rows([*tables[0], *second])]
     for row in csv.DictReader((folder / "27m.csv").read_text().splitlines()):
         hours, dense, loss = (float(row[c] or "nan") for c in ("hours_percent", "dense", "validation_loss"))
-        cells = [row["dense_layers"], row["seed"], row["run"], f"{hours:.0f}".replace("nan", "-")]
+        cells = [row["seed"], row["run"], f"{hours:.0f}".replace("nan", "-")]
         shown.append(f"| {' | '.join(cells)} | {dense:.4f} | {loss:.4f} | {loss - dense:+.4f} |")
+    niah = json.loads((results / "niah/records.json").read_text())
+    trials = (
+        ("nothing", 0, 0, "85M-stage2-1250"),
+        ("k = 1,024", 2, 2, "85M-k1024-stage2-1250"),
+        ("k = 1,024, half the rate in stage 2", 2, 3, None),
+        ("RoPE before pooling", 4, 4, "85M-base-stage2-1250"),
+        ("first and last two layers dense", 5, 5, "85M-four-dense-stage2-1250"),
+    )
+    for changed, first, second_stage, name in trials:
+        stage1, loss = tables[first][-1], tables[second_stage][-1]["validation_loss"]
+        at_1000 = validation_loss(experiments[first].stage1, 1000)
+        cells = [changed, f"{at_1000:.3f}", f"{stage1['ktok_s']:.1f}", f"{loss:.4f}"]
+        cells += [f"{loss - tables[0][0]['validation_loss']:+.4f}", f"{niah[name]['mean']:.2f}" if name else "-"]
+        shown.append(f"| {' | '.join(cells)} |")
     page = (folder / "README.md").read_text()
     for text in shown:
         assert text in page
         page = page.replace(text, "")
 
-    niah = json.loads((results / "niah/records.json").read_text())
     known = [value for rows in tables for row in rows for value in row.values() if isinstance(value, float)]
     known += [record["mean"] for name, record in niah.items() if name.startswith("85M")]
-    (dense, *rows), others, _ = tables
+    (dense, *rows), others = tables[:2]
     for row, other in zip(tables[0], others, strict=True):
         known.append(100 * other["device_hours"] / dense["device_hours"])
         known += [row["validation_loss"] - other["validation_loss"], 100 - 100 * row["ktok_s"] / other["ktok_s"]]
-    for run in [experiments[0].dense, experiments[1].dense, *(experiment.stage1 for experiment in experiments)]:
+    for run in [experiments[0].dense, experiments[1].dense, *(e.stage1 for e in experiments if e.stage1)]:
         known += [run.loss[run.step == 100][0], mean_loss(run.step, run.loss, 500, 100)]
-        known += [run.validation_loss[run.validation_step == 1000][0], np.median(run.tokens_per_second[1:]) / 1e6]
+        known += [validation_loss(run, 1000), np.median(run.tokens_per_second[1:]) / 1e6]
     known.append(100 - rows[-1]["hours_percent"])
     text = page[page.index("**What it shows**") :] + readme[readme.index("| 85M at") : readme.index("At the speeds")]
     text += running[running.index("In our [85M") : running.index("- **`grad_norm`**")]
