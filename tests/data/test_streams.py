@@ -178,7 +178,27 @@ def test_an_epoch_of_all_ranks_is_every_document_once_and_needs_no_network(datas
         ranks = [documents(dataset.title(), path, rank, world) for rank in range(world)]
         assert all(ranks) and sorted(chain(*ranks)) == sorted(expected)
     if dataset == "c4_local":  # in order, from the copy's root or from en
+        first, *_ = datasets.text_files(str(path))
+        held_out = Path(shutil.copy(first, path / "en/c4-validation.00000-of-00001.json.gz"))
         assert documents(dataset, path) == documents(dataset, path / "en") == expected
+        assert documents(dataset, held_out) == expected[: len(SHARDS[0])]
+
+
+@pytest.mark.parametrize(
+    "names, read",
+    [
+        (["train-00000.txt", "test-00000.txt", "validation-00000.txt"], ["train-00000.txt"]),
+        (["en/Training/a.txt", "en/dev/a.txt", "notes.txt"], ["en/Training/a.txt", "notes.txt"]),
+        (["train/test_1.txt", "trainer.txt", "latest.txt"], ["latest.txt", "train/test_1.txt", "trainer.txt"]),
+        (["test.txt", "eval.txt"], ["eval.txt", "test.txt"]),
+    ],
+)
+def test_a_folder_with_files_for_training_is_read_without_those_for_tests(names, read, tmp_path):
+    for name in names:
+        file = tmp_path / "test" / name  # the folder's own name doesn't count
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("text")
+    assert datasets.text_files(str(tmp_path / "test")) == [str(tmp_path / "test" / name) for name in read]
 
 
 def test_python_source_order_depends_on_the_tree_alone_and_takes_any_file_name(tmp_path):

@@ -43,13 +43,19 @@ LONGEST_DOCUMENT = 2**20  # characters
 # None: all files; False: without those held out for validation; True: only those
 SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_source_validation": True}
 FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
+# in the names of files and folders, as data sets of the hub have them
+TRAIN, TESTS = (
+    re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
+    for words in ("train|training", "test|testing|val|valid|validation|dev|eval|evaluation")
+)
 OTHER_FORMATS = "docs/data.md says how to train on other formats"
 FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst"
 
 
 def text_files(dataset_path: str) -> list[str]:
-    """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
-    root or `en`, those of `en/c4-train`. Raises ValueError if there are none."""
+    """The files of a path, folder, glob or data set of the hub (its split `train`); in a copy of allenai/c4, those of
+    `en/c4-train`. In a folder with files named for training, those named for tests or validation are left out.
+    Raises ValueError if there are none."""
     files: list[str] = []
     what = ""
     try:
@@ -59,13 +65,18 @@ def text_files(dataset_path: str) -> list[str]:
             files = list(load_dataset_builder(dataset_path).config.data_files["train"])
         else:
             root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
-            ends = ["/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
+            ends = ["/en/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
             files = sorted(next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), []))
     except Exception as error:  # the hub and the network raise many kinds
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     dirs = {os.path.dirname(file) for file in files}  # Spark names them like files
     if known := [f for f in files if FORMAT.search(f) and os.path.basename(f) not in FILES_TO_IGNORE and f not in dirs]:
-        return known
+        names = {file: os.path.relpath(file, dataset_path) for file in known} if os.path.isdir(dataset_path) else {}
+        train = {file for file, name in names.items() if TRAIN.search(name)}
+        tests = {file for file, name in names.items() if train and TESTS.search(name)} - train
+        if tests:
+            warn_once(logger, f"{dataset_path!r}: {len(tests):,} files named for tests or validation are not read")
+        return [file for file in known if file not in tests]
     what = what or (f"{os.path.basename(files[-1])!r} doesn't; " if files else "nothing is there; ") + OTHER_FORMATS
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
     raise ValueError(f"{dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
