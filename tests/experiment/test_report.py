@@ -86,9 +86,10 @@ def write_start(folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices
     for s, value, n_steps in zip(step.tolist(), loss.tolist(), since.tolist(), strict=True):
         logged = {records.LOSS: value, records.TOKENS_PER_SECOND: 1000 * s, records.N_DEVICES: n_devices}
         logged |= {records.SECONDS: n_steps * seconds / log_freq, records.LOG_FREQ: log_freq}
-        logged |= {records.VALIDATION_LOSS: value + s / 80} if s % 10 == 0 else {}
         for tag, number in logged.items():
             writer.add_scalar(tag, number, s)
+    for s in (s for s in range(10, max([0, *step]) + 1, 10) if s >= step[0]):
+        writer.add_scalar(records.VALIDATION_LOSS, np.interp(s, step, loss) + s / 80, s)
     writer.close()
     return next((folder / "tb" / name).iterdir())
 
@@ -273,6 +274,14 @@ def test_a_validation_that_the_end_did_not_reach_is_no_final_loss(tmp_path):
     assert "validation_loss" not in report.table(report.Experiment(records.read_run(tmp_path / "late"), None, {}))[0]
 
 
+def test_curves_hold_validations_of_steps_that_are_not_logged(tmp_path):
+    step = logged_steps(0, 48, 12)
+    write_start(tmp_path / "dense", step, curve(step), total=48, log_freq=12)
+    _, (*_, curves, _) = report.write(tmp_path, tmp_path, PUBLISHED)
+    run = recorded(curves).dense
+    assert run.validation_step.tolist() == [10, 20, 30, 40] and run.step.tolist() == step.tolist()
+
+
 def test_records_that_lack_something_name_it(tmp_path):
     step = logged_steps(0, 20, 1)
     write_start(tmp_path / "a", step, curve(step), total=20)
@@ -333,11 +342,11 @@ def recorded(file: Path) -> report.Experiment:
     for point in csv.DictReader(file.read_text().splitlines()):
         runs.setdefault(point.pop("run"), []).append([float(value or "nan") for value in point.values()])
     for name, points in runs.items():
-        fields = dict(zip((*report.CURVES, "validation_loss"), np.array(points).T, strict=True))
-        validated = np.array([fields["step"], fields["validation_loss"]])[:, np.isfinite(fields["validation_loss"])]
-        fields["validation_step"], fields["validation_loss"] = validated
-        freqs = np.full(len(points), np.diff(fields["step"]).max())
-        fields |= {"log_freqs": freqs, "starts": np.arange(len(points)) == 0}
+        columns = np.array(points).T
+        fields = dict(zip(report.CURVES, columns[:-1, np.isfinite(columns[1])], strict=True))
+        fields["validation_step"], fields["validation_loss"] = columns[[0, -1]][:, np.isfinite(columns[-1])]
+        freqs = np.full_like(fields["step"], np.diff(fields["step"]).max())
+        fields |= {"log_freqs": freqs, "starts": np.arange(len(freqs)) == 0}
         runs[name] = records.Run(Path(name), {"training": {"steps": int(fields["step"][-1])}}, **fields)
     tails = {int(name.removeprefix("stage2-")): run for name, run in runs.items() if name.startswith("stage2-")}
     return report.Experiment(runs.get("dense"), runs.get("stage1"), tails)

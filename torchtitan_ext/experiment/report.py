@@ -196,9 +196,10 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
     figures.write_csv(paths[1], columns, ([row.get(column) for column in columns] for row in table(experiment)))
     points = []
     for run in experiment.runs:
+        logged = {point[0]: point for point in zip(*(getattr(run, name) for name in CURVES), strict=True)}
         validated = dict(zip(run.validation_step, run.validation_loss, strict=True))
-        for point in zip(*(getattr(run, name) for name in CURVES), strict=True):
-            values = (*point, validated.get(point[0]))
+        for step in sorted(logged | validated):
+            values = (*logged.get(step, (step, *[None] * (len(CURVES) - 1))), validated.get(step))
             points.append([run.folder.name, *("" if x is None else f"{x:.7g}" for x in values)])
     figures.write_csv(paths[2], ["run", *CURVES, "validation_loss"], points)
     draw(experiment).savefig(paths[3], dpi=150)
