@@ -198,6 +198,7 @@ def test_a_folder_with_files_for_training_is_read_without_those_for_tests(names,
         file = tmp_path / "test" / name  # the folder's own name doesn't count
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("text")
+    (tmp_path / "test/loop").symlink_to(tmp_path / "test")  # files below two links are read once
     assert datasets.text_files(str(tmp_path / "test")) == [str(tmp_path / "test" / name) for name in read]
 
 

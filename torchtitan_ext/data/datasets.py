@@ -66,7 +66,10 @@ def text_files(dataset_path: str) -> list[str]:
         else:
             root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
             ends = ["/en/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
-            files = sorted(next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), []))
+            found = next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), [])
+            real = cache(os.path.realpath)  # links to folders lead to files again
+            places = {file: (real(os.path.dirname(file)), os.path.basename(file)) for file in found}
+            files = sorted({places[file]: file for file in sorted(found, key=len, reverse=True)}.values())
     except Exception as error:  # the hub and the network raise many kinds
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     dirs = {os.path.dirname(file) for file in files}  # Spark names them like files
