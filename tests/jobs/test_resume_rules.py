@@ -22,6 +22,7 @@ from torchtitan_ext.jobs.rules import check_job, parallel_dims
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.hf_config import _computed, llama_config
 from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
+from torchtitan_ext.train.trainer import LighthouseTrainer
 
 TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 OWN_ROPE = {"rope_theta": 5e5, "rope_scaling": llama_config(flavors["debug"])["rope_scaling"] | {"factor": 32.0}}
@@ -36,6 +37,20 @@ def launch(request, job, tmp_path):
         return path, partial(job, *(() if request.param == "own" else start_from(path)))
 
     return saved
+
+
+def test_a_link_to_a_checkpoint_leads_to_the_record_of_its_run(job, tmp_path):
+    (tmp_path / "link").symlink_to(save(tmp_path / "old"))
+    write_config(job("--rope.theta=5e5", dump="old"))
+    only_problem(job(*start_from(tmp_path / "link")), "rope.theta = 10000", "link was trained with 500000")
+
+
+def test_tokens_are_counted_on_with_another_data_parallel_degree(job, tmp_path):
+    save(tmp_path / "run", degree=4)
+    trainer = object.__new__(LighthouseTrainer)
+    trainer.job_config, trainer.parallel_dims = job(), parallel_dims(job(), 2)
+    trainer.load_state_dict({"step": 10, "ntokens_seen": 8})
+    assert trainer.ntokens_seen == 8 * 4 / 2
 
 
 def test_another_rope_than_the_checkpoints_is_an_error(launch):
@@ -74,8 +89,12 @@ def test_an_ignored_initial_checkpoint_is_an_error(job, tmp_path):
         only_problem(config, f"delete {own}")
     own.symlink_to(own.rename(tmp_path / "linked"))
     only_problem(config, "checkpoint.initial_load_path", old, f"delete {own}")
-    start(job(f"--checkpoint.folder={own}", dump="rival"))
+    (tmp_path / "rival").mkdir()
+    (tmp_path / "rival/checkpoint").symlink_to(tmp_path / "linked")
+    start(job(dump="rival"))
     assert (tmp_path / "linked.lock").exists()
+    (tmp_path / "linked").rmdir()
+    only_problem(job(), f"checkpoint.folder = 'checkpoint': {own} links to {tmp_path}/linked, which is not there")
     own.unlink()
 
     save(tmp_path / "run", step=20)
@@ -287,6 +306,7 @@ def test_only_what_is_named_step_n_and_nothing_more_is_a_checkpoint(job, tmp_pat
         LighthouseCheckpointManager._purge_stale_checkpoints(manager)
     assert LighthouseCheckpointManager._find_load_step(manager) == 20
     assert [*manager.purge_queue.queue] == [str(folder / f"step-{step}") for step in (10, 16)]
+    assert not any((folder / f"step-{step}/.metadata").exists() for step in (10, 16))  # half deleted, they don't count
 
 
 @pytest.mark.slow

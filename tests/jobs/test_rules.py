@@ -98,7 +98,7 @@ VALIDATION = "--validation.enable --validation"
         ("--checkpoint.folder gs:/bucket", ["checkpoint.folder = 'gs:/bucket' is not"]),
         ("--training.dataset_path hf://datasets/me", ["training.dataset_path = 'hf://datasets/me' is not"]),
         ("--checkpoint.folder= --checkpoint.initial_load_path x", ["checkpoint.folder = ''", "example 'checkpoint'"]),
-        ("--checkpoint.folder .. --checkpoint.initial_load_path x", ["checkpoint.folder = '..'"]),
+        *((f"--checkpoint.folder {f}", [f"checkpoint.folder = '{f}'", "a link"]) for f in ("..", "/", "/ck", "a/b")),
         ("--checkpoint.last_save_model_only", ["checkpoint.last_save_model_only = true", "set it to false"]),
         ("--lighthouse.no_enable --checkpoint.last_save_model_only --checkpoint.last_save_in_hf", ["in_hf", "export"]),
         ("--lr_scheduler.total_steps 100", ["lr_scheduler.total_steps = 100", "training.steps = 240"]),

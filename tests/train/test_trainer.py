@@ -17,6 +17,7 @@ from torchtitan.train import Trainer
 
 from torchtitan_ext.jobs.folder_lock import LOCK
 from torchtitan_ext.jobs.resume import INTERRUPTED, stale_checkpoints
+from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
 from torchtitan_ext.train.spec import seed_shards
 from torchtitan_ext.train.trainer import LighthouseTrainer
 
@@ -189,3 +190,12 @@ def test_an_interruptions_checkpoint_goes_when_a_later_is_complete(tmp_path, kep
         if step not in half_saved:
             (folder / ".metadata").touch()
     assert stale_checkpoints(tmp_path, kept) == [tmp_path / f"step-{step}" for step in stale]
+
+
+def test_a_kill_while_an_interruption_saves_leaves_no_regular_checkpoint(tmp_path):
+    manager = object.__new__(LighthouseCheckpointManager)
+    manager.temporary = True
+    save = patch("torchtitan.components.checkpoint.CheckpointManager.dcp_save", side_effect=KeyboardInterrupt)
+    with save, patch("torch.distributed.get_rank", return_value=0), pytest.raises(KeyboardInterrupt):
+        manager.dcp_save({}, str(tmp_path / "step-3"))
+    assert (tmp_path / "step-3" / INTERRUPTED).exists()

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.filesize import decimal
@@ -118,13 +117,14 @@ def _checkpoints_to_come(plan: Plan) -> int:
     if not checkpoint.keep_latest_k:
         return saves
     held = len(resume.complete_steps(resume.checkpoint_folder(plan.job)))
-    # The oldest goes after the next is written.
-    return min(saves, max(1, checkpoint.keep_latest_k + 1 - held))
+    # The oldest goes after the next is written, in the background perhaps after another.
+    beside = 1 + (checkpoint.async_mode != "disabled")
+    return min(saves, max(1, checkpoint.keep_latest_k + beside - held))
 
 
 def _disk(plan: Plan, problems: list[str]) -> str:
     """Disk space that the checkpoints to come need; adds a problem if they don't fit."""
-    folder = Path(plan.job.job.dump_folder).resolve()
+    folder = resume.checkpoint_folder(plan.job).resolve()
     disk = next(path for path in (folder, *folder.parents) if path.exists())
     field, count = f"job.dump_folder = {plan.job.job.dump_folder!r}", _checkpoints_to_come(plan)
     n_bytes = 3 * TORCH_DTYPE_MAP[plan.job.training.dtype].itemsize * plan.n_params  # weights and two moments

@@ -58,8 +58,9 @@ def changes_since(start: Path | None, job_config: JobConfig) -> dict[str, tuple[
     """By field, value before and now of the settings that differ from those of the run that saved the checkpoint
     `start`; empty if it recorded none."""
     if start and (start / METADATA).is_file():
-        with suppress(ValueError, FileNotFoundError):
-            return dict(changed_settings(start.parent.parent / CONFIG_FILE, job_config))
+        for path in (start, start.resolve()):  # the run's folder of checkpoints may be a link, and so may `start`
+            with suppress(ValueError, FileNotFoundError):
+                return dict(changed_settings(path.absolute().parents[1] / CONFIG_FILE, job_config))
     return {}
 
 
@@ -87,7 +88,7 @@ def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[st
         return excluded
     if dims and DATALOADER in excluded:
         with suppress(ValueError):  # checkpoint_problems reports it
-            if data_parallel_degree(dims) != _saved_degree(complete_metadata(path)):
+            if data_parallel_degree(dims) != saved_degree(complete_metadata(path)):
                 return [DATALOADER]
     return []
 
@@ -107,7 +108,7 @@ def data_parallel_degree(dims: ParallelDims) -> int:
     return dims.dp_replicate * dims.dp_shard
 
 
-def _saved_degree(metadata: Metadata) -> int:
+def saved_degree(metadata: Metadata) -> int:
     return sum(key.startswith(f"{DATALOADER}.dp_rank_") for key in metadata.state_dict_metadata)
 
 
@@ -122,8 +123,12 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
         if initial:
             yield f"checkpoint.initial_load_path = {initial!r}: checkpoint.enable = false loads nothing; set it to true"
         return
-    if folder.resolve() in (own := Path(dump).resolve(), *own.parents):
-        yield f"checkpoint.folder = {checkpoint.folder!r}: must name a folder in {dump}, for example 'checkpoint'"
+    field, parts = f"checkpoint.folder = {checkpoint.folder!r}", Path(checkpoint.folder).parts
+    if len(parts) != 1 or parts[0] in ("..", "/"):
+        yield f"{field}: must name a folder in {dump}, for example 'checkpoint'; to save elsewhere, make that a link"
+        return
+    if folder.is_symlink() and not folder.exists():
+        yield f"{field}: {folder} links to {folder.readlink()}, which is not there: mount it, or make that folder"
         return
     if checkpoint.last_save_in_hf:
         remedy = "set it to false, and call python -m torchtitan_ext export for config.json and the tokenizer too"
@@ -255,10 +260,10 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
         remedy = "use one with checkpoint.last_save_model_only = false" + _recovery_hint(job_config, field, path)
         yield f"{field}: {path} holds no {', '.join(missing)}; {remedy}"
     if dims and DATALOADER in wanted.difference(missing):
-        degree, saved_degree = data_parallel_degree(dims), _saved_degree(metadata)
-        if degree != saved_degree:
+        degree, before = data_parallel_degree(dims), saved_degree(metadata)
+        if degree != before:
             remedy = "launch as many ranks, or start the data over: checkpoint.exclude_from_loading = ['dataloader']"
-            yield f"data-parallel degree = {degree}: {path} was saved by a degree of {saved_degree}; {remedy}"
+            yield f"data-parallel degree = {degree}: {path} was saved by a degree of {before}; {remedy}"
 
 
 def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:

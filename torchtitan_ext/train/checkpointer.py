@@ -1,6 +1,7 @@
 """Save and load checkpoints: torchtitan's manager, with clear errors and checkpoints on SIGTERM."""
 
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
 
-from torchtitan_ext.jobs.resume import INTERRUPTED, complete_steps, stale_checkpoints
+from torchtitan_ext.jobs.resume import INTERRUPTED, METADATA, complete_steps, stale_checkpoints
 
 
 class LighthouseCheckpointManager(CheckpointManager):
@@ -46,10 +47,10 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         self.saving = checkpoint_id
-        result = super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
         if self.temporary and dist.get_rank() == 0:
-            Path(checkpoint_id, INTERRUPTED).touch()
-        return result
+            Path(checkpoint_id).mkdir(parents=True, exist_ok=True)
+            Path(checkpoint_id, INTERRUPTED).touch()  # first, or a kill would leave a regular checkpoint
+        return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def _async_wait(self) -> None:
         super()._async_wait()
@@ -66,4 +67,6 @@ class LighthouseCheckpointManager(CheckpointManager):
     def _purge_stale_checkpoints(self) -> None:
         if self.keep_latest_k > 0 and dist.get_rank() == 0:
             for path in stale_checkpoints(Path(self.folder), self.keep_latest_k):
+                with suppress(OSError):  # first, or a kill could leave one that looks complete
+                    (path / METADATA).unlink()
                 self.purge_queue.put(str(path))

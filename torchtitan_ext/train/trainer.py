@@ -35,6 +35,7 @@ class LighthouseTrainer(Trainer):
 
     checkpointer_cls = LighthouseCheckpointManager
     checkpointer: LighthouseCheckpointManager
+    ntokens_seen: int
 
     def __init__(self, job_config: JobConfig) -> None:
         self.nonfinite_steps = 0  # in a row
@@ -76,6 +77,13 @@ class LighthouseTrainer(Trainer):
 
     def init_distributed(self) -> ParallelDims:
         return parallel_dims(self.job_config, super().init_distributed().world_size)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # Each rank counts its own tokens; the checkpoint has one rank's count.
+        path, degree = resume.checkpoint_to_load(self.job_config), resume.data_parallel_degree(self.parallel_dims)
+        if path and (saved := resume.saved_degree(resume.complete_metadata(path))):
+            self.ntokens_seen = self.ntokens_seen * saved // degree
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         # From pinned memory, so the host does not wait for the previous step.
