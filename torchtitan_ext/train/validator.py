@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
@@ -29,7 +30,11 @@ class LighthouseValidator(Validator):
         # Not super().__init__, which would open the data a second time.
         self.job_config, self.tokenizer = job_config, tokenizer
         self.__dict__.update(kwargs)
-        self.validation_dataloader = batches = list(islice(loader, None if to_the_end else validation.steps))
+        # copies: a worker's batches would each hold a file open
+        self.validation_dataloader = batches = [
+            tree_map_only(torch.Tensor, torch.clone, batch)
+            for batch in islice(loader, None if to_the_end else validation.steps)
+        ]
         if not batches:
             reason = f"a data-parallel rank gets not one sequence of {validation.seq_len} tokens"
             remedy = "give more documents, or a smaller validation.seq_len"
