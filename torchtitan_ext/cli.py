@@ -102,7 +102,7 @@ class Splits:
         from .experiment import runner
 
         output = self.output or Path("outputs") / self.configs.resolve().name
-        runs = runner.plan(self.configs, output, splits=self.splits, only=self.only, overrides=overrides)
+        runs = runner.plan(self.configs, output, self.splits, self.only, overrides, self.nproc)
         runner.run_all(runs, self.nproc)
 
 
@@ -147,7 +147,7 @@ class Ablate:
         if unknown := [name for name in names if name not in grid]:
             raise ValueError(f"--cells {' '.join(unknown)}: the grid has {', '.join(grid)}")
         cells = {name: grid[name] for name in names}
-        runner.run_all(ablations.plan(cells, self.configs, self.output, overrides), self.nproc)
+        runner.run_all(ablations.plan(cells, self.configs, self.output, overrides, self.nproc), self.nproc)
 
 
 @dataclass

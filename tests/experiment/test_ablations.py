@@ -37,8 +37,8 @@ def test_a_cell_may_turn_switches_on_and_off(tmp_path):
 
 
 def test_a_cell_runs_both_stages_from_ten_sixteenths_into_a_folder_of_its_name(tmp_path):
-    cells = {"a": ["--lighthouse.top_k=256"], "b": ["--lighthouse.rope=base"]}
+    cells = {"a": ["--lighthouse.top_k=256"], "b": ["--lighthouse.rope=base", "--training.steps=192"]}
     runs = ablations.plan(cells, ROOT / "configs/text", tmp_path, ["--debug.seed=7"])
-    assert [run.name for run in runs] == ["a/stage1", "a/stage2-200", "b/stage1", "b/stage2-200"]
+    assert [run.name for run in runs] == ["a/stage1", "a/stage2-200", "b/stage1", "b/stage2-120"]
     assert [run.config.lighthouse.rope for run in runs[::2]] == ["selected", "base"]
     assert all(run.folder == tmp_path / run.name and run.config.debug.seed == 7 for run in runs)

@@ -181,6 +181,8 @@ def test_a_failed_run_is_named_and_the_same_command_continues_it(plan, output, m
         ({"splits": [90], "overrides": ["--lr_scheduler.warmup_steps=100"]}, ["stage1.toml to step 90", "100"]),
         ({"only": ["dense"], "overrides": ["--training.stepz=1"]}, ["dense.toml"]),  # a run that was asked for
         ({"only": ["stage2"], "overrides": ["--training.dataset=none"]}, ["stage2.toml"]),
+        ({"overrides": ["--training.global_batch_size=4"], "nproc": 3}, ["global_batch_size = 4", "3"]),
+        ({"overrides": ["--checkpoint.folder=/tmp/ck"]}, ["checkpoint.folder = '/tmp/ck'"]),  # the same for all runs
     ],
     ids=lambda x: "-".join(map(str, next(iter(x.values())))) if isinstance(x, dict) else "",
 )

@@ -25,12 +25,13 @@ def _arguments(settings: Mapping[str, Mapping[str, object]]) -> list[str]:
 
 
 def plan(
-    cells: Mapping[str, list[str]], configs: Path, output: Path, overrides: Sequence[str]
+    cells: Mapping[str, list[str]], configs: Path, output: Path, overrides: Sequence[str], nproc: int | None = None
 ) -> list[runner.PlannedRun]:
     """The runs of each cell, in a folder of its name: job files in `configs`, the cell's settings, overrides."""
-    splits = [parse_job(configs / "stage2.toml", overrides).training.steps * 10 // 16]
     runs = []
     for name, settings in cells.items():
-        experiment = runner.plan(configs, output / name, splits, ("stage1", "stage2"), [*settings, *overrides])
+        arguments = [*settings, *overrides]
+        splits = [parse_job(configs / "stage2.toml", arguments).training.steps * 10 // 16]
+        experiment = runner.plan(configs, output / name, splits, ("stage1", "stage2"), arguments, nproc)
         runs += [replace(run, name=f"{name}/{run.name}") for run in experiment]
     return runs

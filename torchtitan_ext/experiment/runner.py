@@ -53,18 +53,24 @@ class PlannedRun:
 
 
 def plan(
-    configs: Path, output: Path, splits: Sequence[int] = (), only: Sequence[str] = STAGES, overrides: Sequence[str] = ()
+    configs: Path,
+    output: Path,
+    splits: Sequence[int] = (),
+    only: Sequence[str] = STAGES,
+    overrides: Sequence[str] = (),
+    nproc: int | None = None,
 ) -> list[PlannedRun]:
     """The runs of the experiment that `configs` describes, in order.
 
     configs: folder of dense.toml, stage1.toml and stage2.toml. splits: steps at which stage 2 starts; by default 10, 11
     and 12 sixteenths of stage 2's training.steps. only: which of STAGES. overrides: torchtitan arguments of every run.
+    nproc: processes of each run, if known.
     Raises ValueError, with field, value and remedy, for anything that would stop or spoil a later run.
     """
     # stages of `only` first, so that messages name their files
     order = sorted(STAGES, key=lambda stage: stage not in only)
     files, overrides = {stage: configs / f"{stage}.toml" for stage in STAGES}, (*overrides, *RECORDED)
-    loaded = {stage: load_job(files[stage], overrides) for stage in order}
+    loaded = {stage: load_job(files[stage], overrides, nproc) for stage in order}
     total = loaded["stage2"].training.steps
     splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
 
@@ -82,11 +88,11 @@ def plan(
     return chosen
 
 
-def load_job(file: Path, overrides: Sequence[str]) -> JobConfig:
+def load_job(file: Path, overrides: Sequence[str], nproc: int | None = None) -> JobConfig:
     """The job config, checked as at launch, except for the checkpoint that it starts from. Raises ValueError."""
     config = parse_job(file, overrides)
     try:
-        check_job(config, with_start=False)
+        check_job(config, with_start=False, n_ranks=nproc)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return config

@@ -33,9 +33,9 @@ DEGREES = {
 }
 
 
-def check_job(job_config: JobConfig, with_start: bool = True) -> tuple[str, list[str]]:
+def check_job(job_config: JobConfig, with_start: bool = True, n_ranks: int | None = None) -> tuple[str, list[str]]:
     """The result of `choose_kernel`. Raises one ValueError, the same on all ranks, that lists the job's problems."""
-    if problems := job_problems(job_config, launched_ranks(), with_start):
+    if problems := job_problems(job_config, n_ranks or launched_ranks(), with_start):
         raise ValueError("this job can't run as configured:\n- " + "\n- ".join(problems))
     return choose_kernel(job_config)
 
