@@ -18,6 +18,7 @@ from statistics import median
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchtitan.models.llama3.model.model import precompute_freqs_cis
 
@@ -241,12 +242,12 @@ def table(rows: list[dict]) -> str:
     return figures.markdown_table(head, cells)
 
 
-def draw(rows: list[dict], machine: dict):
+def draw(rows: list[dict], machine: dict) -> Figure:
     """Milliseconds against context by every kernel; a line joins the points of one number of levels."""
     first = rows[0]
     rows = [row for row in rows if row["scorer"] == first["scorer"]]
     styles = dict(zip(dict.fromkeys(row["kernel"] for row in rows), STYLES, strict=False))
-    figure = figures.new_figure(9.5, 4.2)
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
         for (name, (label, color)), (kernel, style) in product(CURVES.items(), styles.items()):

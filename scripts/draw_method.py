@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from torchtitan_ext import figures
@@ -25,7 +26,7 @@ class DrawMethod:
 
     def run(self) -> None:
         entries, reached = example()
-        figure = figures.new_figure(9, 7.2)
+        figure = Figure(figsize=(9, 7.2), layout="constrained")
         panels = figure.subplots(3, height_ratios=(2.8, 2.4, 2.8))
         draw_cascade(panels[0], entries)
         draw_order(panels[1], entries)

@@ -3,10 +3,7 @@
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any
 
 # Okabe and Ito's palette: distinguishable with every common colour-vision deficiency
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -24,10 +21,3 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: st
 def write_csv(file: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     with file.open("w", newline="") as stream:
         csv.writer(stream).writerows([head, *rows])
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """A figure to save, not to show: it needs no display and no closing, unlike pyplot's."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")

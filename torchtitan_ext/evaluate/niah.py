@@ -29,7 +29,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from torchtitan_ext.data.passkey import FILLER, QUESTION, encode, needle, question_and_answers
 from torchtitan_ext.data.tokenizer import load_tokenizer
-from torchtitan_ext.figures import markdown_table, new_figure
+from torchtitan_ext.figures import markdown_table
 from torchtitan_ext.jobs.recorded import CONFIG_FILE
 from torchtitan_ext.model import LighthouseTransformer
 
@@ -225,7 +225,7 @@ def write(
 
 def draw(shares: np.ndarray, settings: Settings, title: str) -> Figure:
     """The heat map of shares of digits retrieved, [depth, context]."""
-    figure = new_figure(2.5 + 0.8 * shares.shape[1], 1.5 + 0.45 * len(shares))
+    figure = Figure(figsize=(2.5 + 0.8 * shares.shape[1], 1.5 + 0.45 * len(shares)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):

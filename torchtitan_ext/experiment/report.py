@@ -258,7 +258,7 @@ def draw(experiment: Experiment) -> Figure:
     validation. Ring: switch. Dotted: jump."""
     stage1, runs = experiment.stage1, experiment.runs
     w = max(window(run.total_steps, run.log_freq) for run in runs)
-    figure = figures.new_figure(9.5, 4.5)
+    figure = Figure(figsize=(9.5, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
 
     labels = ["dense", "stage 1: Lighthouse", *(f"{_label(*tail)}: dense" for tail in experiment.tails.items())]
