@@ -99,8 +99,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     model_args.set_rope(**job.get("rope", {}))
     remedy = "call from the folder that the training was launched from, or correct the path"
     tokenizer = load_tokenizer(assets, f"model.hf_assets_path = {assets!r} in {config_file}", remedy)
-    shapes = resume.saved_shapes(resume.complete_metadata(path))
-    if mismatch := resume.shape_mismatch(meta_model(model_args).state_dict(), shapes):
+    if mismatch := resume.shape_mismatch(meta_model(model_args).state_dict(), resume.complete_metadata(path)):
         reason = f"{path} holds no model of flavor {flavor!r} ({mismatch})"
         raise ValueError(f"{reason}; correct model.flavor in {config_file}")
     return Checkpoint(path, model_args, tokenizer, job["lighthouse"]["enable"])

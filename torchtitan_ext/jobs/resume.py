@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -31,7 +31,6 @@ INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at
 METADATA = ".metadata"  # written last
 STATES = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}  # of a checkpoint, besides the weights
 Weights = Mapping[str, torch.Tensor]
-Shapes = Mapping[str, Sequence[int]]
 
 
 def checkpoint_folder(job_config: JobConfig) -> Path:
@@ -281,25 +280,23 @@ def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:
     return f"; to go on from {newest.name}, {aside}launch again, without checkpoint.load_step"
 
 
-def saved_shapes(metadata: Metadata) -> Shapes:
-    """Shapes of the complete tensors: torch silently loads only the rest of a tensor whose shard is missing."""
-    tensors = {name: x for name, x in metadata.state_dict_metadata.items() if isinstance(x, TensorStorageMetadata)}
-    return {name: x.size for name, x in tensors.items() if sum(c.sizes.numel() for c in x.chunks) == x.size.numel()}
-
-
-def shape_mismatch(weights: Weights, shapes: Shapes) -> str | None:
-    """How many weights are missing or of another shape in a checkpoint of `shapes`, and the first; None for none."""
+def shape_mismatch(weights: Weights, saved: Metadata) -> str | None:
+    """How many weights are missing or of another shape in a checkpoint, and the first; None for none. Only complete
+    tensors count: torch silently loads only the rest of a tensor whose shard is missing."""
+    tensors = {name: x for name, x in saved.state_dict_metadata.items() if isinstance(x, TensorStorageMetadata)}
+    complete = {name: x for name, x in tensors.items() if sum(c.sizes.numel() for c in x.chunks) == x.size.numel()}
+    shapes = {name: list(x.size) for name, x in complete.items()}
     expected = {name: list(weight.shape) for name, weight in weights.items()}
-    wrong = [name for name, shape in expected.items() if list(shapes.get(name, ())) != shape]
+    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
     if not wrong:
         return None
     first = wrong[0]
-    there = f"is {list(shapes[first])} there and {expected[first]} here" if first in shapes else "is not there"
+    there = f"is {shapes[first]} there and {expected[first]} here" if first in shapes else "is not there"
     return f"{len(wrong)} of {len(weights)} weights: {first} {there}"
 
 
 def _shape_problems(job: JobConfig, field: str, path: str | Path, weights: Weights, saved: Metadata) -> Iterator[str]:
-    if mismatch := shape_mismatch(weights, saved_shapes(saved)):
+    if mismatch := shape_mismatch(weights, saved):
         model = f"{path}, which {field} leads to, is of another model ({mismatch})"
         yield f"model.flavor = {job.model.flavor!r}: {model}; use the flavor that it was trained with"
 
