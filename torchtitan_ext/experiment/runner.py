@@ -13,8 +13,7 @@ from torchtitan.config import JobConfig
 from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.launch import torchrun, training
-from torchtitan_ext.jobs.recorded import CONFIG_FILE, changed_settings
-from torchtitan_ext.jobs.resume import complete_steps
+from torchtitan_ext.jobs.resume import changes_since, complete_steps
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.jobs.schedule import optimizer_problems
 from torchtitan_ext.progress import Display
@@ -80,8 +79,7 @@ def plan(
     dense = planned("dense", "dense", 0, total)
     stage1 = planned("stage1", "stage1", 0, splits[-1])
     tails = [planned("stage2", f"stage2-{split}", split, total, stage1.checkpoint(split)) for split in splits]
-    runs = {"dense": [dense], "stage1": [stage1], "stage2": tails}
-    chosen = [run for stage in STAGES if stage in only for run in runs[stage]]
+    chosen = [run for run in (dense, stage1, *tails) if run.config_file.stem in only]
     problems = [*_split_problems(dense, stage1, tails, only), *(problem for run in chosen for problem in _changed(run))]
     if problems:
         raise ValueError("\n".join(problems))
@@ -133,10 +131,7 @@ def _split_problems(
 
 def _changed(run: PlannedRun) -> Iterator[str]:
     """Settings that differ from those of the run's checkpoints: continuing would mix them."""
-    saved_file = run.folder / CONFIG_FILE
-    if run.newest == run.start or not saved_file.is_file():
-        return
-    for name, (before, now) in changed_settings(saved_file, run.config):
+    for name, (before, now) in changes_since(run.checkpoint(run.newest), run.config).items():
         if name not in MAY_CHANGE:
             changed = f"{name} = {before!r}, which is {now!r} now"
             yield f"{run.folder} was run with {changed}: choose another output folder, or delete this one"
