@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
-from docstring_parser import DocstringParam, parse_from_object
+from docstring_parser import parse_from_object
 
 from torchtitan_ext.arguments import start
 from torchtitan_ext.figures import markdown_table
@@ -29,7 +29,7 @@ class WriteSettings:
         print(self.output)
 
 
-def documented(section: str, cls: type) -> list[DocstringParam]:
+def setting_rows(section: str, cls: type) -> Iterator[tuple[str, ...]]:
     """Each field with the docstring below it, the class's own before those that it inherits.
 
     Raises ValueError for a field without one.
@@ -38,11 +38,7 @@ def documented(section: str, cls: type) -> list[DocstringParam]:
     described = {param.arg_name for param in params if param.description}
     if missing := sorted({field.name for field in fields(cls)} - described):
         raise ValueError(f"{section}.{', '.join(missing)} in {cls.__module__}: no docstring below the field; write one")
-    return params
-
-
-def setting_rows(section: str, cls: type) -> Iterator[tuple[str, ...]]:
-    for param in documented(section, cls):
+    for param in params:
         default = "[]" if param.default == "field(default_factory=list)" else param.default
         values = (f"`{value}`" for value in (param.arg_name, param.type_name, default))
         yield *values, " ".join(param.description.split())

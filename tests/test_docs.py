@@ -45,7 +45,7 @@ def test_a_field_without_a_docstring_is_named():
         threshold: float = 0.0
 
     with pytest.raises(ValueError, match=r"lighthouse\.threshold in .*no docstring"):
-        load_script("write_settings").documented("lighthouse", More)
+        [*load_script("write_settings").setting_rows("lighthouse", More)]
 
 
 def test_the_picture_of_the_method_is_drawn(tmp_path, monkeypatch):
