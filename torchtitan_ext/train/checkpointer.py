@@ -34,10 +34,9 @@ class LighthouseCheckpointManager(CheckpointManager):
             failures = getattr(error, "failures", {dist.get_rank(): (error,)})
             said = {rank: traceback.format_exception_only(cause)[-1].strip() for rank, (cause, *_) in failures.items()}
             causes = "; ".join(f"{cause} (rank {rank})" for rank, cause in said.items())
-            raise RuntimeError(
-                f"{self.saving} could not be saved: {causes}. Training stops after step {curr_step}; "
-                f"{self.describe_latest()}. Make space, or remove another cause, and launch again."
-            ) from error
+            state = f"Training stops after step {curr_step}; {self.describe_latest()}"
+            remedy = "Make space, or remove another cause, and launch again."
+            raise RuntimeError(f"{self.saving} could not be saved: {causes}. {state}. {remedy}") from error
 
     def save_interrupted(self, step: int) -> None:
         """Save a full checkpoint in the foreground, regardless of interval and `async_mode`."""

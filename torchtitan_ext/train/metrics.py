@@ -66,7 +66,6 @@ class LighthouseMetricsProcessor(MetricsProcessor):
                 if isinstance(backend, TensorBoardLogger):
                     backend.writer.flush()
         except OSError as error:
-            raise RuntimeError(
-                f"step {step} could not be logged in {self.job_config.job.dump_folder}: {error}. Make space, or remove "
-                "another cause, and launch again: that continues from the newest checkpoint"
-            ) from error
+            folder = self.job_config.job.dump_folder
+            remedy = "Make space, or remove another cause, and launch again: that continues from the newest checkpoint"
+            raise RuntimeError(f"step {step} could not be logged in {folder}: {error}. {remedy}") from error
