@@ -19,8 +19,9 @@ from helpers.streams import EOS, TOKENIZER, documents, loader, stopped, stream, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtitan_ext.data import build_dataloader, datasets
+from torchtitan_ext.data import datasets
 from torchtitan_ext.data.check_text import check_file
+from torchtitan_ext.data.dataloader import build_dataloader
 from torchtitan_ext.data.datasets import text_files
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.train.spec import register

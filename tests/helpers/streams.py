@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager
 
-from torchtitan_ext.data import build_dataloader, check_data, tokenizer
+from torchtitan_ext.data import tokenizer
+from torchtitan_ext.data.dataloader import build_dataloader
+from torchtitan_ext.data.datasets import check_data
 
 BYTE_TOKENIZER = Path(tokenizer.__file__).parent / "byte_tokenizer"
 TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER))

@@ -13,7 +13,8 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import get_peak_flops
 
-from torchtitan_ext.data import build_dataloader, check_data, settings_of
+from torchtitan_ext.data.dataloader import build_dataloader
+from torchtitan_ext.data.datasets import check_data, settings_of
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.model import LighthouseModelArgs, choose_kernel, flavors
 from torchtitan_ext.model.model import meta_model

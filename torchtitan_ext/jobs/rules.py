@@ -15,7 +15,7 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls a
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from torchtitan_ext.console import MOUNT, is_address
-from torchtitan_ext.data import OF_FILES, check_data
+from torchtitan_ext.data.datasets import OF_FILES, check_data
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.ulysses import check_heads, chunk_order

@@ -17,7 +17,7 @@ from torchtitan.models.llama3.model.model import Attention
 from torchtitan.protocols.train_spec import register_train_spec
 from torchtitan.tools.utils import device_type
 
-from torchtitan_ext.data import build_dataloader
+from torchtitan_ext.data.dataloader import build_dataloader
 from torchtitan_ext.data.datasets import OWN_DATASETS
 from torchtitan_ext.data.unpickling import restrict_unpickling
 from torchtitan_ext.lighthouse.attention import triton_ops

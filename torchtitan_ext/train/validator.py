@@ -13,7 +13,8 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.utils import dist_sum
 from torchtitan.tools.utils import device_type
 
-from torchtitan_ext.data import build_dataloader, settings_of
+from torchtitan_ext.data.dataloader import build_dataloader
+from torchtitan_ext.data.datasets import settings_of
 
 
 class LighthouseValidator(Validator):
