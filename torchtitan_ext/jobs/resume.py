@@ -146,10 +146,11 @@ def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterato
     initial = checkpoint.initial_load_path
     if (step := checkpoint.load_step) != -1:
         yield f"checkpoint.load_step = {step}: there is no {folder}; set it to -1 to start from {initial or 'scratch'}"
-    if checkpoint.initial_load_in_hf:
-        yield from _hf_problems(job_config)
-    elif initial:
-        yield from _state_problems(job_config, dims, "checkpoint.initial_load_path", Path(initial))
+    start, field = checkpoint_to_load(job_config), "checkpoint.initial_load_path" if initial else "model.hf_assets_path"
+    if start and checkpoint.initial_load_in_hf:
+        yield from _hf_problems(job_config, field, start)
+    elif start:
+        yield from _state_problems(job_config, dims, field, start)
 
 
 def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
@@ -190,24 +191,21 @@ def _same_checkpoint(recorded: str | None, now: str | None) -> bool:
     return Path(now).resolve().parts[::-1][:n_parts] == Path(recorded).resolve().parts[::-1][:n_parts]
 
 
-def _hf_problems(job_config: JobConfig) -> Iterator[str]:
-    """Problems of the Hugging Face folder that a new run starts from."""
-    path, field = job_config.checkpoint.initial_load_path, "checkpoint.initial_load_path"
-    if not path:
-        path, field = job_config.model.hf_assets_path, "model.hf_assets_path"
-    files = list(Path(path).glob("*.safetensors"))
+def _hf_problems(job_config: JobConfig, field: str, path: Path) -> Iterator[str]:
+    """Problems of the Hugging Face folder `path`, which `field` names, that a new run starts from."""
+    files = list(path.glob("*.safetensors"))
     for file in files:
         try:
             safe_open(file, "pt")  # its error names no file, nor does that of torch's reader
         except (OSError, SafetensorError) as error:
-            yield f"{field} = {path!r}: {file} can't be read ({error}); fetch it again"
+            yield f"{field} = {str(path)!r}: {file} can't be read ({error}); fetch it again"
             return
     if not files:
-        yield f"{field} = {path!r}: no *.safetensors there; give the folder that holds them"
+        yield f"{field} = {str(path)!r}: no *.safetensors there; give the folder that holds them"
     elif args := flavors.get(job_config.model.flavor):
         weights = Llama3StateDictAdapter(args, None).to_hf(meta_model(args).state_dict())
-        described = list(config_problems(job_config, field, Path(path)))  # clearer than shapes
-        metadata = HuggingFaceStorageReader(path).read_metadata()  # joins the shards of a tensor
+        described = list(config_problems(job_config, field, path))  # clearer than shapes
+        metadata = HuggingFaceStorageReader(str(path)).read_metadata()  # joins the shards of a tensor
         yield from described or _shape_problems(job_config, field, path, weights, metadata)
 
 
@@ -295,7 +293,7 @@ def shape_mismatch(weights: Weights, saved: Metadata) -> str | None:
     return f"{len(wrong)} of {len(weights)} weights: {first} {there}"
 
 
-def _shape_problems(job: JobConfig, field: str, path: str | Path, weights: Weights, saved: Metadata) -> Iterator[str]:
+def _shape_problems(job: JobConfig, field: str, path: Path, weights: Weights, saved: Metadata) -> Iterator[str]:
     if mismatch := shape_mismatch(weights, saved):
         model = f"{path}, which {field} leads to, is of another model ({mismatch})"
         yield f"model.flavor = {job.model.flavor!r}: {model}; use the flavor that it was trained with"
