@@ -252,9 +252,8 @@ class CheckData:
                 checked.append(contents)
                 damaged += contents.n_problems > 0
                 display.count(1, f"{len(checked)}/{len(files)}, {damaged} damaged, ")
-        text, is_damaged = report(files, checked, job)
-        print(text)
-        return 1 if is_damaged else 0
+        print(report(files, checked, job))
+        return 1 if damaged else 0
 
 
 VERBS = {"patch": Patch, "preflight": Preflight, "splits": Splits, "table": Table, "ablate": Ablate, "niah": Niah}

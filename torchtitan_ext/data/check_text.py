@@ -73,8 +73,8 @@ def check_files(files: Sequence[str], workers: int, text_fields: Iterable[str]) 
         yield from pool.map(check_file, files, text_fields)
 
 
-def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig) -> tuple[str, bool]:
-    """The report on checked files, compared with what a run reads, and whether there is damage."""
+def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig) -> str:
+    """The report on checked files, compared with what a run reads."""
     problems: list[str] = []
     for file, contents in zip(files, checked, strict=True):
         problems += contents.problems
@@ -101,4 +101,4 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
         times = f"{wanted / tokens:,.2f} times the data; a BPE of 4 bytes per token {4 * wanted / tokens:,.2f} times"
         lines.append(f"{job_config.job.config_file}: {training.steps:,} such steps read {wanted:,} tokens: {times}")
     lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")
-    return "\n".join(lines), bool(problems)
+    return "\n".join(lines)
