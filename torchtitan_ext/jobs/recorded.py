@@ -1,9 +1,7 @@
 """Record a run's job in its folder, and read it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torchtitan.config import JobConfig
 
@@ -33,16 +31,6 @@ def read_config(file: Path, *fields: str) -> dict:
         reason = f"{file} is not the job config of a run ({error!r})"
         raise ValueError(f"{reason}: restore the one that a training of llama3_lighthouse wrote") from error
     return config
-
-
-def changed_settings(file: Path, job_config: JobConfig) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Field, and recorded value and value now, of what differs from the job recorded in `file` and decides what a run
-    learns. Raises ValueError as `read_config` does."""
-    saved, now = read_config(file, "training.steps"), json.loads(json.dumps(job_config.to_dict()))
-    for section in LEARNED_WITH:
-        for field, value in now[section].items():
-            if value != (before := saved.get(section, {}).get(field, value)):
-                yield f"{section}.{field}", (before, value)
 
 
 def recorded_start(job_config: JobConfig) -> str | None:

@@ -1,5 +1,6 @@
 """Find the checkpoint that a launch continues from, and its problems."""
 
+import json
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ from torchtitan_ext.model import flavors
 from torchtitan_ext.model.hf_config import config_problems
 from torchtitan_ext.model.model import meta_model
 
-from .recorded import CONFIG_FILE, changed_settings, recorded_start
+from .recorded import CONFIG_FILE, LEARNED_WITH, read_config, recorded_start
 from .schedule import schedule_changes
 
 INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at a step that was not due
@@ -54,13 +55,18 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
 
 
 def changes_since(start: Path | None, job_config: JobConfig) -> dict[str, tuple[Any, Any]]:
-    """By field, value before and now of the settings that differ from those of the run that saved the checkpoint
-    `start`; empty if it recorded none."""
-    if start and (start / METADATA).is_file():
-        for path in (start, start.resolve()):  # the run's folder of checkpoints may be a link, and so may `start`
-            with suppress(ValueError, FileNotFoundError):
-                return dict(changed_settings(path.absolute().parents[1] / CONFIG_FILE, job_config))
-    return {}
+    """By field, value before and now of the settings that decide what a run learns and differ from those of the run
+    that saved the checkpoint `start`; empty if it recorded none."""
+    saved, now, changes = {}, json.loads(json.dumps(job_config.to_dict())), {}
+    # the run's folder of checkpoints may be a link, and so may `start`
+    for path in (start, start.resolve()) if start and (start / METADATA).is_file() else ():
+        with suppress(ValueError, FileNotFoundError):
+            saved = saved or read_config(path.absolute().parents[1] / CONFIG_FILE, "training.steps")
+    for section in LEARNED_WITH:
+        for field, value in now[section].items():
+            if value != (before := saved.get(section, {}).get(field, value)):
+                changes[f"{section}.{field}"] = before, value
+    return changes
 
 
 def describe_changes(start: Path | None, job_config: JobConfig) -> str:
