@@ -31,11 +31,3 @@ def read_config(file: Path, *fields: str) -> dict:
         reason = f"{file} is not the job config of a run ({error!r})"
         raise ValueError(f"{reason}: restore the one that a training of llama3_lighthouse wrote") from error
     return config
-
-
-def recorded_start(job_config: JobConfig) -> str | None:
-    """The `checkpoint.initial_load_path` of the run in the job's folder. Raises ValueError if its record is damaged."""
-    file = Path(job_config.job.dump_folder, CONFIG_FILE)
-    if not file.exists():
-        return None
-    return read_config(file, "checkpoint.initial_load_path")["checkpoint"]["initial_load_path"]

@@ -25,7 +25,7 @@ from torchtitan_ext.model import flavors
 from torchtitan_ext.model.hf_config import config_problems
 from torchtitan_ext.model.model import meta_model
 
-from .recorded import CONFIG_FILE, LEARNED_WITH, read_config, recorded_start
+from .recorded import CONFIG_FILE, LEARNED_WITH, read_config
 from .schedule import schedule_changes
 
 INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at a step that was not due
@@ -168,12 +168,13 @@ def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterat
         ignored = ignored if initial else "checkpoint.initial_load_in_hf = true would be ignored, because"
         yield f"{ignored} the run's own folder {folder} exists, without a complete checkpoint: delete {folder}"
         return
+    record = Path(job_config.job.dump_folder, CONFIG_FILE)
     try:
-        start = recorded_start(job_config)
-    except ValueError as error:
+        recorded = read_config(record, "checkpoint.initial_load_path")["checkpoint"] if record.exists() else {}
+    except ValueError as error:  # it is damaged
         yield str(error)
         return
-    path = checkpoint_to_load(job_config)
+    path, start = checkpoint_to_load(job_config), recorded.get("initial_load_path")
     step = int(path.name.removeprefix("step-")) if path else -1
     if steps and not _same_checkpoint(start, initial):
         gone = "" if not start or os.path.exists(start) else " (deleted since, but not read again)"
