@@ -41,7 +41,6 @@ TEXTS = (
     "\u00c5ngstr\u00f6m e\u0301 \u00df \u00a0 \u6f22\u5b57 \u0627\u0644 \U0001f600\u200d",
 )
 JOB_FIELDS = ("model.flavor", "model.hf_assets_path", "training.seq_len", "checkpoint.folder", "lighthouse.enable")
-State = dict[str, torch.Tensor]
 Advance = Callable[[int], None]  # gets the amount done since the last call
 
 
@@ -57,7 +56,7 @@ class Checkpoint:
     def n_bytes(self, dtype: torch.dtype) -> int:
         return sum(t.numel() for t in meta_model(self.model_args).parameters()) * dtype.itemsize
 
-    def load_state(self, dtype: torch.dtype = torch.float32, advance: Advance = lambda n_bytes: None) -> State:
+    def load_state(self, dtype: torch.dtype, advance: Advance = lambda n_bytes: None) -> dict[str, torch.Tensor]:
         """The model's state dict on the CPU; reads only weights. `advance` gets the bytes of each part."""
         weights = meta_model(self.model_args).state_dict()
         state = {key: torch.empty_like(weight, dtype=dtype, device="cpu") for key, weight in weights.items()}
