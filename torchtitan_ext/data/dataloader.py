@@ -92,8 +92,7 @@ class TextDataset(HuggingFaceTextDataset):
         state = super().state_dict()
         # A copy: another thread pickles a worker's state while the next document is added.
         state |= {"token_buffer": list(self._token_buffer), "documents": self._documents}
-        state |= {"n_skipped": self._n_skipped, "n_passes": self._n_passes}
-        state |= {"drawn": [list(counts) for counts in self._drawn]} if self._mixed else {}
+        state |= {"n_skipped": self._n_skipped, "n_passes": self._n_passes, "drawn": deepcopy(self._drawn)}
         return state | ({"data": self._resumed_at} if self._resumed_at is not None else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
