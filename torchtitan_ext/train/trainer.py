@@ -95,8 +95,7 @@ class LighthouseTrainer(Trainer):
         # On the device: reading it would wait for the previous step.
         total = n_tokens.clone()
         if self.parallel_dims.dp_enabled:
-            group = self.parallel_dims.get_mesh("batch").get_group()
-            torch.distributed.all_reduce(total, group=group)
+            torch.distributed.all_reduce(total, group=self.parallel_dims.get_mesh("batch").get_group())
         return total.float()
 
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
