@@ -51,10 +51,6 @@ class Kernel:
     stack: tuple[str, ...]
     shapes: list  # inputs of the innermost operator with recorded shapes; nested for a list of tensors
 
-    @property
-    def in_optimizer(self) -> bool:
-        return any("Optimizer.step" in op for op in self.stack)
-
 
 def read_kernels(trace: Path) -> list[Kernel]:
     """The kernels, copies and fills of a Chrome trace, by start, with the operators around their launches."""
@@ -83,7 +79,7 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
     stack = " ".join(kernel.stack)
     if "FSDP::" in stack or "fsdp::" in stack:
         return SHARDING
-    if kernel.in_optimizer or "_foreach" in stack or "clip_grad" in stack:
+    if "Optimizer.step" in stack or "_foreach" in stack or "clip_grad" in stack:
         return OPTIMIZER
     if "nccl" in kernel.name:
         return EXCHANGE
@@ -110,7 +106,7 @@ def breakdown(kernels: list[Kernel], seq_len: int, vocab_size: int) -> tuple[dic
     A step is the time between the ends of two optimizer steps. Time of overlapping kernels counts for the first, so
     parts add up to the step. Raises ValueError for fewer than two optimizer steps.
     """
-    adam = [k.end for k in kernels if k.in_optimizer]
+    adam = [k.end for k in kernels if any("Optimizer.step" in op for op in k.stack)]
     gaps = [i for i in range(1, len(adam)) if adam[i] - adam[i - 1] > (adam[-1] - adam[0]) / 5]
     if not gaps:
         raise ValueError("the trace holds fewer than two optimizer steps: profile two or more")
