@@ -57,7 +57,8 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
 def changes_since(start: Path | None, job_config: JobConfig) -> dict[str, tuple[Any, Any]]:
     """By field, value before and now of the settings that decide what a run learns and differ from those of the run
     that saved the checkpoint `start`; empty if it recorded none."""
-    saved, now, changes = {}, json.loads(json.dumps(job_config.to_dict())), {}
+    saved: dict = {}
+    now, changes = json.loads(json.dumps(job_config.to_dict())), {}
     # the run's folder of checkpoints may be a link, and so may `start`
     for path in (start, start.resolve()) if start and (start / METADATA).is_file() else ():
         with suppress(ValueError, FileNotFoundError):
