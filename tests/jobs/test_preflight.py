@@ -223,7 +223,7 @@ def test_a_sequence_of_the_validation_data_is_read(check, tmp_path):
     only(check(*arguments, "--nproc=64", "--training.global_batch_size=64")[0], *words)
 
 
-def test_the_disk_must_hold_the_checkpoints_to_come(check, monkeypatch):
+def test_the_disk_must_hold_the_checkpoints_to_come(check, monkeypatch, tmp_path):
     job, args = job_of(TEXT)
     n_bytes = 12 * sum(p.numel() for p in meta_model(args).parameters())
     held = n_bytes * (job.checkpoint.keep_latest_k + 1)
@@ -231,6 +231,11 @@ def test_the_disk_must_hold_the_checkpoints_to_come(check, monkeypatch):
     assert not check()[0]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=held - 1))
     only(check()[0], "job.dump_folder", "checkpoint.keep_latest_k")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint").symlink_to(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=held * (path == tmp_path)))
+    at_most = f"at most {job.checkpoint.keep_latest_k + 2} more"  # an asynchronous save ends beside the next
+    only(check("--checkpoint.async_mode=async")[0], at_most, f"free in {tmp_path};")
     assert not check("--checkpoint.no_enable", "--checkpoint.initial_load_path=None")[0]
 
 

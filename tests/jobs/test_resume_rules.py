@@ -301,12 +301,15 @@ def test_only_what_is_named_step_n_and_nothing_more_is_a_checkpoint(job, tmp_pat
     start(job())
     assert checkpoint_to_load(job()) == folder / "step-20"
 
+    (folder / "step-10").rename(tmp_path / "archived")
+    (folder / "step-10").symlink_to(tmp_path / "archived")
     manager = SimpleNamespace(folder=str(folder), keep_latest_k=2, purge_queue=Queue())
     with patch("torch.distributed.get_rank", return_value=0):
         LighthouseCheckpointManager._purge_stale_checkpoints(manager)
     assert LighthouseCheckpointManager._find_load_step(manager) == 20
     assert [*manager.purge_queue.queue] == [str(folder / f"step-{step}") for step in (10, 16)]
-    assert not any((folder / f"step-{step}/.metadata").exists() for step in (10, 16))  # half deleted, they don't count
+    # Half deleted it doesn't count; torchtitan deletes no link.
+    assert (tmp_path / "archived/.metadata").exists() and not (folder / "step-16/.metadata").exists()
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def validators(rank):
     with pytest.raises(ValueError, match=r"validation\.dataset = .*not one sequence of 1048576"):
         batches(*sources, *longer)
     passkey = "--validation.dataset=passkey", "--validation.dataset_path=511"
-    worker = "--training.dataloader.num_workers=1"
+    worker = "--validation.dataloader.num_workers=1"
     [(_, labels)] = batches(*passkey, worker, "--validation.steps=1", "--validation.seq_len=512")
     assert not labels.is_shared()  # which would hold a file open
     assert 0 < (labels != -100).float().mean() < 0.05  # the answers alone, as in training

@@ -53,9 +53,9 @@ FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst
 
 
 def text_files(dataset_path: str) -> list[str]:
-    """The files of a path, folder, glob or data set of the hub (its split `train`); in a copy of allenai/c4, those of
-    `en/c4-train`. In a folder with files named for training, those named for tests or validation are left out.
-    Raises ValueError if there are none."""
+    """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
+    root or `en`, those of `en/c4-train`. In a folder with files named for training, those named for tests or validation
+    are left out. Raises ValueError if there are none."""
     files: list[str] = []
     what = ""
     try:
@@ -65,20 +65,22 @@ def text_files(dataset_path: str) -> list[str]:
             files = list(load_dataset_builder(dataset_path).config.data_files["train"])
         else:
             root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
-            ends = ["/en/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
-            found = next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), [])
+            ends = ["/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
+            paths = next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), [])
             real = cache(os.path.realpath)  # links to folders lead to files again
-            places = {file: (real(os.path.dirname(file)), os.path.basename(file)) for file in found}
-            files = sorted({places[file]: file for file in sorted(found, key=len, reverse=True)}.values())
+            resolved = {path: (real(os.path.dirname(path)), os.path.basename(path)) for path in paths}
+            longest_first = sorted(paths, key=lambda path: (len(path), path), reverse=True)
+            files = sorted({resolved[path]: path for path in longest_first}.values())
     except Exception as error:  # the hub and the network raise many kinds
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     dirs = {os.path.dirname(file) for file in files}  # Spark names them like files
     if known := [f for f in files if FORMAT.search(f) and os.path.basename(f) not in FILES_TO_IGNORE and f not in dirs]:
-        names = {file: os.path.relpath(file, dataset_path) for file in known} if os.path.isdir(dataset_path) else {}
+        names = {file: file[len(dataset_path) :] for file in known} if os.path.isdir(dataset_path) else {}
         train = {file for file, name in names.items() if TRAIN.search(name)}
         tests = {file for file, name in names.items() if train and TESTS.search(name)} - train
         if tests:
-            warn_once(logger, f"{dataset_path!r}: {len(tests):,} files named for tests or validation are not read")
+            left_out = f"{len(tests):,} files named for tests or validation are not read, {min(tests)} first"
+            warn_once(logger, f"{dataset_path!r}: {left_out}; a glob reads them: {os.path.join(dataset_path, '**')}")
         return [file for file in known if file not in tests]
     what = what or (f"{os.path.basename(files[-1])!r} doesn't; " if files else "nothing is there; ") + OTHER_FORMATS
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"

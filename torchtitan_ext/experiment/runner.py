@@ -13,6 +13,7 @@ from torchtitan.config import JobConfig
 from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.launch import torchrun, training
+from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
 from torchtitan_ext.jobs.resume import changes_since, complete_steps
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.jobs.schedule import optimizer_problems
@@ -130,7 +131,10 @@ def _split_problems(
 
 
 def _changed(run: PlannedRun) -> Iterator[str]:
-    """Settings that differ from those of the run's checkpoints: continuing would mix them."""
+    """Settings that differ from those of the run's checkpoints: continuing would mix them. Raises ValueError if their
+    record is damaged."""
+    if run.newest > run.start and (record := run.folder / CONFIG_FILE).is_file():
+        read_config(record, "training.steps")
     for name, (before, now) in changes_since(run.checkpoint(run.newest), run.config).items():
         if name not in MAY_CHANGE:
             changed = f"{name} = {before!r}, which is {now!r} now"

@@ -62,7 +62,7 @@ def changes_since(start: Path | None, job_config: JobConfig) -> dict[str, tuple[
     # the run's folder of checkpoints may be a link, and so may `start`
     for path in (start, start.resolve()) if start and (start / METADATA).is_file() else ():
         with suppress(ValueError, FileNotFoundError):
-            saved = saved or read_config(path.absolute().parents[1] / CONFIG_FILE, "training.steps")
+            saved = saved or read_config(path.absolute().parent.parent / CONFIG_FILE, "training.steps")
     for section in LEARNED_WITH:
         for field, value in now[section].items():
             if value != (before := saved.get(section, {}).get(field, value)):
@@ -129,9 +129,9 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
         if initial:
             yield f"checkpoint.initial_load_path = {initial!r}: checkpoint.enable = false loads nothing; set it to true"
         return
-    field, parts = f"checkpoint.folder = {checkpoint.folder!r}", Path(checkpoint.folder).parts
-    if len(parts) != 1 or parts[0] in ("..", "/"):
-        yield f"{field}: must name a folder in {dump}, for example 'checkpoint'; to save elsewhere, make that a link"
+    field, name = f"checkpoint.folder = {checkpoint.folder!r}", checkpoint.folder.rstrip("/")
+    if name in ("", "..") or name != Path(name).name:
+        yield f"{field}: must name a folder in {dump}, as 'checkpoint' does; to save elsewhere, change job.dump_folder"
         return
     if folder.is_symlink() and not folder.exists():
         yield f"{field}: {folder} links to {folder.readlink()}, which is not there: mount it, or make that folder"

@@ -47,8 +47,9 @@ class LighthouseCheckpointManager(CheckpointManager):
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         self.saving = checkpoint_id
         if self.temporary and dist.get_rank() == 0:
-            Path(checkpoint_id).mkdir(parents=True, exist_ok=True)
-            Path(checkpoint_id, INTERRUPTED).touch()  # first, or a kill would leave a regular checkpoint
+            with suppress(OSError):  # which the save meets on all ranks
+                Path(checkpoint_id).mkdir(parents=True, exist_ok=True)
+                Path(checkpoint_id, INTERRUPTED).touch()  # first, or a kill would leave a regular checkpoint
         return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def _async_wait(self) -> None:
@@ -66,6 +67,7 @@ class LighthouseCheckpointManager(CheckpointManager):
     def _purge_stale_checkpoints(self) -> None:
         if self.keep_latest_k > 0 and dist.get_rank() == 0:
             for path in stale_checkpoints(Path(self.folder), self.keep_latest_k):
-                with suppress(OSError):  # first, or a kill could leave one that looks complete
-                    (path / METADATA).unlink()
+                if not path.is_symlink():  # which is not deleted
+                    with suppress(OSError):  # first, or a kill could leave one that looks complete
+                        (path / METADATA).unlink()
                 self.purge_queue.put(str(path))
