@@ -26,7 +26,7 @@ PUBLISHED["setting"] = "made, 16k steps"  # of the same model
 
 
 def logged_steps(start: int, end: int, log_freq: int) -> np.ndarray:
-    return np.array([s for s in range(start + 1, end + 1) if s == 1 or s % log_freq == 0])
+    return np.array([s for s in range(start + 1, end + 1) if s == 1 or s % log_freq == 0], int)
 
 
 @st.composite
@@ -75,25 +75,6 @@ def test_batch_noise_is_the_noise_put_in_whatever_the_trend(deviation):
     assert report.batch_noise(SimpleNamespace(loss=loss)) == pytest.approx(deviation, rel=0.05)
 
 
-def write_start(folder, step, loss, *, total, log_freq=1, seconds=0.5, n_devices=2, name="a", seed=1, **config):
-    """The records of one process start that logged `loss` at `step`, and its event file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config |= {"training": {"steps": total, "seq_len": 128}, "model": {"flavor": "made"}, "debug": {"seed": seed}}
-    config = {"lighthouse": {"rope": "selected", "top_k": 256}, "attention": {"kernel": "fa4"}} | config
-    (folder / "config.json").write_text(json.dumps(config))
-    writer = SummaryWriter(folder / "tb" / name)
-    since = np.minimum(np.diff(step, prepend=0), log_freq)
-    for s, value, n_steps in zip(step.tolist(), loss.tolist(), since.tolist(), strict=True):
-        logged = {records.LOSS: value, records.TOKENS_PER_SECOND: 1000 * s, records.N_DEVICES: n_devices}
-        logged |= {records.SECONDS: n_steps * seconds / log_freq, records.LOG_FREQ: log_freq}
-        for tag, number in logged.items():
-            writer.add_scalar(tag, number, s)
-    for s in (s for s in range(10, max([0, *step]) + 1, 10) if s >= step[0]):
-        writer.add_scalar(records.VALIDATION_LOSS, np.interp(s, step, loss) + s / 80, s)
-    writer.close()
-    return next((folder / "tb" / name).iterdir())
-
-
 TOTAL, SPLITS = 80, (50, 60)
 
 
@@ -101,11 +82,33 @@ def curve(step):
     return 1 + 4 / (1 + step / 8)
 
 
+each_step = np.arange(120)
+plain = curve(each_step)
+
+
+def write_start(folder, start, end, loss=plain, *, total=0, log_freq=1, seconds=0.5, n_devices=2, name="a", **config):
+    """The records of one process start that trained from one step to another, and its event file. loss: per step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job = {"training": {"steps": total or end, "seq_len": 128}, "model": {"flavor": "made"}, "debug": {"seed": 1}}
+    job |= {"lighthouse": {"rope": "selected", "top_k": 256}, "attention": {"kernel": "fa4"}} | config
+    (folder / "config.json").write_text(json.dumps(job))
+    writer, step = SummaryWriter(folder / "tb" / name), logged_steps(start, end, log_freq)
+    since = np.minimum(np.diff(step, prepend=0), log_freq)
+    for s, value, n_steps in zip(step.tolist(), loss[step].tolist(), since.tolist(), strict=True):
+        logged = {records.LOSS: value, records.TOKENS_PER_SECOND: 1000 * s, records.N_DEVICES: n_devices}
+        logged |= {records.SECONDS: n_steps * seconds / log_freq, records.LOG_FREQ: log_freq}
+        for tag, number in logged.items():
+            writer.add_scalar(tag, number, s)
+    for s in (s for s in range(10, max([0, *step]) + 1, 10) if s >= step[0]):
+        writer.add_scalar(records.VALIDATION_LOSS, np.interp(s, step, loss[step]) + s / 80, s)
+    writer.close()
+    return next((folder / "tb" / name).iterdir())
+
+
 def test_the_hours_are_right_where_a_later_start_logs_more_often(tmp_path):
     """36 seconds per step, on one device: a hundredth of an hour."""
     for start, end, log_freq in ((0, 100, 10), (100, 109, 1)):
-        step = logged_steps(start, end, log_freq)
-        write_start(tmp_path, step, curve(step), total=110, log_freq=log_freq, seconds=36, n_devices=1, name=str(start))
+        write_start(tmp_path, start, end, total=110, log_freq=log_freq, seconds=36, n_devices=1, name=str(start))
     run = records.read_run(tmp_path)
     assert run.device_hours[-1] == pytest.approx(1.09) and report.hours_at(run, 0) == 0
     assert run.gaps(0) == [] and not run.finished and run.log_freq == 10
@@ -119,9 +122,8 @@ def made(request, tmp_path_factory):
     log_freq, folder = request.param, tmp_path_factory.mktemp("made")
     runs = [("dense", 0, TOTAL, 1.0), ("stage1", 0, max(SPLITS), 0.5)]
     for name, start, end, seconds in [*runs, *((f"stage2-{split}", split, TOTAL, 1.0) for split in SPLITS)]:
-        step = logged_steps(start, end, log_freq)
-        loss = curve(step) + (np.where(step <= start + log_freq, 1.0, -0.5) if start else 0)
-        write_start(folder / name, step, loss, total=end, seconds=seconds, log_freq=log_freq)
+        loss = plain + (np.where(each_step <= start + log_freq, 1.0, -0.5) if start else 0)
+        write_start(folder / name, start, end, loss, seconds=seconds, log_freq=log_freq)
     return folder, log_freq
 
 
@@ -217,8 +219,7 @@ def compared(folder, output, other) -> list[list[str]]:
 
 def test_seeds_are_compared_run_by_run(made, tmp_path):
     folder, log_freq = made
-    step = logged_steps(0, TOTAL, log_freq)
-    write_start(tmp_path / "dense", step, curve(step) + 0.125, total=TOTAL, log_freq=log_freq, seed=2)
+    write_start(tmp_path / "dense", 0, TOTAL, plain + 0.125, log_freq=log_freq, debug={"seed": 2})
     first, other = compared(folder, tmp_path / "out", tmp_path)
     loss = curve(TOTAL) + 1
     assert first[:2] + first[-2:] == ["the first", "dense", f"{loss:.4f}", "+0.0000"]
@@ -230,10 +231,10 @@ def test_seeds_are_compared_run_by_run(made, tmp_path):
 @pytest.mark.parametrize("setting", ["lighthouse.rope = base", "parallelism.context_parallel_degree = 2"])
 def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_path, setting):
     folder, log_freq = made
-    for name, start, end in (("stage1", 0, 50), ("stage2-50", 50, TOTAL)):
-        step, (section, field, value) = logged_steps(start, end, log_freq), re.split(r"\W+", setting)
+    section, field, value = re.split(r"\W+", setting)
+    for name, *steps in (("stage1", 0, 50), ("stage2-50", 50, TOTAL)):
         settings = {"log_freq": log_freq, section: {field: value}}
-        write_start(tmp_path / "base" / name, step, curve(step) - 0.25, total=end, **settings)
+        write_start(tmp_path / "base" / name, *steps, plain - 0.25, **settings)
     # stage2-60 of the default has nothing to stand beside
     default, base = compared(folder, tmp_path / "out", tmp_path / "base")
     assert [default[:2], base[:2]] == [["the first", "50 + 30"], [setting, "50 + 30"]]
@@ -243,9 +244,8 @@ def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_p
 
 @pytest.mark.parametrize("reached", [1, 30, 79])
 def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached):
-    step = logged_steps(0, reached, 1)
     for name in ("dense", "stage1"):
-        write_start(tmp_path / name, step, curve(step), total=TOTAL)
+        write_start(tmp_path / name, 0, reached, total=TOTAL)
     (tmp_path / f"stage2-{TOTAL}").mkdir()
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
     assert f"dense: unfinished, at step {reached} of {TOTAL}" in text and "stage2-80: not started" in text
@@ -255,36 +255,31 @@ def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached):
 
 
 def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
-    step = logged_steps(0, 50, 1)
-    write_start(tmp_path / "stage1", step, curve(step), total=50)
-    step = logged_steps(50, 71, 1)
-    write_start(tmp_path / "stage2-50", step, curve(step) + 1, total=TOTAL)
-    kept = np.array([10, 20, 60, 70, 80])  # each tenth was logged
-    write_start(tmp_path / "dense", kept, np.full(5, np.nan), total=85, log_freq=10)
+    write_start(tmp_path / "stage1", 0, 50)
+    write_start(tmp_path / "stage2-50", 50, 71, plain + 1, total=TOTAL)
+    for name, *steps in (("a", 0, 20), ("b", 50, 80)):  # a kill lost what was logged between
+        write_start(tmp_path / "dense", *steps, each_step * np.nan, total=85, log_freq=10, name=name)
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
     assert "not within 21" in text and "| nan |" in text
     assert "nothing is recorded between steps 20 to 60" in text
 
 
 def test_a_validation_that_the_end_did_not_reach_is_no_final_loss(tmp_path):
-    step = logged_steps(0, 25, 1)
     for name, freq in (("dense", 10), ("late", 5)):  # the last one logged is step 20's
-        write_start(tmp_path / name, step, curve(step), total=25, validation={"freq": freq})
+        write_start(tmp_path / name, 0, 25, validation={"freq": freq})
     assert report.table(report.Experiment(records.read_run(tmp_path / "dense"), None, {}))[0]["validation_loss"]
     assert "validation_loss" not in report.table(report.Experiment(records.read_run(tmp_path / "late"), None, {}))[0]
 
 
 def test_curves_hold_validations_of_steps_that_are_not_logged(tmp_path):
-    step = logged_steps(0, 48, 12)
-    write_start(tmp_path / "dense", step, curve(step), total=48, log_freq=12)
+    write_start(tmp_path / "dense", 0, 48, log_freq=12)
     _, (*_, curves, _) = report.write(tmp_path, tmp_path, PUBLISHED)
     run = recorded(curves).dense
-    assert run.validation_step.tolist() == [10, 20, 30, 40] and run.step.tolist() == step.tolist()
+    assert run.validation_step.tolist() == [10, 20, 30, 40] and run.step.tolist() == [1, 12, 24, 36, 48]
 
 
 def test_records_that_lack_something_name_it(tmp_path):
-    step = logged_steps(0, 20, 1)
-    write_start(tmp_path / "a", step, curve(step), total=20)
+    write_start(tmp_path / "a", 0, 20)
     (tmp_path / "a" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         records.read_run(tmp_path / "a")
@@ -299,20 +294,18 @@ def test_records_that_lack_something_name_it(tmp_path):
 @pytest.mark.parametrize("kills", [[(37, 30)], [(31, 30), (59, 50)], [(45, 20), (29, 0), (70, 60)]])
 def test_a_run_killed_and_resumed_reads_as_one_in_one_go(tmp_path, kills, log_freq):
     """kills: (last step done, step of the checkpoint that the next start resumes)."""
-    step = logged_steps(0, TOTAL, log_freq)
-    write_start(tmp_path / "whole", step, curve(step), total=TOTAL, log_freq=log_freq)
+    write_start(tmp_path / "whole", 0, TOTAL, log_freq=log_freq)
     whole = records.read_run(tmp_path / "whole")
 
     starts, ends = [0, *(c for _, c in kills)], [*(k for k, _ in kills), TOTAL]
     surviving_starts = 0
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        step = logged_steps(start, end, log_freq)
         # what a kill throws away leaves a trace only if it is not replaced
-        redone = np.any([step > c for c in starts[i + 1 :]] or [step < 0], axis=0)
-        loss = np.where(redone, 99.0, curve(step))
-        surviving_starts += not redone.all()
+        redone = np.any([each_step > c for c in starts[i + 1 :]] or [each_step < 0], axis=0)
+        surviving_starts += not redone[logged_steps(start, end, log_freq)].all()
         # names in an order unlike that of time
-        write_start(tmp_path / "run", step, loss, total=TOTAL, log_freq=log_freq, name=f"{9 - i}")
+        loss = np.where(redone, 99.0, plain)
+        write_start(tmp_path / "run", start, end, loss, total=TOTAL, log_freq=log_freq, name=f"{9 - i}")
     run = records.read_run(tmp_path / "run")
     for field in ("step", "loss", "validation_step", "validation_loss"):
         assert getattr(run, field).tolist() == getattr(whole, field).tolist()
@@ -323,8 +316,7 @@ def test_a_run_killed_and_resumed_reads_as_one_in_one_go(tmp_path, kills, log_fr
 
 def test_a_file_cut_off_anywhere_gives_its_beginning(tmp_path, monkeypatch):
     monkeypatch.setitem(event_accumulator.DEFAULT_SIZE_GUIDANCE, "scalars", 5)  # else 10,000: no point is dropped
-    step = logged_steps(0, 12, 1)
-    file = write_start(tmp_path, step, curve(step), total=12)
+    file = write_start(tmp_path, 0, 12)
     whole, content = records.read_run(tmp_path), file.read_bytes()
     for size in range(0, len(content), 37):
         file.write_bytes(content[:size])
