@@ -183,15 +183,11 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(monkeypatch, 
         assert re.match(r"(files  \d+%, left \d+:\d\d:\d\d\n)+$", text)
 
 
-def make(*arguments, **env):
-    return call("make", "--no-print-directory", *arguments, **env)
-
-
 def test_make_alone_lists_every_target():
     targets = re.findall(r"(?m)^([a-z-]+):.*##", (ROOT / "Makefile").read_text())
     phony = re.search(r"(?m)^\.PHONY: (.*)$", (ROOT / "Makefile").read_text())[1].split()
     assert sorted(targets) == sorted(phony)
-    lines = make().stdout.splitlines()
+    lines = call("make", "--no-print-directory").stdout.splitlines()
     assert [line.split()[:2] for line in lines] == [["make", target] for target in targets]
     assert all(len(line.split()) > 2 for line in lines)
 
@@ -207,7 +203,7 @@ def test_a_python_that_is_not_supported_is_named_before_anything_is_made(tmp_pat
             f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, {minor}); $2"\n'
         )
         python.chmod(0o755)
-    done = make("setup", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
+    done = call("make", "setup", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     for word in (f"PYTHON = {python}", version or "not found", "3.11 to 3.13", "PYTHON=python3.13"):
         assert word in done.stderr
