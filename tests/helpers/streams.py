@@ -52,9 +52,7 @@ def write_bpe(folder: Path, config: dict, merges=MERGES) -> Tokenizer:
 def write_c4(root: Path, shards: list[list[str]]) -> Path:
     (root / "en").mkdir(parents=True)
     for i, texts in enumerate(shards):
-        with gzip.open(root / f"en/c4-train.{i:05d}-of-{len(shards):05d}.json.gz", "wt") as file:
-            for text in texts:
-                print(json.dumps({"text": text, "timestamp": "2019-04-25", "url": "u"}), file=file)
+        write_lines(root / f"en/c4-train.{i:05d}-of-{len(shards):05d}.json.gz", texts)
     return root
 
 
@@ -72,7 +70,7 @@ def write_parquet(file: Path, texts: list[str], **settings):
 
 
 def write_lines(file: Path, texts: list[str]):
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    lines = "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts).encode()
     pack = {".gz": gzip.compress, ".zst": zstd.compress}.get(file.suffix, bytes)
     file.write_bytes(pack(lines))
 
