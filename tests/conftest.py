@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A process of a test that crashes says where.
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 
 # An example's milliseconds say how busy the machine is.
 settings.register_profile("any-speed", deadline=None)
