@@ -66,8 +66,7 @@ def runs(tmp_path_factory):
         return run
 
     with ThreadPoolExecutor() as at_once:
-        both = [at_once.submit(start, "whole") for _ in range(2)]
-        rival, whole = sorted((run.result() for run in both), key=lambda run: run.ended_well)
+        rival, whole = sorted(at_once.map(start, ["whole"] * 2), key=lambda run: run.ended_well)
     starts = {name: start("suffering", *settings, by_torchrun=name == "torchrun") for name, settings in STARTS.items()}
     return {"whole": whole, "rival": rival} | starts
 
