@@ -344,10 +344,6 @@ def recorded(file: Path) -> report.Experiment:
     return report.Experiment(runs.get("dense"), runs.get("stage1"), tails)
 
 
-def validation_loss(run: records.Run, step: int) -> float:
-    return run.validation_loss[run.validation_step == step][0]
-
-
 def test_pages_show_the_numbers_that_their_records_give():
     """The tables row by row; each other number of the text is one of the records', rounded."""
     results, folder = ROOT / "results", ROOT / "results/split_points"
@@ -375,7 +371,8 @@ def test_pages_show_the_numbers_that_their_records_give():
     )
     for changed, first, second_stage, name in trials:
         stage1, loss = tables[first][-1], tables[second_stage][-1]["validation_loss"]
-        at_1000 = validation_loss(experiments[first].stage1, 1000)
+        run = experiments[first].stage1
+        [at_1000] = run.validation_loss[run.validation_step == 1000]
         cells = [changed, f"{at_1000:.3f}", f"{stage1['ktok_s']:.1f}", f"{loss:.4f}"]
         cells += [f"{loss - tables[0][0]['validation_loss']:+.4f}", f"{niah[name]['mean']:.2f}" if name else "-"]
         shown.append(f"| {' | '.join(cells)} |")
@@ -392,7 +389,7 @@ def test_pages_show_the_numbers_that_their_records_give():
         known += [row["validation_loss"] - other["validation_loss"], 100 - 100 * row["ktok_s"] / other["ktok_s"]]
     for run in [experiments[0].dense, experiments[1].dense, *(e.stage1 for e in experiments if e.stage1)]:
         known += [run.loss[run.step == 100][0], mean_loss(run.step, run.loss, 500, 100)]
-        known += [validation_loss(run, 1000), np.median(run.tokens_per_second[1:]) / 1e6]
+        known += [*run.validation_loss[run.validation_step == 1000], np.median(run.tokens_per_second[1:]) / 1e6]
     known.append(100 - rows[-1]["hours_percent"])
     text = page[page.index("**What it shows**") :] + readme[readme.index("| 85M at") : readme.index("At the speeds")]
     text += running[running.index("In our [85M") : running.index("- **`grad_norm`**")]
