@@ -9,7 +9,6 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -29,27 +28,22 @@ START = "spawn" if torch.cuda.is_available() else "forkserver"
 # what a rank would import later, or with the test's own module
 PRELOADED = ["torchtitan_ext.train.__main__", "torch._dynamo.backends.debugging", "pytest", "hypothesis", "tensorboard"]
 PRELOADED += ["packaging.requirements", "tyro._backends._tyro_backend", "torch.testing._internal.common_utils"]
+CONTEXT = multiprocessing.get_context(START)
+CONTEXT.set_forkserver_preload(PRELOADED)
 SHORT = ["--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_winners=4"]
 SHORT += ["--lr_scheduler.warmup_steps=2"]
 
 
 def start_ranks(function: Callable[..., None], n_ranks: int, *args: object) -> None:
     """`function(rank, n_ranks, *args)` in as many processes. Raises ProcessException as soon as one fails."""
-    _preloaded()
     mp.start_processes(function, (n_ranks, *args), n_ranks, start_method=START)
 
 
 def start(function: Callable[..., None], *args: object) -> BaseProcess:
     """`function(*args)` in a process that is not waited for."""
-    process = _preloaded().Process(target=function, args=args)
+    process = CONTEXT.Process(target=function, args=args)
     process.start()
     return process
-
-
-def _preloaded() -> BaseContext:
-    context = multiprocessing.get_context(START)
-    context.set_forkserver_preload(PRELOADED)
-    return context
 
 
 def in_group(function: Callable[..., None], n_ranks: int, *args: object, backend: str = "gloo") -> None:
