@@ -140,13 +140,8 @@ def stopped(make, *stops):
 
 def documents(dataset, path, rank=0, world=1):
     """What one rank reads in an epoch, as the documents' bytes in their order."""
-    left = stream(loader(dataset, path, 1, rank=rank, world=world, infinite=False))
-    if left[-1] != EOS:  # the odd token left over
-        left.append(EOS)
-    texts = []
-    while left:
-        end = left.index(EOS)
-        assert left[0] == BOS
-        texts.append(bytes(left[1:end]))
-        left = left[end + 1 :]
+    left, texts = iter(stream(loader(dataset, path, 1, rank=rank, world=world, infinite=False))), []
+    for token in left:
+        assert token == BOS
+        texts.append(bytes(iter(left.__next__, EOS)))  # up to EOS, which may be the odd token left over
     return texts
