@@ -17,7 +17,6 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan_ext.lighthouse import scorers
 from torchtitan_ext.model import Lighthouse
 
-SEQ_LEN = 64
 LIGHTHOUSE = Lighthouse(enable=True, levels=2, pooling_factor=4, top_k=4, tile_winners=4, dense_layers=[])
 ARGS = small_args(n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64, multiple_of=32, lighthouse=LIGHTHOUSE)
 pytestmark = pytest.mark.usefixtures("triton_everywhere")
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("triton_everywhere")
 
 def tokens(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(ARGS.vocab_size, (1, SEQ_LEN), generator=generator).to(DEVICE)
+    return torch.randint(ARGS.vocab_size, (1, ARGS.max_seq_len), generator=generator).to(DEVICE)
 
 
 def gradients(built, seed=0):
