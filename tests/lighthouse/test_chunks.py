@@ -39,9 +39,8 @@ def test_inputs_that_do_not_fit_are_named_on_every_rank():
     q, k, v = qkv(SEQ_LEN // 2, n_kv_heads=2)
     for rank, load_balance in product((0, 1), (True, False)):
         mesh = Mock(**{"size.return_value": 2, "get_local_rank.return_value": rank})
-        attend = partial(
-            context_parallel_attention, config=config, mesh=mesh, load_balance=load_balance, attention=causal_attention
-        )
+        shared = {"mesh": mesh, "load_balance": load_balance, "attention": causal_attention}
+        attend = partial(context_parallel_attention, config=config, **shared)
         with pytest.raises(ValueError, match=r"must be \[B, N, H, D\]"):
             attend(q, k[:, :-2], v[:, :-2])
         # One rank's positions lie in the table, the other's don't.
