@@ -28,8 +28,6 @@ from torchtitan_ext.evaluate.niah import find_candidate
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.hf_config import llama_config
 
-TEXT = Path(argparse.__file__).read_text()
-
 
 @pytest.fixture(scope="module", params=["debug", "grouped"])
 def exported(request, tmp_path_factory):
@@ -53,7 +51,7 @@ def test_logits_are_transformers(exported, length, content):
         vocab_size = exported.model.model_args.vocab_size
         tokens = torch.randint(vocab_size, (1, length), generator=torch.manual_seed(length))
     else:
-        tokens = exported.tokenizer(TEXT, return_tensors="pt").input_ids[:, :length]
+        tokens = exported.tokenizer(Path(argparse.__file__).read_text(), return_tensors="pt").input_ids[:, :length]
     llama = LlamaForCausalLM.from_pretrained(exported.hf)
     assert tokens.shape == (1, length) and llama.config.max_position_embeddings == 9000
     with torch.no_grad():
