@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss, cross_entropy_loss
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -40,9 +39,30 @@ def as_product(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, weight
 
 
-def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = hidden @ weight.to(hidden.dtype).T
-    return cross_entropy_loss(logits.unsqueeze(0), labels.unsqueeze(0))
+class _ChunkedLoss(torch.autograd.Function):
+    """Both gradients are computed in forward, a chunk of tokens at a time, while its logits exist."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for h, grad_h, y in zip(hidden.split(_CHUNK), grad_hidden.split(_CHUNK), labels.split(_CHUNK), strict=True):
+            logits = (h @ weight.T).requires_grad_()
+            with torch.enable_grad():
+                chunk_loss = cross_entropy_loss(logits.unsqueeze(0), y.unsqueeze(0))
+            [grad] = torch.autograd.grad(chunk_loss, logits)
+            loss += chunk_loss
+            torch.mm(grad, weight, out=grad_h)
+            grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # Not in place: the graph may be walked again.
+        return grad_hidden * grad, grad_weight * grad, None
 
 
 def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
@@ -57,9 +77,9 @@ def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
 def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
     """Summed cross entropy, fp32: torchtitan's `cross_entropy_loss` of the logits, without the logits.
 
-    On a CUDA device Liger-Kernel's, elsewhere a chunk of tokens at a time in torch, whose logits backward repeats.
-    torch's own `linear_cross_entropy` (from 2.13) returns the sum in the dtype of its input: in bf16 it is off by some
-    tenths of a percent, more than the differences that a training curve has to show.
+    On a CUDA device Liger-Kernel's, elsewhere a chunk of tokens at a time in torch. torch's own `linear_cross_entropy`
+    (from 2.13) returns the sum in the dtype of its input: in bf16 it is off by some tenths of a percent, more than the
+    differences that a training curve has to show.
 
     pred: what `ProjectionForLoss` returns. labels: [B, N], int64; `IGNORE_INDEX` is left out.
     """
@@ -70,9 +90,7 @@ def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Te
         chunks = {"accum_dtype": torch.float32, "chunk_mem_const": liger_chunk(len(hidden), *weight.shape)[1]}
         options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"} | chunks
         return liger_fused_linear_cross_entropy(hidden, weight, labels, **options)
-    weight = weight.float()  # so that the chunks' gradients are summed in fp32
-    chunks = zip(hidden.split(_CHUNK), labels.split(_CHUNK), strict=True)
-    return torch.stack([checkpoint(_chunk_loss, h, weight, y, use_reentrant=False) for h, y in chunks]).sum()
+    return _ChunkedLoss.apply(hidden, weight, labels)
 
 
 def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any) -> LossFunction:
