@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from torchtitan_ext import model
 from torchtitan_ext.jobs.recorded import write_config
-from torchtitan_ext.jobs.resume import checkpoint_to_load, complete_metadata
+from torchtitan_ext.jobs.resume import checkpoint_to_load, complete_metadata, excluded_states
 from torchtitan_ext.jobs.rules import check_job, parallel_dims
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.model.hf_config import _computed, llama_config
@@ -48,7 +48,8 @@ def test_a_link_to_a_checkpoint_leads_to_the_record_of_its_run(job, tmp_path):
 def test_tokens_are_counted_on_with_another_data_parallel_degree(job, tmp_path):
     save(tmp_path / "run", degree=4)
     trainer = object.__new__(LighthouseTrainer)
-    trainer.job_config, trainer.parallel_dims = job(), parallel_dims(job(), 2)
+    trainer.job_config = job("--checkpoint.exclude_from_loading=dataloader")
+    trainer.parallel_dims = parallel_dims(trainer.job_config, 2)
     trainer.load_state_dict({"step": 10, "ntokens_seen": 8})
     assert trainer.ntokens_seen == 8 * 4 / 2
 
@@ -139,8 +140,11 @@ def test_an_exclusion_holds_for_the_start_and_not_for_what_the_run_has_saved_sin
 
     def left_out():
         caplog.clear()
-        start(launched := config())
-        return launched.checkpoint.exclude_from_loading
+        launched = config()
+        expected = excluded_states(launched, parallel_dims(launched, 1))
+        start(launched)
+        assert launched.checkpoint.exclude_from_loading == expected
+        return expected
 
     assert left_out() == ["optimizer", "dataloader"]
     assert left_out() == ["optimizer", "dataloader"]  # killed before its first checkpoint

@@ -72,7 +72,7 @@ class Launches:
     def run(self, script, *overrides, **env):
         process = self.start(script, *overrides, **env)
         output, _ = process.communicate(timeout=120)
-        return process, output
+        return process.returncode, output
 
     def torchruns(self):
         """What torchrun was asked, as it reads it itself: one of them a node."""
@@ -91,8 +91,8 @@ OVERRIDES = ["--job.description", "two words; $HOME * 'quoted'", "--training.ste
 def test_every_node_of_a_slurm_job_gets_the_same_command_and_two_jobs_meet_apart(launches):
     ports = set()
     for job in ("7654321", "7654322"):
-        process, output = launches.run("train.slurm", *OVERRIDES, **launches.slurm | {"SLURM_JOB_ID": job})
-        assert process.returncode == 0, output
+        code, output = launches.run("train.slurm", *OVERRIDES, **launches.slurm | {"SLURM_JOB_ID": job})
+        assert code == 0, output
         first, second = (run for run in launches.torchruns() if run.rdzv_id == job)
         assert vars(first) == vars(second)
         assert (first.nnodes, first.nproc_per_node, first.rdzv_backend) == ("2", "4", "c10d")
@@ -106,7 +106,8 @@ def test_every_node_of_a_slurm_job_gets_the_same_command_and_two_jobs_meet_apart
 
 @pytest.mark.parametrize("restarts", ["0", "3"])
 def test_one_node_needs_no_meeting_point(launches, restarts):
-    process, output = launches.run("train.sh", *OVERRIDES, CONFIG=CONFIG, NGPU="2", PET_MAX_RESTARTS=restarts)
+    process = launches.start("train.sh", *OVERRIDES, CONFIG=CONFIG, NGPU="2", PET_MAX_RESTARTS=restarts)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
     # torchrun takes the script's place: what ends the one ends the other
     assert (launches.calls / f"torchrun-{process.pid}").exists()
@@ -130,8 +131,8 @@ MISSING = [
 
 @pytest.mark.parametrize(("script", "env", "message"), MISSING)
 def test_what_is_missing_is_named_before_anything_starts(launches, script, env, message):
-    process, output = launches.run(script, **launches.slurm | env)
-    assert process.returncode != 0 and message in output and not launches.torchruns()
+    code, output = launches.run(script, **launches.slurm | env)
+    assert code != 0 and message in output and not launches.torchruns()
 
 
 def test_a_cancelled_job_is_not_queued_again(launches):
@@ -152,8 +153,9 @@ def test_a_cancelled_job_is_not_queued_again(launches):
 @pytest.mark.slow
 def test_two_nodes_meet_train_and_save_at_the_time_limit_and_the_run_continues(launches, tmp_path):
     """Through the real torchrun and trainer, both nodes on the CPU of this machine."""
-    torchrun = f'touch "$CALLS/torchrun-$$"; exec "{sys.executable}" -m torch.distributed.run "$@"'
-    launches.command(launches.bin / "torchrun", torchrun)
+    launches.command(
+        launches.bin / "torchrun", f'touch "$CALLS/torchrun-$$"; exec "{sys.executable}" -m torch.distributed.run "$@"'
+    )
     # the port comes from the job: two runs of this test must not meet
     job = launches.slurm | {"HOSTS": "localhost localhost", "SLURM_JOB_ID": str(os.getpid())}
     job |= {"NGPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
