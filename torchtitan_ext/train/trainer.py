@@ -12,6 +12,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+from torchtitan.components.checkpoint import DATALOADER
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
@@ -80,10 +81,12 @@ class LighthouseTrainer(Trainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # Each rank counts its own tokens; the checkpoint has one rank's count.
-        path, degree = resume.checkpoint_to_load(self.job_config), resume.data_parallel_degree(self.parallel_dims)
-        if path and (saved := resume.saved_degree(resume.complete_metadata(path))):
-            self.ntokens_seen = self.ntokens_seen * saved // degree
+        # One rank's count. Only a launch that starts its data over may have another data-parallel degree.
+        path = resume.checkpoint_to_load(self.job_config)
+        if path and DATALOADER in self.job_config.checkpoint.exclude_from_loading:
+            saved = resume.saved_degree(resume.complete_metadata(path))
+            degree = resume.data_parallel_degree(self.parallel_dims)
+            self.ntokens_seen = self.ntokens_seen * (saved or degree) // degree
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         # From pinned memory, so the host does not wait for the previous step.
