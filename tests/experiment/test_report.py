@@ -351,7 +351,7 @@ def test_pages_show_the_numbers_that_their_records_give():
     readme, quickstart, running = ((ROOT / page).read_text() for page in pages)
     assert report.markdown_rows(report.table(recorded(results / "passkey/curves.csv"))) in quickstart
 
-    names = ("seed0", "seed1", "k1024-seed0", "half-rate-seed0", "base-seed0", "four-dense-layers-seed0")
+    names = ("seed0", "seed1", "k1024-seed0", "half-rate-seed0", "base-seed0", "four-dense-layers-seed0", "4000-seed0")
     experiments = [recorded(folder / f"curves/{name}.csv") for name in names]
     tables = [[row for row in report.table(e) if row["status"] == "finished"] for e in experiments]
     lost = ("hours_percent", "equal_hours_difference")  # the second seed's dense run took another number of GPUs
