@@ -70,7 +70,8 @@ def find_candidate(path: Path) -> Candidate:
         state = {key: value.to(device) for key, value in checkpoint.load_state(dtype).items()}
         # assign gives parameters `dtype`, while RoPE's table keeps its own.
         model.load_state_dict(state, assign=True)
-        _only_last(model.output)
+        # Logits only at the last position: a long context's would be the largest tensor by far.
+        model.output.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, -1:],))
         return lambda tokens: model(tokens.to(device))[:, -1]
 
     name = "-".join(part.name for part in (path.parents[2], path.parents[1], path))
@@ -85,16 +86,10 @@ def _hugging_face(path: Path) -> Candidate:
         settings = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(path, **settings)
         torch.nn.Module.to(model, device)
-        _only_last(model.get_output_embeddings())
-        return lambda tokens: model(tokens.to(device), use_cache=False).logits[:, -1]
+        return lambda tokens: model(tokens.to(device), use_cache=False, logits_to_keep=1).logits[:, -1]
 
     max_context = AutoConfig.from_pretrained(path).max_position_embeddings
     return Candidate(path, path.name, tokenizer, max_context, False, load)
-
-
-def _only_last(projection: torch.nn.Module) -> None:
-    """Compute logits only at the last position: a long context's would be the largest tensor by far."""
-    projection.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, -1:],))
 
 
 class Prompts:
