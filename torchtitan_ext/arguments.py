@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from .console import MOUNT, is_address, run
+from .console import NOT_A_PATH, is_address, run
 
 
 def _positive(texts: list[str]) -> int:
@@ -32,7 +32,7 @@ def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:
     for value in vars(parsed[0] if isinstance(parsed, tuple) else parsed).values():
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path) and is_address(str(path)):
-                raise ValueError(f"{path} is not a path on this machine: {MOUNT}")
+                raise ValueError(f"{path} {NOT_A_PATH}")
     return parsed
 
 

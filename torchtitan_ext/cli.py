@@ -18,7 +18,7 @@ from .progress import Display
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = CONFIGS / "published.toml"
-FIRST_STAGE = "from a first stage (lighthouse.enable = true), without dense steps after it"
+FIRST_STAGE_ORIGIN = "from a first stage (lighthouse.enable = true), without dense steps after it"
 JobFile = Annotated[Path, arg(name="job.config_file")]
 
 
@@ -182,7 +182,7 @@ class Niah:
             beyond = f"beyond the {candidate.max_context} of training"
             print(f"left out: contexts {', '.join(map(str, left_out))}, {beyond}", file=sys.stderr)
         if candidate.lighthouse:
-            print(f"note: {candidate.path} is {FIRST_STAGE}; evaluated as it is", file=sys.stderr)
+            print(f"note: {candidate.path} is {FIRST_STAGE_ORIGIN}; evaluated as it is", file=sys.stderr)
         logits = candidate.load(torch.device(device), dtype)
         with Display() as display:
             n_tokens = sum(settings.contexts) * len(settings.depths) * settings.trials
@@ -211,7 +211,7 @@ class Export:
         checkpoint = find_checkpoint(self.checkpoint)
         if checkpoint.lighthouse:
             remedy = "resume it in a stage 2 and export that"
-            print(f"warning: {checkpoint.path} is {FIRST_STAGE}; {remedy}", file=sys.stderr)
+            print(f"warning: {checkpoint.path} is {FIRST_STAGE_ORIGIN}; {remedy}", file=sys.stderr)
         dtype = getattr(torch, self.dtype)
         with Display() as display:
             n_bytes = checkpoint.n_bytes(dtype)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-MOUNT = "mount or copy what is there, and give its path"
+NOT_A_PATH = "is not a path on this machine: mount or copy what is there, and give its path"
 REMEDIES = {
     errno.ENOENT: "give one that exists",
     errno.EISDIR: "give a file",

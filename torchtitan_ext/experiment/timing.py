@@ -51,8 +51,8 @@ def interleaved_times_ms(
     return {name: [end - begin for begin, end in times[warm_up:]] for name, times in calls.items()}
 
 
-def times_ms(function: Callable[[], object], repeats: int, warm_up: int = 3) -> list[float]:
-    return interleaved_times_ms({"": function}, repeats, warm_up)[""]
+def times_ms(function: Callable[[], object], repeats: int) -> list[float]:
+    return interleaved_times_ms({"": function}, repeats, warm_up=3)[""]
 
 
 def peak_gib(function: Callable[[], object]) -> float | None:

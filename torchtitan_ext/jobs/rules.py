@@ -14,7 +14,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import _registry_model_converter_cls as CONVERTERS
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from torchtitan_ext.console import MOUNT, is_address
+from torchtitan_ext.console import NOT_A_PATH, is_address
 from torchtitan_ext.data.datasets import OF_FILES, check_data
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
@@ -79,7 +79,7 @@ def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
             yield f"{name} = {value!r}: must be of type {kind}{why}"
         may_be_address = field.name == "dataset_path" and str(settings.dataset).lower() in OF_FILES
         if isinstance(value, str) and name.endswith(("folder", "path")) and is_address(value) and not may_be_address:
-            yield f"{name} = {value!r} is not a path on this machine: {MOUNT}"
+            yield f"{name} = {value!r} {NOT_A_PATH}"
 
 
 class _Dims(ParallelDims):
