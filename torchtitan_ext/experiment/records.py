@@ -75,7 +75,7 @@ class Run:
         return f"{model}, attention by {kernel}" if kernel else model
 
     def gaps(self, start: int) -> list[tuple[int, int]]:
-        """Pairs of steps, from `start` on, between which a kill lost unwritten events."""
+        """Pairs of steps, from `start` on, between which a start's last events are lost."""
         pairs = zip(pairwise([start, *self.step.tolist()]), self.log_freqs, strict=True)
         return [(a, b) for (a, b), log_freq in pairs if b - a > log_freq]
 
@@ -87,10 +87,10 @@ def read_run(folder: Path) -> Run | None:
     if not starts:
         return None
     config = read_config(folder / CONFIG_FILE, "training.steps", "training.seq_len", "model.flavor", "debug.seed")
-    starts.sort(key=lambda points: points.pop("wall_time")[0])
+    starts.sort(key=lambda points: points["wall_time"][0])
     ends = [min((later["step"][0] for later in starts[n:]), default=np.inf) for n in range(1, len(starts) + 1)]
     merged = {}
-    for name in starts[0]:
+    for name in starts[0].keys() - {"wall_time"}:
         step = "validation_step" if name.startswith("validation") else "step"
         merged[name] = np.concatenate([p[name][p[step] < end] for p, end in zip(starts, ends, strict=True)])
     # torchtitan divides by log_freq, for any number of steps since the last point
