@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from helpers.launches import ROOT, start
@@ -206,11 +207,16 @@ def test_settings_changed_since_a_run_are_not_mixed_with_it(plan, output):
     (output / "dense" / "config.json").write_text(json.dumps(run.config.to_dict()))
     longer = ["--optimizer.lr=0.5", "--training.steps=320", "--checkpoint.interval=20"]
     longer += ["--training.skip_nonfinite_steps=1", "--training.skip_damaged_data"]  # as errors recommend
-    assert plan(output, only=["dense"], overrides=longer)
+    with patch.object(json, "loads", side_effect=json.loads) as read:
+        assert plan(output, only=["dense"], overrides=longer)
+    assert ["dump_folder" in str(call) for call in read.call_args_list].count(True) == 2  # the record, and the job
     with pytest.raises(ValueError, match=r"dense was run with optimizer\.lr = 0\.5.* 0\.25 now"):
         plan(output, only=["dense"], overrides=["--optimizer.lr=0.25"])
     with pytest.raises(ValueError, match=r"dense was run with debug\.seed = "):
         plan(output, only=["dense"], overrides=["--optimizer.lr=0.5", "--debug.seed=99"])
+    (output / "dense" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"dense/config\.json is not the job config of a run"):
+        plan(output, only=["dense"])
 
 
 def test_a_deleted_checkpoint_of_stage_1_is_missed_at_once(plan, output):

@@ -32,6 +32,7 @@ INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at
 METADATA = ".metadata"  # written last
 STATES = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}  # of a checkpoint, besides the weights
 Weights = Mapping[str, torch.Tensor]
+Changes = dict[str, tuple[Any, Any]]  # value before and now of settings that decide what a run learns, by field
 
 
 def checkpoint_folder(job_config: JobConfig) -> Path:
@@ -54,19 +55,22 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
     return Path(start) if start else None
 
 
-def changes_since(start: Path | None, job_config: JobConfig) -> dict[str, tuple[Any, Any]]:
-    """By field, value before and now of the settings that decide what a run learns and differ from those of the run
-    that saved the checkpoint `start`; empty if it recorded none."""
+def changes_since(start: Path | None, job_config: JobConfig) -> Changes:
+    """Changes since the run that saved the checkpoint `start`; none if it recorded no job."""
     saved: dict = {}
-    now, changes = json.loads(json.dumps(job_config.to_dict())), {}
     # the run's folder of checkpoints may be a link, and so may `start`
     for path in (start, start.resolve()) if start and (start / METADATA).is_file() else ():
         with suppress(ValueError, FileNotFoundError):
             saved = saved or read_config(path.absolute().parent.parent / CONFIG_FILE, "training.steps")
-    for section in LEARNED_WITH:
-        for field, value in now[section].items():
-            if value != (before := saved.get(section, {}).get(field, value)):
-                changes[f"{section}.{field}"] = before, value
+    return changes_from(saved, job_config)
+
+
+def changes_from(saved: dict, job_config: JobConfig) -> Changes:
+    """Changes since the job that `saved` records."""
+    now, changes = json.loads(json.dumps(job_config.to_dict())), {}
+    for section, field, value in ((s, *item) for s in LEARNED_WITH for item in now[s].items()):
+        if value != (before := saved.get(section, {}).get(field, value)):
+            changes[f"{section}.{field}"] = before, value
     return changes
 
 
