@@ -1,5 +1,6 @@
 """The preflight names everything that would stop a run, and reports what the run needs."""
 
+import glob
 import gzip
 import importlib.metadata
 import logging
@@ -7,7 +8,7 @@ import re
 import shutil
 import sys
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 from helpers.jobs import ROOT, job_of, only, save, start, start_from
@@ -205,7 +206,9 @@ def test_the_first_documents_are_read(check, tmp_path):
     file = tmp_path / "c4" / "c4-train.00000-of-00001.json.gz"
     arguments = ["--training.dataset=c4_local", f"--training.dataset_path={file.parent}"]
     file.write_bytes(gzip.compress(b'{"text": "' + b"word " * 500 + b'"}\n'))
-    assert not check(*arguments)[0]
+    with patch("glob.glob", side_effect=glob.glob) as looked:
+        assert not check(*arguments)[0]
+    assert looked.call_count == 2  # in en/, then here: the tree is walked once
     file.write_bytes(gzip.compress(b"no JSON\n"))
     only(check(*arguments)[0], file, "line 1")
 

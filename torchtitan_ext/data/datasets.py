@@ -56,35 +56,41 @@ def text_files(dataset_path: str) -> list[str]:
     """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
     root or `en`, those of `en/c4-train`. In a folder with files named for training, those named for tests or validation
     are left out. Raises ValueError if there are none."""
-    files: list[str] = []
-    what = ""
+    files, what = [], "nothing is there"
     try:
-        if is_address(dataset_path):
-            files = resolve_pattern(dataset_path, base_path="")
-        elif _is_remote(dataset_path):
-            files = list(load_dataset_builder(dataset_path).config.data_files["train"])
-        else:
-            root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
-            ends = ["/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
-            paths = next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), [])
-            real = cache(os.path.realpath)  # links to folders lead to files again
-            resolved = {path: (real(os.path.dirname(path)), os.path.basename(path)) for path in paths}
-            longest_first = sorted(paths, key=lambda path: (len(path), path), reverse=True)
-            files = sorted({resolved[path]: path for path in longest_first}.values())
+        files = _find(dataset_path)
     except Exception as error:  # the hub and the network raise many kinds
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     dirs = {os.path.dirname(file) for file in files}  # Spark names them like files
     if known := [f for f in files if FORMAT.search(f) and os.path.basename(f) not in FILES_TO_IGNORE and f not in dirs]:
-        names = {file: file[len(dataset_path) :] for file in known} if os.path.isdir(dataset_path) else {}
-        train = {file for file, name in names.items() if TRAIN.search(name)}
-        tests = {file for file, name in names.items() if train and TESTS.search(name)} - train
-        if tests:
-            left_out = f"{len(tests):,} files named for tests or validation are not read, {min(tests)} first"
-            warn_once(logger, f"{dataset_path!r}: {left_out}; a glob reads them: {os.path.join(dataset_path, '**')}")
-        return [file for file in known if file not in tests]
-    what = what or (f"{os.path.basename(files[-1])!r} doesn't; " if files else "nothing is there; ") + OTHER_FORMATS
+        return _without_tests(dataset_path, known) if os.path.isdir(dataset_path) else known
+    what = f"{os.path.basename(files[-1])!r} doesn't" if files else what
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
-    raise ValueError(f"{dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
+    raise ValueError(f"{dataset_path!r}: no file that ends in {FORMATS} ({what}; {OTHER_FORMATS}); {remedy}")
+
+
+@cache  # a large tree takes seconds, and a job asks several times
+def _find(dataset_path: str) -> list[str]:
+    """What is at a path, of any format; each file once, by its shortest path, though links to folders lead to more."""
+    if is_address(dataset_path):
+        return resolve_pattern(dataset_path, base_path="")
+    if _is_remote(dataset_path):
+        return load_dataset_builder(dataset_path).config.data_files["train"]
+    root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
+    ends = ["/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
+    paths = next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), [])
+    folder_of, longest_first = cache(os.path.realpath), sorted(paths, key=lambda path: (len(path), path), reverse=True)
+    return sorted({(folder_of(os.path.dirname(p)), os.path.basename(p)): p for p in longest_first}.values())
+
+
+def _without_tests(folder: str, files: list[str]) -> list[str]:
+    """A folder's files; without those named for tests or validation, if there are some named for training."""
+    train = {file for file in files if TRAIN.search(file, len(folder))}
+    tests = {file for file in files if train and TESTS.search(file, len(folder))} - train
+    if tests:
+        left_out = f"{len(tests):,} files named for tests or validation are not read, {min(tests)} first"
+        warn_once(logger, f"{folder!r}: {left_out}; a glob reads them: {os.path.join(folder, '**')}")
+    return [file for file in files if file not in tests]
 
 
 def _is_remote(path: str) -> bool:
