@@ -18,6 +18,7 @@ from torchtitan.train import Trainer
 from torchtitan_ext.jobs.folder_lock import LOCK
 from torchtitan_ext.jobs.resume import INTERRUPTED, stale_checkpoints
 from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
+from torchtitan_ext.train.metrics import LighthouseMetricsProcessor
 from torchtitan_ext.train.spec import seed_shards
 from torchtitan_ext.train.trainer import LighthouseTrainer
 
@@ -33,6 +34,8 @@ def bare_trainer(**attributes) -> LighthouseTrainer:
     trainer.device, trainer.gradient_accumulation_steps = torch.device("cpu"), 1
     trainer.checkpointer, trainer.lr_schedulers, trainer.optimizers = MagicMock(), MagicMock(), MagicMock()
     trainer.checkpointer.describe_latest.return_value = "LATEST"
+    trainer.metrics_processor = object.__new__(LighthouseMetricsProcessor)
+    vars(trainer.metrics_processor).update(job_config=trainer.job_config, must_log=False)
     vars(trainer).update(attributes)
     return trainer
 
@@ -105,9 +108,10 @@ def nothing_is_saved_from_a_bad_step_on(rank):
         trainer.job_config.training.steps = 8
         trainer.checkpointer.due.side_effect = lambda step: step % 3 == 0
 
-        def step(self, _, bad=bad):
+        def step(self, _, bad=bad, logged=(logged := [])):
             loss = math.nan if rank == 1 and self.step == bad else 2.0
             self.update_parameters(torch.tensor(loss), torch.tensor(3.0))
+            logged.extend([self.step] * self.metrics_processor.should_log(self.step))
 
         saved = []
         with patch.object(Trainer, "train_step", step), pytest.raises(RuntimeError, match=f"Step {bad} "):
@@ -116,6 +120,7 @@ def nothing_is_saved_from_a_bad_step_on(rank):
                 trainer.train_step(None)
                 saved += [trainer.step] * (trainer.step in (3, 6, 8))
         assert saved == [step for step in (3, 6, 8) if step < bad]
+        assert logged == [step for step in (1, 3, 6, 8) if step <= trainer.step]  # or a resume would lose their time
         # read after the next step, or before a checkpoint
         assert trainer.step == (bad if bad in (3, 6, 8) else bad + 1)
 

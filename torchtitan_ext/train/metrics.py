@@ -41,18 +41,17 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         if to_wandb and WandBLogger not in map(type, self.logger._loggers):
             remedy = "call `wandb login`, or set WANDB_MODE=offline"
             raise ValueError(f"metrics.enable_wandb = true: W&B did not start, as the log says above; {remedy}")
-        self.first_step = True
+        self.must_log = True  # the next step
         self.constants = {N_DEVICES: parallel_dims.world_size, LOG_FREQ: job_config.metrics.log_freq}
         if job_config.lighthouse.enable:
             seq_len = job_config.training.seq_len
-            gathered_len = job_config.lighthouse.gathered_len(seq_len)
-            self.constants["gathered_len"] = gathered_len
-            logger.info(f"Lighthouse attends to {gathered_len:,} gathered rows of {seq_len:,} tokens")
+            n_rows = self.constants["gathered_len"] = job_config.lighthouse.gathered_len(seq_len)
+            logger.info(f"Lighthouse attends to {n_rows:,} gathered rows of {seq_len:,} tokens")
 
     def should_log(self, step: int) -> bool:
         # The first step of a process shows the jump after a resume or the switch to dense.
-        first, self.first_step = self.first_step, False
-        return first or super().should_log(step)
+        asked, self.must_log = self.must_log, False
+        return asked or super().should_log(step)
 
     def log(self, step: int, avg_loss: float, max_loss: float, grad_norm: float, extra_metrics: Any = None) -> None:
         # A rank's loss covers 1/cp of the sequence; torchtitan divides by all tokens.

@@ -161,12 +161,13 @@ class LighthouseTrainer(Trainer):
         return all_finite
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
-        self.microbatch = 0
+        self.microbatch, last_step = 0, not self.should_continue_training()
+        saves = last_step or self.checkpointer.due(self.step)
+        self.metrics_processor.must_log |= saves  # a resume would lose the time since the last log
         super().train_step(data_iterator)
-        last_step = not self.should_continue_training()
         # The device still computes this step.
         self._check_outcomes(but_last=1)
-        if last_step or self.interrupted or self.checkpointer.due(self.step):
+        if saves or self.interrupted:
             self._check_outcomes()
         if self.interrupted and not last_step:
             self.checkpointer.save_interrupted(self.step)
