@@ -29,9 +29,8 @@ def parse(kind: Any, arguments: list[str], program: str, **options: Any) -> Any:
     """Parse `arguments` into a `kind`, with options of tyro.cli. Raises ValueError for wrong ones; --help exits."""
     with errors_in_one_line("see --help"):
         parsed = tyro.cli(kind, args=arguments, prog=program, **options)
-    given = [argument.replace("_", "-") for argument in arguments]
     for name, value in vars(parsed[0] if isinstance(parsed, tuple) else parsed).items():
-        if value == () and (option := f"--{name}".replace("_", "-")) in given:
+        if value == () and (option := f"--{name}".replace("_", "-")) in [a.replace("_", "-") for a in arguments]:
             raise ValueError(f"{option}: give one value or more after it, or leave it out; see --help")
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path) and is_address(str(path)):

@@ -14,7 +14,7 @@ from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
-from torchtitan_ext.jobs.resume import changes_from, complete_steps
+from torchtitan_ext.jobs.resume import changes_since, complete_steps
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.jobs.schedule import optimizer_problems
 from torchtitan_ext.progress import Display
@@ -135,7 +135,7 @@ def _changed(run: PlannedRun) -> Iterator[str]:
     record is damaged."""
     has_record = run.newest > run.start and (run.folder / CONFIG_FILE).is_file()
     record = read_config(run.folder / CONFIG_FILE, "training.steps") if has_record else {}
-    for name, (before, now) in changes_from(record, run.config).items():
+    for name, (before, now) in changes_since(record, run.config).items():
         if name not in MAY_CHANGE:
             changed = f"{name} = {before!r}, which is {now!r} now"
             yield f"{run.folder} was run with {changed}: choose another output folder, or delete this one"

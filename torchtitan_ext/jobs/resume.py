@@ -55,27 +55,28 @@ def checkpoint_to_load(job_config: JobConfig) -> Path | None:
     return Path(start) if start else None
 
 
-def changes_since(start: Path | None, job_config: JobConfig) -> Changes:
-    """Changes since the run that saved the checkpoint `start`; none if it recorded no job."""
-    saved: dict = {}
+def recorded_job(start: Path | None) -> dict:
+    """The job of the run that saved the checkpoint `start`; empty if it recorded none."""
     # the run's folder of checkpoints may be a link, and so may `start`
     for path in (start, start.resolve()) if start and (start / METADATA).is_file() else ():
         with suppress(ValueError, FileNotFoundError):
-            saved = saved or read_config(path.absolute().parent.parent / CONFIG_FILE, "training.steps")
-    return changes_from(saved, job_config)
+            return read_config(path.absolute().parent.parent / CONFIG_FILE, "training.steps")
+    return {}
 
 
-def changes_from(saved: dict, job_config: JobConfig) -> Changes:
-    """Changes since the job that `saved` records."""
+def changes_since(before: dict, job_config: JobConfig) -> dict[str, tuple[Any, Any]]:
+    """By field, value before and now of the settings that decide what a run learns and differ from those of `before`,
+    as a job is recorded."""
     now, changes = json.loads(json.dumps(job_config.to_dict())), {}
-    for section, field, value in ((s, *item) for s in LEARNED_WITH for item in now[s].items()):
-        if value != (before := saved.get(section, {}).get(field, value)):
-            changes[f"{section}.{field}"] = before, value
+    for section in LEARNED_WITH:
+        for field, value in now[section].items():
+            if value != (old := before.get(section, {}).get(field, value)):
+                changes[f"{section}.{field}"] = old, value
     return changes
 
 
 def describe_changes(start: Path | None, job_config: JobConfig) -> str:
-    changes = changes_since(start, job_config)
+    changes = changes_since(recorded_job(start), job_config)
     return ", ".join(f"{field} = {now!r} (was {before!r})" for field, (before, now) in changes.items())
 
 
@@ -254,7 +255,7 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
     if args := flavors.get(job_config.model.flavor):
         yield from _shape_problems(job_config, field, path, meta_model(args).state_dict(), metadata)
         default = {"rope.theta": args.rope_theta} | {f"rope.{k}": v for k, v in vars(args.rope_scaling_args).items()}
-        for name, values in changes_since(path, job_config).items():
+        for name, values in changes_since(recorded_job(path), job_config).items():
             before, now = (default.get(name) if value is None else value for value in values)
             if name in default and before != now:
                 remedy = "set it to that, or export that checkpoint and start a new run from the export"
