@@ -42,7 +42,7 @@ def launch(request, job, tmp_path):
 def test_a_link_to_a_checkpoint_leads_to_the_record_of_its_run(job, tmp_path):
     (tmp_path / "link").symlink_to(save(tmp_path / "old"))
     write_config(job("--rope.theta=5e5", dump="old"))
-    only_problem(job(*start_from(tmp_path / "link")), "rope.theta = 10000", "link was trained with 500000")
+    only_problem(job(*start_from(tmp_path / "link")), "rope.theta = 10000", "link has 500000")
 
 
 def test_tokens_are_counted_on_with_another_data_parallel_degree(job, tmp_path):
@@ -59,7 +59,7 @@ def test_another_rope_than_the_checkpoints_is_an_error(launch):
     trained = job("--rope.theta=5e5", "--rope.scaling_factor=8")  # 8 is the flavor's own
     trained.job.dump_folder = str(path.parents[1])
     write_config(trained)
-    only_problem(job(), "rope.theta = 10000", f"{path} was trained with 500000", "export")
+    only_problem(job(), "rope.theta = 10000", f"{path} has 500000", "export")
     check_job(job("--rope.theta=5e5"))
 
 

@@ -14,9 +14,9 @@ from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.recorded import CONFIG_FILE, read_config
-from torchtitan_ext.jobs.resume import changes_since, complete_steps
+from torchtitan_ext.jobs.resume import changed_problems, changes_since, complete_steps
 from torchtitan_ext.jobs.rules import check_job
-from torchtitan_ext.jobs.schedule import optimizer_problems
+from torchtitan_ext.jobs.schedule import optimizer_problems, planned
 from torchtitan_ext.progress import Display
 
 from .records import LOG
@@ -74,12 +74,12 @@ def plan(
     total = loaded["stage2"].training.steps
     splits = sorted(set(splits or [total * n // 16 for n in (10, 11, 12)]))
 
-    def planned(stage: str, name: str, start: int, steps: int, load: Path | None = None):
+    def run_of(stage: str, name: str, start: int, steps: int, load: Path | None = None):
         return PlannedRun(name, files[stage], output / name, loaded[stage], start, steps, overrides, load)
 
-    dense = planned("dense", "dense", 0, total)
-    stage1 = planned("stage1", "stage1", 0, splits[-1])
-    tails = [planned("stage2", f"stage2-{split}", split, total, stage1.checkpoint(split)) for split in splits]
+    dense = run_of("dense", "dense", 0, total)
+    stage1 = run_of("stage1", "stage1", 0, splits[-1])
+    tails = [run_of("stage2", f"stage2-{split}", split, total, stage1.checkpoint(split)) for split in splits]
     chosen = [run for run in (dense, stage1, *tails) if run.config_file.stem in only]
     problems = [*_split_problems(dense, stage1, tails, only), *(problem for run in chosen for problem in _changed(run))]
     if problems:
@@ -101,6 +101,7 @@ def _split_problems(
     dense: PlannedRun, stage1: PlannedRun, tails: list[PlannedRun], only: Sequence[str]
 ) -> Iterator[str]:
     total, steps, checkpoint = tails[0].steps, stage1.config.training.steps, stage1.config.checkpoint
+    launched = replace(stage1.config, training=replace(stage1.config.training, steps=stage1.steps))
     if (dense_steps := dense.config.training.steps) != total:
         ends = f"training.steps = {dense_steps}, but {tails[0].config_file} ends at {total}"
         yield f"{dense.config_file}: {ends}: set both alike, so that their final losses compare"
@@ -120,8 +121,11 @@ def _split_problems(
         elif split <= stage1.newest:
             remedy = f"split later, or delete {stage1.folder} to run stage 1 again"
             yield f"{gone}, and stage 1 is past it, at step {stage1.newest}: {remedy}"
+        elif {"optimizer", "lr_scheduler"}.isdisjoint(tail.config.checkpoint.exclude_from_loading):
+            source = "checkpoint.initial_load_path", stage1.checkpoint(split), launched.to_dict()
+            found = changed_problems(tail.config, *source, planned(launched, split))
+            yield from (f"{tail.config_file}: {problem}" for problem in found)  # as its launch would, after stage 1
     if "stage1" in only:  # whose file may name more steps
-        launched = replace(stage1.config, training=replace(stage1.config.training, steps=stage1.steps))
         yield from (f"{stage1.config_file} to step {stage1.steps}: {p}" for p in optimizer_problems(launched))
     n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
     if 0 < checkpoint.keep_latest_k < n_checkpoints:

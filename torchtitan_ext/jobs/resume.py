@@ -26,7 +26,7 @@ from torchtitan_ext.model.hf_config import config_problems
 from torchtitan_ext.model.model import meta_model
 
 from .recorded import CONFIG_FILE, LEARNED_WITH, read_config
-from .schedule import schedule_changes
+from .schedule import schedule_changes, trained_with
 
 INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at a step that was not due
 METADATA = ".metadata"  # written last
@@ -254,17 +254,11 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
         return
     if args := flavors.get(job_config.model.flavor):
         yield from _shape_problems(job_config, field, path, meta_model(args).state_dict(), metadata)
-        default = {"rope.theta": args.rope_theta} | {f"rope.{k}": v for k, v in vars(args.rope_scaling_args).items()}
-        for name, values in changes_since(recorded_job(path), job_config).items():
-            before, now = (default.get(name) if value is None else value for value in values)
-            if name in default and before != now:
-                remedy = "set it to that, or export that checkpoint and start a new run from the export"
-                yield f"{name} = {now}: {path} was trained with {before}; {remedy}"
+        yield from changed_problems(job_config, field, path, recorded_job(path), trained_with(objects))
     if path == folder / "step-0":
         return  # torchtitan's seed checkpoint: weights only
     if path.parent != folder and objects.get(f"{TRAIN_STATE}.step", 0) >= (steps := job_config.training.steps):
         yield f"training.steps = {steps}: {path} has reached that step; count from the start of the first stage"
-    yield from schedule_changes(job_config, field, path, objects)
     wanted = STATES.difference(excluded)
     if missing := sorted(wanted - {key.split(".")[0] for key in metadata.state_dict_metadata}):
         remedy = "use one with checkpoint.last_save_model_only = false" + _recovery_hint(job_config, field, path)
@@ -274,6 +268,18 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
         if degree != before:
             remedy = "launch as many ranks, or start the data over: checkpoint.exclude_from_loading = ['dataloader']"
             yield f"data-parallel degree = {degree}: {path} was saved by a degree of {before}; {remedy}"
+
+
+def changed_problems(job_config: JobConfig, field: str, path: Path, before: dict, saved: dict) -> Iterator[str]:
+    """Problems of continuing, from the checkpoint `path` that `field` names, a job recorded as `before` and `saved`."""
+    args = flavors[job_config.model.flavor]
+    default = {"rope.theta": args.rope_theta} | {f"rope.{k}": v for k, v in vars(args.rope_scaling_args).items()}
+    for name, values in changes_since(before, job_config).items():
+        old, now = (default.get(name) if value is None else value for value in values)
+        if name in default and old != now:
+            remedy = "set it to that, or export that checkpoint and start a new run from the export"
+            yield f"{name} = {now}: {path} has {old}; {remedy}"
+    yield from schedule_changes(job_config, field, path, saved)
 
 
 def _recovery_hint(job_config: JobConfig, field: str, path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from math import isclose
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +29,39 @@ def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
         yield f"lr_scheduler.decay_ratio = {schedule.decay_ratio}: the dense stage's rate would jump back; {remedy}"
 
 
+def trained_with(saved: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's settings, the step and its rate that a checkpoint's objects record."""
+    group = {key.rpartition(".")[2]: value for key, value in saved.items() if key.startswith("optimizer.param_groups.")}
+    group |= dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+    if "decoupled_weight_decay" in group:
+        group["name"] = "AdamW" if group["decoupled_weight_decay"] else "Adam"
+    lr = (saved.get("lr_scheduler.base_lrs") or [group.get("initial_lr")])[0]
+    rate = saved.get("lr_scheduler._last_lr", [nan])[0]
+    return group | {"lr": lr, "step": saved.get("lr_scheduler.last_epoch", 0), "rate": rate}
+
+
+def planned(job_config: JobConfig, step: int, lr: float | None = None) -> dict[str, Any]:
+    """The same for the checkpoint that a job will save at `step`; no rate for settings that torchtitan rejects."""
+    rate = nan
+    with suppress(Exception):
+        optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
+        schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, job_config.training.steps)
+        rate = (lr or job_config.optimizer.lr) * schedulers.schedulers[0].lr_lambdas[0](step)
+    return vars(job_config.optimizer) | {"step": step, "rate": rate}
+
+
 def schedule_changes(job_config: JobConfig, field: str, path: Path, saved: dict[str, Any]) -> Iterator[str]:
-    """Changes since the launch that saved these objects in the checkpoint `path`, which `field` names."""
+    """Changes since the launch with the settings `saved` in the checkpoint `path`, which `field` names."""
     if job_config.optimizer.override_checkpoint:
         return
     on_purpose = "; or, to change that from here on, set optimizer.override_checkpoint to true"
-    group = {key.rpartition(".")[2]: value for key, value in saved.items() if key.startswith("optimizer.param_groups.")}
-    base = (saved.get("lr_scheduler.base_lrs") or [group.get("initial_lr")])[0]
-    trained_with = {"lr": base} | {name: group.get(name) for name in ("eps", "weight_decay")}
-    trained_with |= dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
-    if "decoupled_weight_decay" in group:
-        trained_with["name"] = "AdamW" if group["decoupled_weight_decay"] else "Adam"
-    for name, value in trained_with.items():
-        if value is not None and (now := getattr(job_config.optimizer, name)) != value:
-            before = f"{path}, which {field} leads to, was trained with {value!r}"
-            yield f"optimizer.{name} = {now!r}: {before}; set it to that{on_purpose}"
-    if rates := saved.get("lr_scheduler._last_lr"):
-        step, rate = saved.get("lr_scheduler.last_epoch", 0), rates[0]
-        with suppress(Exception):  # torchtitan rejects these settings itself
-            optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
-            schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, job_config.training.steps)
-            rate = base * schedulers.schedulers[0].lr_lambdas[0](step)
-        if not isclose(rate, rates[0], rel_tol=1e-6):
-            schedule = job_config.lr_scheduler
-            names = ("warmup_steps", "decay_ratio", "decay_type", "min_lr_factor", "total_steps")
-            settings = ", ".join(f"{name} = {getattr(schedule, name)!r}" for name in names)
-            settings += f" with training.steps = {job_config.training.steps}"
-            jump = f"the rate would jump from {rates[0]:.3g} to {rate:.3g} at step {step}, where {path} continues"
-            yield f"[lr_scheduler] {settings}: {jump}; restore them{on_purpose}"
+    now, step, before = planned(job_config, saved["step"], saved["lr"]), saved["step"], saved["rate"]
+    for name in ("name", "lr", "beta1", "beta2", "eps", "weight_decay"):
+        if saved.get(name, now[name]) not in (None, now[name]):
+            value = f"{path}, which {field} leads to, has {saved[name]!r}"
+            yield f"optimizer.{name} = {now[name]!r}: {value}; set it to that{on_purpose}"
+    if abs(now["rate"] - before) > 1e-6 * before:
+        settings = ", ".join(f"{name} = {value!r}" for name, value in vars(job_config.lr_scheduler).items())
+        settings += f" with training.steps = {job_config.training.steps}"
+        jump = f"the rate would jump from {before:.3g} to {now['rate']:.3g} at step {step}, where {path} continues"
+        yield f"[lr_scheduler] {settings}: {jump}; restore them{on_purpose}"
