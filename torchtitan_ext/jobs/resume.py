@@ -65,8 +65,7 @@ def recorded_job(start: Path | None) -> dict:
 
 
 def changes_since(before: dict, job_config: JobConfig) -> dict[str, tuple[Any, Any]]:
-    """By field, value before and now of the settings that decide what a run learns and differ from those of `before`,
-    as a job is recorded."""
+    """By field, value before and now of what decides what a run learns and differs from the recorded job `before`."""
     now, changes = json.loads(json.dumps(job_config.to_dict())), {}
     for section in LEARNED_WITH:
         for field, value in now[section].items():
