@@ -8,7 +8,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from helpers.launches import ROOT, start
@@ -213,9 +212,7 @@ def test_settings_changed_since_a_run_are_not_mixed_with_it(plan, output):
     (output / "dense" / "config.json").write_text(json.dumps(run.config.to_dict()))
     longer = ["--optimizer.lr=0.5", "--training.steps=320", "--checkpoint.interval=20"]
     longer += ["--training.skip_nonfinite_steps=1", "--training.skip_damaged_data"]  # as errors recommend
-    with patch.object(json, "loads", side_effect=json.loads) as read:
-        assert plan(output, only=["dense"], overrides=longer)
-    assert ["dump_folder" in str(call) for call in read.call_args_list].count(True) == 2  # the record, and the job
+    assert plan(output, only=["dense"], overrides=longer)
     with pytest.raises(ValueError, match=r"dense was run with optimizer\.lr = 0\.5.* 0\.25 now"):
         plan(output, only=["dense"], overrides=["--optimizer.lr=0.25"])
     with pytest.raises(ValueError, match=r"dense was run with debug\.seed = "):
