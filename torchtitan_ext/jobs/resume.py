@@ -32,7 +32,6 @@ INTERRUPTED = ".interrupted"  # marks a checkpoint that was saved on SIGTERM, at
 METADATA = ".metadata"  # written last
 STATES = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}  # of a checkpoint, besides the weights
 Weights = Mapping[str, torch.Tensor]
-Changes = dict[str, tuple[Any, Any]]  # value before and now of settings that decide what a run learns, by field
 
 
 def checkpoint_folder(job_config: JobConfig) -> Path:
