@@ -40,9 +40,9 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
     monkeypatch.setitem(flavors, "mine", None)  # so that it goes with this test
     common += ["--model.flavor=mine", "--experimental.custom_import=my_flavor"]
 
-    def launch(name, stage, steps, *more):
+    def launch(name, stage, steps, *more, n_ranks=1):
         files = [f"--job.config_file={CONFIGS}/{stage}.toml", f"--job.dump_folder={tmp_path / name}"]
-        good, output = train(1, [*files, *common, f"--training.steps={steps}", *more])
+        good, output = train(n_ranks, [*files, *common, f"--training.steps={steps}", *more])
         assert good, output
         return tmp_path / name
 
@@ -50,7 +50,8 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
         assert run_command(monkeypatch, "export", run, "--output", f"{run}_hf") == 0
         return Path(f"{run}_hf")
 
-    untrained = export(launch("untrained", "dense", 2, "--optimizer.lr=0"))
+    # three ranks: shards of the two KV heads begin within one
+    untrained = export(launch("untrained", "dense", 2, "--optimizer.lr=0", "--training.global_batch_size=3", n_ranks=3))
     before, after = (load_file(folder / "model.safetensors") for folder in (given, untrained))
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 

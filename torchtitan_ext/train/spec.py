@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.experimental._context_parallel._attention import set_rotate_method
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -14,6 +15,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.models.llama3 import get_train_spec, parallelize_llama
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.model import Attention
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import register_train_spec
 from torchtitan.tools.utils import device_type
 
@@ -31,6 +33,13 @@ from torchtitan_ext.model.settings import Model
 from .metrics import LighthouseMetricsProcessor
 from .optimizer import LaunchSchedulers
 from .validator import LighthouseValidator
+
+
+class StateDictAdapter(Llama3StateDictAdapter):
+    # Of a shard that begins within a head, torch's views fail or permute wrongly.
+    def _permute(self, w: torch.Tensor, *shape: int) -> torch.Tensor:
+        whole = w.redistribute(placements=[Replicate()] * w.device_mesh.ndim) if isinstance(w, DTensor) else w
+        return super()._permute(whole, *shape)
 
 
 def register() -> None:
@@ -52,6 +61,7 @@ def register() -> None:
         build_loss_fn=build_loss,
         build_validator_fn=LighthouseValidator,
         build_metrics_processor_fn=LighthouseMetricsProcessor,
+        state_dict_adapter=StateDictAdapter,
     )
     with suppress(ValueError):  # registered before
         register_train_spec(Model.name, spec)
