@@ -416,7 +416,7 @@ OTHER |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "t
         (OWN_ROPE, ["rope_theta is 500000.0 there and", "'factor': 32.0", "'factor': 8.0", "flavors['mine'] = "]),
         (OTHER, ["flavors['mine'] = ", "rms_norm_eps is 1e-06 there and", *(f"{name} is " for name in OTHER)]),
         (ODD, ["; no flavor can match it (", *(f"{name} is " for name in ODD)]),
-        ({"hidden_size": 96, "intermediate_size": 334, "head_dim": 48}, ["hidden_size is 96", "flavors['mine'] = "]),
+        ({"hidden_size": 112, "intermediate_size": 450, "head_dim": 56}, ["hidden_size is 112", "flavors['mine'] = "]),
     ],
 )
 def test_hugging_faces_config_must_be_of_the_flavor(job, tmp_path, monkeypatch, changes, words, spelling):

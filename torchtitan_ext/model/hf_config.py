@@ -70,9 +70,9 @@ def _remedy(there: dict[str, Any], chosen: set[str]) -> str:
     if suited := [repr(name) for name, args in flavors.items() if not _difference(there, args, chosen)]:
         return f"set it to {' or '.join(suited)}"
     values = {name: there[theirs] for name, theirs in FIELDS.items()}
-    width, rope = there["intermediate_size"], there["rope_scaling"] or {}
-    # llama3 takes this part of 8/3 dim, rounded up to a multiple
-    values |= {"ffn_dim_multiplier": round(3 * width / (8 * there["hidden_size"]), 6), "multiple_of": width & -width}
+    dim, width, rope = there["hidden_size"], there["intermediate_size"], there["rope_scaling"] or {}
+    # llama3 takes this part of 8/3 dim, rounds both down, and the result up to a multiple
+    values |= {"ffn_dim_multiplier": -(-1e6 * width // (8 * dim // 3)) / 1e6, "multiple_of": width & -width}
     scaling = [rope[name] for name in SCALING] if rope.get("rope_type") == "llama3" else [1.0]
     values["rope_scaling_args"] = RoPEScalingArgs(*scaling)
     if impossible := _difference(there, LighthouseModelArgs(**values), chosen):
