@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import resource
 import shutil
 import sys
 from dataclasses import replace
@@ -73,7 +74,11 @@ def test_every_flavor_has_the_tensors_of_its_llama(flavor):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_keep_their_values_in_the_dtype_asked_for(tmp_path, monkeypatch, capsys, dtype):
     model, option = attentive(), ["--dtype", dtype] if dtype != "float32" else []  # the default
-    path = save_run(tmp_path, model, lighthouse=not option)
+    path, limits = save_run(tmp_path, model, lighthouse=not option), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
+    code = run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and f"{tmp_path}/hf/model.safetensors could not be saved: " in capsys.readouterr().err
     assert run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option) == 0
     assert (f"warning: {path} is from a first stage" in capsys.readouterr().err) == (not option)
     expected = Llama3StateDictAdapter(model.model_args, None).to_hf(model.state_dict())
@@ -82,6 +87,7 @@ def test_weights_keep_their_values_in_the_dtype_asked_for(tmp_path, monkeypatch,
     for key, value in expected.items():
         assert got[key].dtype == dtype and torch.equal(got[key], value.to(dtype)), key
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == dtype
+    assert len({file.stat().st_mode for file in (tmp_path / "hf").iterdir()}) == 1
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

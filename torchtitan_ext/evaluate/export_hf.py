@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -115,7 +116,12 @@ def export(
         _save_small_files(checkpoint, dtype, Path(small_files))
         make_folder(folder)
         state = Llama3StateDictAdapter(checkpoint.model_args, None).to_hf(checkpoint.load_state(dtype, advance))
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        weights = folder / "model.safetensors"
+        try:
+            save_file(state, weights, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, for example
+            raise OSError(f"{weights} could not be saved: {error}; make room there, or name another folder") from error
+        shutil.copymode(Path(small_files, CONFIG_FILE), weights)  # safetensors 0.8 lets only the owner read
         advance(checkpoint.n_bytes(dtype))
         # The config last, so that an incomplete folder doesn't load.
         for file in sorted(Path(small_files).iterdir(), key=lambda file: file.name == CONFIG_FILE):
