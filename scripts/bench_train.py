@@ -124,7 +124,7 @@ class BenchTrain:
         arguments = ["--checkpoint.no_enable", "--checkpoint.initial_load_path=None", f"--training.steps={self.steps}"]
         arguments += ["--training.dataset=python_source", "--training.dataset_path=None"]
         arguments += ["--training.global_batch_size=-1", f"--metrics.log_freq={self.window}"]
-        arguments += ["--metrics.enable_tensorboard"]
+        arguments += ["--metrics.enable_tensorboard", "--checkpoint.no_initial_load_in_hf"]
         if self.profile:
             arguments += ["--profiling.enable_profiling", f"--profiling.profile_freq={self.steps}"]
             arguments += [f"--profiling.profiler_active={PROFILED}", "--profiling.profiler_warmup=1"]

@@ -93,7 +93,7 @@ VALIDATION = "--validation.enable --validation"
         (f"{CP}_degree 4 --lighthouse.no_enable", ["_degree = 4", "2 heads and 2 KV heads", "1, 2", "'alltoall'"]),
         (f"{CP2} --lighthouse.no_enable --parallelism.tensor_parallel_degree 2", ["_degree = 2", "1 heads and 1 KV"]),
         (f"{CP2} --lighthouse.no_enable --compile.enable {CP}_rotate_method alltoall", ["'alltoall'", "to 'headtail'"]),
-        ("--checkpoint.no_enable --checkpoint.initial_load_path x", ["initial_load_path = 'x'", "enable = false"]),
+        *((f"--checkpoint.no_enable --checkpoint.initial_load_{f}", [f[:5], "= false"]) for f in ("path x", "in_hf")),
         ("--job.dump_folder s3://bucket", ["job.dump_folder = 's3://bucket' is not a path on this machine: mount"]),
         ("--checkpoint.folder gs:/bucket", ["checkpoint.folder = 'gs:/bucket' is not"]),
         ("--training.dataset_path hf://datasets/me", ["training.dataset_path = 'hf://datasets/me' is not"]),

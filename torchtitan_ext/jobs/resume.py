@@ -129,8 +129,9 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
         remedy = "its curve would replace the run's; choose another folder"
         yield f"job.dump_folder = {dump!r}: holds a run's checkpoints, and this launch saves none: {remedy}"
     if not checkpoint.enable:
-        if initial:
-            yield f"checkpoint.initial_load_path = {initial!r}: checkpoint.enable = false loads nothing; set it to true"
+        if initial or checkpoint.initial_load_in_hf:
+            start = f"initial_load_path = {initial!r}" if initial else "initial_load_in_hf = true"
+            yield f"checkpoint.{start}: enable = false loads nothing; set it to true, and to save nothing load_only too"
         return
     field, name = f"checkpoint.folder = {checkpoint.folder!r}", checkpoint.folder.rstrip("/")
     if name in ("", "..") or name != Path(name).name:
