@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import socket
 import sysconfig
 import tempfile
 import time
@@ -156,9 +155,9 @@ def test_other_threads_run_while_a_document_is_encoded(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", WRITE)
-def test_an_epoch_of_all_ranks_is_every_document_once_and_needs_no_network(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", None)
-    monkeypatch.setattr(socket.socket, "connect", None)
+def test_an_epoch_of_all_ranks_is_every_document_once_and_needs_no_network_or_cache(dataset, tmp_path, monkeypatch):
+    for name in ("socket.getaddrinfo", "socket.socket.connect", "datasets.config.HF_DATASETS_CACHE"):
+        monkeypatch.setattr(name, "/dev/null/nothing")  # no function, nor a folder
     path = WRITE[dataset](tmp_path / "data", SHARDS)
     streams.check_dataset(dataset.title(), str(path))  # torchtitan takes capitals too
     streams.check_dataset("c4", None)

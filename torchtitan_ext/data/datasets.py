@@ -21,6 +21,7 @@ import pyarrow as pa
 from backports import zstd  # the package zstandard reads truncated files without an error
 from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets, load_dataset_builder
 from datasets.data_files import FILES_TO_IGNORE, resolve_pattern
+from datasets.iterable_dataset import ExamplesIterable
 from datasets.utils.file_utils import xopen
 from pyarrow.parquet import ParquetFile
 from torchtitan.config import JobConfig
@@ -290,13 +291,13 @@ def pieces_of_document(text: str) -> list[str]:
     return [text[at : at + LONGEST_DOCUMENT] for at in range(0, max(1, len(text)), LONGEST_DOCUMENT)]
 
 
-def _read_files(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
-    # Damage counts as a sample, so that skipping or repairing it moves no position.
+def _read_files(files: list[str], text_field: str) -> Iterator[tuple[int, dict[str, str]]]:
+    # The keys are not used. Damage counts as a sample, so that skipping or repairing it moves no position.
     for sample in chain.from_iterable(read_documents(file, text_field) for file in files):
         if "text" in sample:
-            yield from ({"text": piece} for piece in pieces_of_document(sample["text"]))
+            yield from ((0, {"text": piece}) for piece in pieces_of_document(sample["text"]))
         else:
-            yield sample
+            yield 0, sample
 
 
 def _file_dataset(dataset_path: str, text_field: str = "text") -> IterableDataset:
@@ -304,9 +305,10 @@ def _file_dataset(dataset_path: str, text_field: str = "text") -> IterableDatase
     if gone := [file for file in files if not is_address(file) and not os.path.isfile(file)]:
         reason = f"{len(gone):,} of its files are broken links or not files, {gone[0]} first"
         raise ValueError(f"{dataset_path!r}: {reason}; put the files there, or remove the names")
-    if not any(_read_files(files, text_field)):
+    if not any(sample for _, sample in _read_files(files, text_field)):
         raise ValueError(f"{dataset_path!r}: no document in its {len(files):,} files; give other files")
-    return IterableDataset.from_generator(_read_files, gen_kwargs={"files": files, "text_field": text_field})
+    # not from_generator, which writes to a cache in the home folder
+    return IterableDataset(ExamplesIterable(_read_files, {"files": files, "text_field": text_field}))
 
 
 def _text(sample: dict[str, str]) -> str:
