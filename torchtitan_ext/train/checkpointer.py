@@ -17,7 +17,7 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     interrupting = False  # saving on SIGTERM
     temporary = False  # and at a step that is not due
-    saving = ""  # the latest checkpoint begun
+    saving = "a checkpoint"  # the latest begun
     due = CheckpointManager._should_save  # whether `save` saves a step that is not the last
 
     def describe_latest(self) -> str:
