@@ -36,7 +36,7 @@ from .validator import LighthouseValidator
 
 
 class StateDictAdapter(Llama3StateDictAdapter):
-    # Of a shard that begins within a head, torch's views fail or permute wrongly.
+    # Views of a shard that begins within a head fail, or permute wrongly.
     def _permute(self, w: torch.Tensor, *shape: int) -> torch.Tensor:
         whole = w.redistribute(placements=[Replicate()] * w.device_mesh.ndim) if isinstance(w, DTensor) else w
         return super()._permute(whole, *shape)
