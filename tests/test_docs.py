@@ -16,7 +16,8 @@ from urllib.parse import unquote
 import pytest
 import torch
 import torchtitan
-from helpers.commands import ROOT, load_script, run_command
+import write_settings
+from helpers.commands import ROOT, run_command
 from helpers.streams import documents, loader, stopped, stream
 from markdown_it import MarkdownIt
 from torchtitan.hf_datasets.text_datasets import DATASETS
@@ -36,7 +37,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "results").glob("
 
 def test_the_settings_page_is_what_the_script_writes():
     page = (ROOT / "docs" / "settings.md").read_text()
-    assert page == load_script("write_settings").reference(), "docs/settings.md is out of date: make docs"
+    assert page == write_settings.reference(), "docs/settings.md is out of date: make docs"
 
 
 def test_a_field_without_a_docstring_is_named():
@@ -45,7 +46,7 @@ def test_a_field_without_a_docstring_is_named():
         threshold: float = 0.0
 
     with pytest.raises(ValueError, match=r"lighthouse\.threshold in .*no docstring"):
-        [*load_script("write_settings").setting_rows("lighthouse", More)]
+        [*write_settings.setting_rows("lighthouse", More)]
 
 
 def test_the_picture_of_the_method_is_drawn(tmp_path, monkeypatch):

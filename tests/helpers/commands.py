@@ -1,6 +1,5 @@
 """Call a verb or a script in this process, or make in another."""
 
-import importlib.util
 import os
 import runpy
 import subprocess
@@ -26,14 +25,6 @@ def run_command(monkeypatch, name, *arguments):
             monkeypatch.setattr(sys, "argv", ["torchtitan_ext", name, *arguments])
             entry()
     return stop.value.code
-
-
-def load_script(name):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS[name])
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def call(*command, **env):

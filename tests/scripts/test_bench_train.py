@@ -6,8 +6,9 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import bench_train
 import pytest
-from helpers.commands import ROOT, call, load_script, run_command
+from helpers.commands import ROOT, call, run_command
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.config import JobConfig
 
@@ -23,7 +24,7 @@ SMALL = ("training.seq_len=256", "lighthouse.top_k=16", "lighthouse.tile_winners
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*/stage1.toml")), ids=lambda path: path.parent.name)
 def test_every_recipe_can_be_timed_without_its_data_and_weights(recipe):
-    bench = load_script("bench_train").BenchTrain()
+    bench = bench_train.BenchTrain()
     load_job(recipe, bench.job_arguments(("", "", "model.hf_assets_path=torchtitan_ext/data/byte_tokenizer")))
 
 
@@ -45,7 +46,6 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch,
 
 
 def test_warm_up_is_not_timed(tmp_path):
-    bench_train = load_script("bench_train")
     write_config(load_job(Path(ROOT, CONFIG), [f"--job.dump_folder={tmp_path}"]))
     with SummaryWriter(tmp_path) as writer:
         for step, seconds in [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)]:
@@ -62,7 +62,7 @@ def test_warm_up_is_not_timed(tmp_path):
 
 @pytest.mark.slow
 def test_the_runs_on_eight_gpus_are_good_and_compare_with_those_on_one(tmp_path):
-    stand_in, bench_train, jobs = tmp_path / "bin/python3", load_script("bench_train"), {}
+    stand_in, jobs = tmp_path / "bin/python3", {}
     stand_in.parent.mkdir()
     stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n")
     stand_in.chmod(0o755)
