@@ -183,9 +183,7 @@ def test_an_epoch_of_all_ranks_is_every_document_once_and_needs_no_network_or_ca
 )
 def test_a_folder_with_files_for_training_is_read_without_those_for_tests(names, read, tmp_path):
     for name in names:
-        file = tmp_path / "test" / name  # the folder's own name doesn't count
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("text")
+        streams.write_text(tmp_path / "test" / name, "text")  # the folder's own name doesn't count
     (tmp_path / "test/loop").symlink_to(tmp_path / "test")  # files below two links are read once
     assert datasets.text_files(str(tmp_path / "test")) == [str(tmp_path / "test" / name) for name in read]
 
@@ -194,8 +192,7 @@ def test_python_source_order_depends_on_the_tree_alone_and_takes_any_file_name(t
     here = write_tree(tmp_path / "here", SHARDS)
     there = Path(shutil.copytree(here, tmp_path / "site-packages/.there"))
     for ignored in (".git/a.py", "__pycache__/a.py", "b/site-packages/a.py", "a.so", ".hidden.py"):
-        (there / ignored).parent.mkdir(parents=True, exist_ok=True)
-        (there / ignored).write_text("not a text of this tree")
+        streams.write_text(there / ignored, "not a text of this tree")
     (there / "link.py").symlink_to("package_0/module_0.py")
     Path(os.fsdecode(os.fsencode(there) + b"/caf\xe9.py")).write_text("cafe")
 
@@ -283,8 +280,7 @@ def test_python_source_is_the_standard_library_by_default_and_holds_some_files_o
 def test_a_wrong_data_set_is_named_with_field_value_and_remedy(dataset, path, words, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("data/1.arrow", ".gitattributes", "a.csv"):
-        (file := tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(name)
+        streams.write_text(tmp_path / "other" / name, name)
     with pytest.raises(ValueError) as error:
         streams.check_dataset(dataset, path and str(tmp_path / path))
     assert not [word for word in words if word.format(tmp_path) not in str(error.value)]

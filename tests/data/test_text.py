@@ -10,7 +10,7 @@ import pytest
 from helpers.commands import run_command
 from helpers.damage import flip, with_bytes
 from helpers.launches import ROOT, SHORT, losses, train
-from helpers.streams import WRITE, documents, loader, stream, write_lines, write_parquet, write_sources
+from helpers.streams import WRITE, documents, loader, stream, write_lines, write_parquet, write_sources, write_text
 
 from torchtitan_ext.data import datasets
 from torchtitan_ext.data.datasets import read_documents, text_files
@@ -25,7 +25,6 @@ def write(file, **settings):
 
 def test_a_file_folder_glob_and_name_on_the_hub_give_the_files_in_order(tmp_path, monkeypatch):
     for name in ("b.parquet", "a[1]/a.jsonl.zst", "a[1]/z.txt/z.txt", ".cache/a.json", "a.md", "dataset_infos.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_lines(tmp_path / name, ["text"])
     files = [str(tmp_path / name) for name in ("a[1]/a.jsonl.zst", "a[1]/z.txt/z.txt", "b.parquet")]
     assert text_files(str(tmp_path)) == files
@@ -92,12 +91,11 @@ def test_a_mixture_that_is_killed_twice_trains_the_same_losses_and_is_checked_wh
     for i in range(2):
         write_parquet(tmp_path / f"{i}.parquet", [f"{i} {j} " * 90 for j in range(3)])
         write_lines(tmp_path / f"{i}.jsonl.zst", [f"{i} zst {j} " * 70 for j in range(3)])
-    job = tmp_path / "job.toml"
     entries = "".join(
         f"[[training.mixture]]\npath = '{tmp_path}/*.{suffix}'\nweight = {weight}\n"
         for suffix, weight in (("parquet", 0.7), ("jsonl.zst", 0.3))
     )
-    job.write_text(f"extends = '{ROOT}/configs/text/stage1.toml'\n{entries}")
+    job = write_text(tmp_path / "job.toml", f"extends = '{ROOT}/configs/text/stage1.toml'\n{entries}")
     arguments = [f"--job.config_file={job}", *SHORT, "--checkpoint.interval=3", "--training.steps=12"]
     arguments += ["--training.dataloader.num_workers=1", "--experimental.custom_import=helpers.recording_import"]
 

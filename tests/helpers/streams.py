@@ -49,8 +49,14 @@ def write_bpe(folder: Path, config: dict, merges=MERGES) -> Tokenizer:
     return plain
 
 
+def write_text(file: Path, text: str = "") -> Path:
+    """The file, written in folders that are made for it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
 def write_c4(root: Path, shards: list[list[str]]) -> Path:
-    (root / "en").mkdir(parents=True)
     for i, texts in enumerate(shards):
         write_lines(root / f"en/c4-train.{i:05d}-of-{len(shards):05d}.json.gz", texts)
     return root
@@ -72,7 +78,7 @@ def write_parquet(file: Path, texts: list[str], **settings):
 def write_lines(file: Path, texts: list[str]):
     lines = "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts).encode()
     pack = {".gz": gzip.compress, ".zst": zstd.compress}.get(file.suffix, bytes)
-    file.write_bytes(pack(lines))
+    write_text(file).write_bytes(pack(lines))
 
 
 def write_files(root: Path, shards: list[list[str]]) -> Path:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers.jobs import ROOT
+from helpers.streams import write_text
 from torchtitan.config import ConfigManager
 
 from torchtitan_ext.jobs.job_file import as_toml, parse_job, read_toml
@@ -15,13 +16,7 @@ STAGE1 = ROOT / "configs/text/stage1.toml"
 
 @pytest.fixture
 def write(tmp_path):
-    def write(text, name="job.toml"):
-        file = tmp_path / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text)
-        return file
-
-    return write
+    return lambda text, name="job.toml": write_text(tmp_path / name, text)
 
 
 def refusal(file, *overrides):

@@ -12,7 +12,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 from helpers.jobs import ROOT, job_of, only, save, start, start_from
-from helpers.streams import loader
+from helpers.streams import loader, write_text
 
 from torchtitan_ext import patching
 from torchtitan_ext.cli import main
@@ -86,8 +86,7 @@ def test_every_job_is_good_on_as_many_gpus_as_it_has_sequences_for(check, file):
 
 
 def test_every_problem_is_named_at_once(check, tmp_path):
-    file = tmp_path / "in_the_way"
-    file.write_text("")
+    file = write_text(tmp_path / "in_the_way")
     overrides = ["--training.seq_len=4100", "--training.dataset=books", "--model.name=llama3"]
     problems, _ = check(*overrides, f"--job.dump_folder={file}", "--training.global_batch_size=7", "--nproc=2")
     fields = ["seq_len = 4100", "'books'", "model.name", "job.dump_folder", "global_batch_size = 7"]
@@ -123,11 +122,10 @@ def test_versions_are_held_against_the_supported_ones(check, monkeypatch, caplog
 
 
 def test_what_is_supported_is_what_the_clone_says_however_old_its_installation(check, monkeypatch, tmp_path):
-    stale = tmp_path / "torchtitan_lighthouse.egg-info"
-    stale.mkdir()
+    stale = tmp_path / "torchtitan_lighthouse.egg-info/PKG-INFO"
     extras = 'Requires-Dist: tyro<1; extra == "train"\nRequires-Dist: ruff<0; extra == "dev"\n'
     requires = f"Requires-Python: >=4\nRequires-Dist: torch<2\n{extras}"
-    (stale / "PKG-INFO").write_text(f"Name: torchtitan-lighthouse\nVersion: 0.1.0\n{requires}")
+    write_text(stale, f"Name: torchtitan-lighthouse\nVersion: 0.1.0\n{requires}")
     monkeypatch.syspath_prepend(tmp_path)
     assert not check()[0]
     # the built package, apart from any clone
@@ -202,8 +200,7 @@ def test_each_rank_reads_on_where_it_stopped_at_the_checkpoint(check, tmp_path, 
 
 
 def test_the_first_documents_are_read(check, tmp_path):
-    (tmp_path / "c4").mkdir()
-    file = tmp_path / "c4" / "c4-train.00000-of-00001.json.gz"
+    file = write_text(tmp_path / "c4/c4-train.00000-of-00001.json.gz")
     arguments = ["--training.dataset=c4_local", f"--training.dataset_path={file.parent}"]
     file.write_bytes(gzip.compress(b'{"text": "' + b"word " * 500 + b'"}\n'))
     with patch("glob.glob", side_effect=glob.glob) as looked:
@@ -248,8 +245,7 @@ def test_the_disk_must_hold_the_checkpoints_to_come(check, monkeypatch, tmp_path
 )
 def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, there, steps, more):
     for n in range(1, there + 1):
-        (tmp_path / f"checkpoint/step-{10 * n}").mkdir(parents=True)
-        (tmp_path / f"checkpoint/step-{10 * n}/.metadata").touch()
+        write_text(tmp_path / f"checkpoint/step-{10 * n}/.metadata")
     settings = f"job.dump_folder={tmp_path}", f"training.steps={10 * there + steps}", f"checkpoint.keep_latest_k={keep}"
     job, args = job_of("configs/text/dense.toml", "checkpoint.interval=10", *settings)
     assert preflight._checkpoints_to_come(preflight.Plan(job, parallel_dims(job, 1), args, 1, 1, 10 * there)) == more

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 from helpers.jobs import cut_short, only_problem, put_aside, save, start, start_from
+from helpers.streams import write_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -293,8 +294,7 @@ def test_no_damage_of_metadata_gets_past_the_check_with_another_error(tmp_path_f
 def test_only_what_is_named_step_n_and_nothing_more_is_a_checkpoint(job, tmp_path):
     folder = save(tmp_path / "run", step=20).parent
     for name in ("step-30.broken", "old-step-30", "step-030", "step-10-hf", "step-", "step-\u0663"):
-        (folder / name).mkdir()
-        (folder / name / ".metadata").touch()
+        write_text(folder / name / ".metadata")
     (folder / "step-40").touch()
     for step in (10, 15, 16):
         save(tmp_path / "run", step=step)
@@ -330,8 +330,7 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting):
 def test_what_a_killed_save_left_is_gone_before_the_step_is_saved_again(job, tmp_path):
     folder = save(tmp_path / "run", step=20).parent
     for left in ("__7_0.distcp", ".interrupted", ".metadata.tmp", "sharded/shard-00007.safetensors"):
-        (file := folder / "step-30" / left).parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        write_text(folder / "step-30" / left)
     (folder / "step-40").mkdir()
     (folder / "step-10").symlink_to(folder / "step-40")
     only_problem(job("--checkpoint.load_only"), "this launch saves none")

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from helpers.jobs import ROOT, only_problem, problems, save, start, start_from
-from helpers.streams import LAYOUTS, write_bpe
+from helpers.streams import LAYOUTS, write_bpe, write_text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.config import ConfigManager
 
@@ -31,8 +31,7 @@ from torchtitan_ext.train.__main__ import main
 @pytest.mark.filterwarnings("ignore:The field")
 def test_a_value_of_another_type_is_an_error(job, tmp_path, section, setting, kind):
     """torchtitan's parser warns at most."""
-    file = tmp_path / "job.toml"
-    file.write_text(f"extends = '{ROOT}/configs/text/stage1.toml'\n[{section}]\n{setting}\n")
+    file = write_text(tmp_path / "job.toml", f"extends = '{ROOT}/configs/text/stage1.toml'\n[{section}]\n{setting}\n")
     only_problem(job(file=file), f"{setting}: must be of type {kind}")
 
 
