@@ -181,7 +181,7 @@ def test_a_long_document_comes_in_pieces(lengths, longest, stop):
         assert stopped(lambda: loader("c4_local", path, 3), stop, 9)[0] == whole
 
 
-def draw(rank, n_ranks, path, results):
+def draw(rank, path, results):
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.launches import ROOT, start
+from helpers.launches import CONTEXT, ROOT
 
 from torchtitan_ext import console, progress
 from torchtitan_ext.experiment import runner
@@ -256,7 +256,8 @@ def drive(configs, output, trainer, errors):
 def test_an_interruption_ends_every_worker(configs, output, tmp_path, sent):
     """Through the real torchrun, with two workers."""
     errors = tmp_path / "errors"
-    process = start(drive, configs, output, tmp_path / "trainer.py", errors)
+    process = CONTEXT.Process(target=drive, args=(configs, output, tmp_path / "trainer.py", errors))
+    process.start()
     beats = [output / "dense" / f"heartbeat-{rank}" for rank in range(2)]
     deadline = time.monotonic() + 120
     while not all(beat.exists() for beat in beats):

@@ -9,7 +9,6 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -34,28 +33,26 @@ SHORT = ["--training.seq_len=256", "--lighthouse.top_k=16", "--lighthouse.tile_w
 SHORT += ["--lr_scheduler.warmup_steps=2"]
 
 
-def start_ranks(function: Callable[..., None], n_ranks: int, *args: object) -> None:
-    """`function(rank, n_ranks, *args)` in as many processes. Raises ProcessException as soon as one fails."""
-    mp.start_processes(function, (n_ranks, *args), n_ranks, start_method=START)
+def start_ranks(function: Callable[..., None], n_ranks: int, *args: object, **env: str) -> None:
+    """`function(rank, *args)` in processes as torchrun starts them. Raises ProcessException as soon as one fails."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    ranks = {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
+    env = ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | env
+    mp.start_processes(_call, (function, args, env), n_ranks, start_method=START)
 
 
-def start(function: Callable[..., None], *args: object) -> BaseProcess:
-    """`function(*args)` in a process that is not waited for."""
-    process = CONTEXT.Process(target=function, args=args)
-    process.start()
-    return process
-
-
-def in_group(function: Callable[..., None], n_ranks: int, *args: object, backend: str = "gloo") -> None:
+def in_group(function: Callable[..., None], n_ranks: int, *args: object) -> None:
     """`function(rank, *args)` in the ranks of a process group, as a run's start leaves them."""
-    start_ranks(_call_in_group, n_ranks, function, backend, rendezvous(n_ranks), args)
+    start_ranks(_call_in_group, n_ranks, function, *args)
 
 
 def train(n_ranks: int, arguments: list[str], *, stock: bool = False, **env: str) -> tuple[bool, str]:
     """Train with these arguments: whether it ended well, and what all ranks wrote. stock: torchtitan's own trainer."""
     with tempfile.NamedTemporaryFile("r") as log:
         try:
-            start_ranks(_train_rank, n_ranks, arguments, stock, log.name, rendezvous(n_ranks) | env)
+            start_ranks(_train_rank, n_ranks, arguments, stock, log.name, **env)
         except ProcessException as error:
             return False, f"{log.read()}\n{error}"
         return True, log.read()
@@ -66,35 +63,22 @@ def losses(dump: Path, tag: str = LOSS) -> list[tuple[int, float]]:
     return sorted((e.step, e.value) for file in dump.glob("tb/*/*tfevents*") for e in read_scalars(file).get(tag, []))
 
 
-def rendezvous(n_ranks: int) -> dict[str, str]:
-    """What torchrun sets for all ranks."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    env = {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
-    return env | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-
-
-def _join(rank: int, env: dict[str, str]) -> None:
-    """Make this process the rank that torchrun would have started."""
+def _call(rank: int, function: Callable[..., None], args: tuple, env: dict[str, str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **env}
     torch.set_num_threads(1)
     os.chdir(ROOT)
+    function(rank, *args)
 
 
-def _call_in_group(
-    rank: int, n_ranks: int, function: Callable[..., None], backend: str, env: dict[str, str], args: tuple
-) -> None:
-    _join(rank, env)
+def _call_in_group(rank: int, function: Callable[..., None], *args: object) -> None:
     register()
-    dist.init_process_group(backend)
+    dist.init_process_group("gloo")
     function(rank, *args)
     dist.barrier()
     os._exit(0)  # past the interpreter's end, gloo's threads may abort the process
 
 
-def _train_rank(rank: int, n_ranks: int, arguments: list[str], stock: bool, log: str, env: dict[str, str]) -> None:
-    _join(rank, env)
+def _train_rank(rank: int, arguments: list[str], stock: bool, log: str) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
