@@ -12,7 +12,6 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A process of a test that crashes says where.
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")
-ROOT = Path(__file__).parents[1]
 
 # An example's milliseconds say how busy the machine is.
 settings.register_profile("any-speed", deadline=None)
@@ -22,7 +21,7 @@ settings.load_profile("any-speed")
 def pytest_collection():
     """Before a test is imported, and not in a process that only starts others, as pytest-xdist's does."""
     gc.disable()  # what is imported stays
-    os.chdir(ROOT)  # job files name their paths from there
+    os.chdir(Path(__file__).parents[1])  # job files name their paths from there
     import torch
 
     if not torch.cuda.is_available():
@@ -73,7 +72,6 @@ def job(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
     def parse(*overrides, stage="stage1", dump="run", file=None):
-        file = file or ROOT / f"configs/text/{stage}.toml"
-        return parse_job(file, [f"--job.dump_folder={tmp_path / dump}", *overrides])
+        return parse_job(file or f"configs/text/{stage}.toml", [f"--job.dump_folder={tmp_path / dump}", *overrides])
 
     return parse

@@ -14,8 +14,7 @@ import pytest
 import torch
 from helpers.commands import run_command
 from helpers.models import attentive, save_run
-from helpers.streams import TOKENIZER as BYTES
-from helpers.streams import write_bpe
+from helpers.streams import TOKENIZER, write_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
@@ -33,7 +32,7 @@ CPU = torch.device("cpu")
 def tokenizer(request, tmp_path_factory):
     """Of words: tokens hold several characters, a digit has the space before it, and encode() adds bos itself."""
     if request.param == "bytes":
-        return BYTES
+        return TOKENIZER
     folder = tmp_path_factory.mktemp("words")
     merges = *(("Ġ", digit) for digit in "0123456789"), ("a", "b"), ("i", "s"), ("4", "2")
     write_bpe(folder, {"bos_token": "<s>", "add_bos_token": True}, merges)
@@ -58,7 +57,7 @@ def test_a_prompt_is_exact_in_length_and_hides_its_digit_once(tokenizer, n_fille
 
 @pytest.mark.parametrize("context", [64, 301, 1000])
 def test_depth_is_the_share_of_the_filler_before_the_needle(context):
-    prompts = niah.Prompts(BYTES)
+    prompts = niah.Prompts(TOKENIZER)
     for depth in niah.DEPTHS:
         text = bytes(prompts(context, depth, 3, 0)[1:]).decode()
         before, after = NEEDLE.split(text)[0], NEEDLE.split(text)[-1].removesuffix(QUESTION)
@@ -80,8 +79,8 @@ def test_a_prompt_depends_only_on_seed_context_depth_and_trial(tokenizer):
 
 
 def test_a_tokenizer_without_bos_gets_none(monkeypatch):
-    monkeypatch.setattr(BYTES, "bos_id", None)
-    tokens = niah.Prompts(BYTES)(100, 0, 4, 0)
+    monkeypatch.setattr(TOKENIZER, "bos_id", None)
+    tokens = niah.Prompts(TOKENIZER)(100, 0, 4, 0)
     assert len(tokens) == 100 and bytes(tokens).startswith(b" The pass key is 4.")
 
 
@@ -123,20 +122,20 @@ def no_digit(tokens):
 @pytest.mark.parametrize("model, expected", [(finder, 1.0), (no_digit, 1.0), (always_3, 0.1)])
 @pytest.mark.parametrize("trials", [10, 30])
 def test_who_finds_it_scores_1_and_who_always_says_the_same_exactly_a_tenth(model, expected, trials):
-    cells = niah.evaluate(model, niah.Prompts(BYTES), niah.Settings((100, 400), trials=trials))
+    cells = niah.evaluate(model, niah.Prompts(TOKENIZER), niah.Settings((100, 400), trials=trials))
     assert [(cell.context, cell.depth) for cell in cells] == list(product((100, 400), niah.DEPTHS))
     assert {(cell.correct, len(cell.answers)) for cell in cells} == {(round(expected * trials), trials)}
 
 
 def test_each_cell_has_its_own_trials():
-    cells = niah.evaluate(short_sighted, niah.Prompts(BYTES), niah.Settings((100, 1000)))
+    cells = niah.evaluate(short_sighted, niah.Prompts(TOKENIZER), niah.Settings((100, 1000)))
     for cell in cells:
         seen = cell.context == 100 or cell.depth == 100
         assert (cell.answers, cell.correct) == (("0123456789", 10) if seen else ("0" * 10, 1))
 
 
 def test_batch_size_and_order_change_nothing_but_the_batches():
-    seen, prompts = [], niah.Prompts(BYTES)
+    seen, prompts = [], niah.Prompts(TOKENIZER)
 
     def model(tokens):
         """Answers that depend on all of a prompt."""
@@ -164,7 +163,7 @@ def test_out_of_memory_and_logits_that_are_no_numbers_are_no_answer():
     advice = "--batch-size = 8 at context 200: give a smaller --batch-size, or leave it out"
     for wrong, words in ((full, advice), (lambda tokens: finder(tokens) / (1 - finder(tokens)), "not finite")):
         with pytest.raises(ValueError, match=words):
-            niah.evaluate(wrong, niah.Prompts(BYTES), niah.Settings((200,), batch_size=8))
+            niah.evaluate(wrong, niah.Prompts(TOKENIZER), niah.Settings((200,), batch_size=8))
 
 
 @pytest.fixture
@@ -179,7 +178,7 @@ def hugging_face(checkpoint, tmp_path):
 
 
 def test_logits_are_the_models_at_the_last_position_and_no_others_are_computed(checkpoint, hugging_face, monkeypatch):
-    model, prompts, linear, shapes = attentive(seq_len=600), niah.Prompts(BYTES), torch.nn.functional.linear, []
+    model, prompts, linear, shapes = attentive(seq_len=600), niah.Prompts(TOKENIZER), torch.nn.functional.linear, []
     tokens = torch.tensor([prompts(600, 50, trial, 0) for trial in range(3)])
     with torch.inference_mode():
         expected = model(tokens)[:, -1]

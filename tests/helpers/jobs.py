@@ -20,8 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def save(folder, step=10, degree=1, without=(), rate=None, positions=None, **changes):
     """A checkpoint of a model like that of configs/text, with torchtitan's keys; returns its path."""
-    group = {"initial_lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    group["decoupled_weight_decay"] = True
+    group = {"initial_lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": True}
     rate = rate or 1e-2 * min(1, (step + 1) / 40)
     states = {
         **LighthouseTransformer(replace(flavors["debug"], **changes)).state_dict(),
