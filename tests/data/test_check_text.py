@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import run_command
-from helpers.damage import SHARDS, SKIPPED, N, with_bytes, with_line, write_damaged
+from helpers.damage import SHARDS, SKIPPED, N, lines_are, with_bytes, with_line, write_damaged
 from helpers.streams import loader, stopped, stream, write_c4
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,11 +47,6 @@ DAMAGE = SKIPPED | {
     "a folder": (lambda file: (file.unlink(), file.mkdir()), "after line 0", "director"),
 }
 MARK = codecs.BOM_UTF8
-
-
-def lines_are(change):
-    return with_bytes(lambda data: gzip.compress(change(gzip.decompress(data))))
-
 
 HARMLESS = {
     "blank lines": lines_are(lambda data: b"\n" + data.replace(b"\n", b"\n \t\n\n") + b" \x0c"),

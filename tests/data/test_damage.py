@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
-from helpers.damage import SHARDS, SKIPPED, with_line, write_damaged
+from helpers.damage import SHARDS, SKIPPED, lines_are, with_line, write_damaged
 from helpers.launches import start_ranks
 from helpers.streams import EOS, TOKENIZER, documents, loader, stopped, stream, write_c4
 from hypothesis import given, settings
@@ -125,8 +125,7 @@ def test_every_damage_is_skipped_by_one_rank(tmp_path):
 def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capfd):
     path, _ = write_damaged(tmp_path, ["no JSON", None, "cut short"])
     files = text_files(str(path))
-    file = Path(files[0])
-    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()) + b"no JSON\n" * 7))
+    lines_are(lambda data: data + b"no JSON\n" * 7)(Path(files[0]))
     log = [logging.StreamHandler()]  # seen from the worker's process too
     with patch.object(logging.getLogger(), "handlers", log):
         data = loader("c4_local", path, 8, workers=workers, skip=True)

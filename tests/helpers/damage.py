@@ -11,19 +11,23 @@ SHARDS = [[f"é {i}.{j} 🗼" * (i + 2 * j + 1) for j in range(6)] for i in rang
 N = len(SHARDS[0])
 
 
-def with_line(line: bytes, at: int):
-    def damage(file: Path):
-        lines = gzip.decompress(file.read_bytes()).splitlines(keepends=True)
-        file.write_bytes(gzip.compress(b"".join([*lines[: at - 1], line + b"\n", *lines[at - 1 :]])))
-
-    return damage
-
-
 def with_bytes(change):
     def damage(file: Path):
         file.write_bytes(change(file.read_bytes()))
 
     return damage
+
+
+def lines_are(change):
+    return with_bytes(lambda data: gzip.compress(change(gzip.decompress(data))))
+
+
+def with_line(line: bytes, at: int):
+    def insert(data: bytes) -> bytes:
+        lines = data.splitlines(keepends=True)
+        return b"".join([*lines[: at - 1], line + b"\n", *lines[at - 1 :]])
+
+    return lines_are(insert)
 
 
 def flip(data: bytes, at: int) -> bytes:

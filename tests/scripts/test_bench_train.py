@@ -9,6 +9,7 @@ from pathlib import Path
 import bench_train
 import pytest
 from helpers.commands import ROOT, call, run_command
+from helpers.streams import write_text
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.config import JobConfig
 
@@ -63,9 +64,7 @@ def test_warm_up_is_not_timed(tmp_path):
 @pytest.mark.slow
 def test_the_runs_on_eight_gpus_are_good_and_compare_with_those_on_one(tmp_path):
     stand_in, jobs = tmp_path / "bin/python3", {}
-    stand_in.parent.mkdir()
-    stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n")
-    stand_in.chmod(0o755)
+    write_text(stand_in, f"#!/bin/sh\nprintf '%s\\0' \"$@\" END >> {tmp_path}/calls\n").chmod(0o755)
     for part in ("fsdp", "cp", "one"):
         env = {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
         assert call("bash", "scripts/bench_eight.sh", part, **env).returncode == 0

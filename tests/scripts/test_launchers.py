@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 from helpers.launches import ROOT, SHORT, train
+from helpers.streams import write_text
 from torch.distributed.run import parse_args
 
 from torchtitan_ext.experiment import records
@@ -51,7 +52,6 @@ class Launches:
     def __init__(self, folder):
         self.calls, self.bin = folder / "calls", folder / "bin"
         self.calls.mkdir()
-        self.bin.mkdir()
         for name, script in STAND_INS.items():
             self.command(self.bin / name, script)
         self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "CALLS": str(self.calls)}
@@ -61,8 +61,7 @@ class Launches:
 
     @staticmethod
     def command(path, script):
-        path.write_text(f"#!/usr/bin/env bash\n{script}")
-        path.chmod(0o755)
+        write_text(path, f"#!/usr/bin/env bash\n{script}").chmod(0o755)
 
     def start(self, script, *overrides, **env):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
