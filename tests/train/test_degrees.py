@@ -42,6 +42,8 @@ FOUR = {  # ranks that replicate, shard and share sequences, and other settings
     "compiled sequences": (2, 1, 2, f"{BALANCED} {COMPILED}"),
     "rings that share sequences": (1, 2, 2, RING),
     "compiled rings": (1, 2, 2, f"{RING} {COMPILED}"),
+    "split layers": (1, 2, 1, "--parallelism.tensor_parallel_degree 2"),
+    "pipelined shards": (1, 2, 1, "--parallelism.pipeline_parallel_degree 2 --training.local_batch_size 2"),
     "tied replicas": (4, 1, 1, "--model.flavor tied"),
     "tied shards": (1, 4, 1, "--model.flavor tied --parallelism.fsdp_reshard_after_forward always"),
     "tied shards with a fused output": (2, 2, 1, "--model.flavor tied --loss.fuse_output --parallelism.fsdp_no_sync"),
@@ -73,9 +75,11 @@ def train_each_way(rank, ways, folder):
         with patch.object(dist_utils, "init_distributed", lambda *_, **__: n_ranks):
             trainer = LighthouseTrainer(parse_job("configs/text/stage1.toml", arguments))
         start = build(flavors[trainer.job_config.model.flavor])
-        whole = StateDictOptions(full_state_dict=True)  # shards would start from other random numbers
+        # shards would start from other random numbers; a pipeline's stage has some of the layers
+        whole = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(trainer.model_parts[0], start.state_dict(), options=whole)
-        share, logged, validated = (rank // sizes[2], sizes[0] * sizes[1]), [], []
+        mesh, logged, validated = trainer.parallel_dims.get_optional_mesh("batch"), [], []
+        share = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
         metrics = trainer.metrics_processor
         metrics.log_validation = lambda loss, step, to=validated: to.append(loss)
         for size in (1, 2, 4, 8) if n_ranks == 1 else (SEQUENCES // share[1],):
@@ -83,8 +87,8 @@ def train_each_way(rank, ways, folder):
             trainer.validator.validate(trainer.model_parts, 0)
         metrics.log = lambda *values, to=logged, **_: to.append(values)
         for trainer.step in range(1, STEPS + 1):
-            trainer.train_step(iter(batches(trainer.step, *share)))
-        if rank == 0:
+            trainer.train_step(iter(batches(trainer.step, *share, trainer.job_config.training.local_batch_size)))
+        if rank == n_ranks - 1:  # on the last stage
             torch.save((logged, validated), folder / f"{name}.pt")
         trainer.close()
 

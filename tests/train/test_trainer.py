@@ -30,7 +30,7 @@ def bare_trainer(**attributes) -> LighthouseTrainer:
     trainer = object.__new__(LighthouseTrainer)
     trainer.job_config = ConfigManager().parse_args([*JOB])
     trainer.step, trainer.nonfinite_steps, trainer.outcomes = 7, 0, deque()
-    trainer.sigterm_received = trainer.interrupted = False
+    trainer.sigterm_received, trainer.interrupted, trainer.parallel_dims = False, False, MagicMock(pp_enabled=False)
     trainer.device, trainer.gradient_accumulation_steps = torch.device("cpu"), 1
     trainer.checkpointer, trainer.lr_schedulers, trainer.optimizers = MagicMock(), MagicMock(), MagicMock()
     trainer.checkpointer.describe_latest.return_value = "LATEST"

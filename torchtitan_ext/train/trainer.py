@@ -109,7 +109,11 @@ class LighthouseTrainer(Trainer):
                 module.set_requires_gradient_sync(is_last)
                 if parallelism.fsdp_reshard_after_forward == "never":
                     module.set_reshard_after_backward(is_last)  # frees the weights that forward left gathered
-        return super().forward_backward_step(**batch)
+        loss = super().forward_backward_step(**batch)
+        if self.parallel_dims.pp_enabled and is_last:  # torchtitan's pipeline does not divide the sum over tokens
+            for grad in [p.grad for part in self.model_parts for p in part.parameters() if p.grad is not None]:
+                grad.div_(batch["global_valid_tokens"])
+        return loss
 
     def update_parameters(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         self._share_outcome(loss.detach(), grad_norm)
