@@ -14,7 +14,7 @@ from helpers.streams import LAYOUTS, write_bpe, write_text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.config import ConfigManager
 
-from torchtitan_ext.jobs.rules import check_job
+from torchtitan_ext.jobs.rules import check_job, parallel_dims
 from torchtitan_ext.model import flavors
 from torchtitan_ext.train.__main__ import main
 
@@ -166,6 +166,7 @@ def test_a_fused_output_needs_its_projection_beside_the_loss(job):
         only_problem(job(setting, "--loss.fuse_output"), field, value, "loss.fuse_output")
         if value == 2:
             only_problem(job(setting, "--model.flavor=1B"), field, value, "the flavor's embeddings")
+            assert parallel_dims(job(setting), 2).fsdp_enabled  # torchtitan has no other mixed precision for them
 
 
 def test_a_rate_that_decays_within_stage_1_is_refused(job):

@@ -83,15 +83,15 @@ def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
 
 
 class _Dims(ParallelDims):
-    """torchtitan's, but FSDP wraps a lone device too, as later versions do: its mixed precision rounds as on several
-    devices and takes less time and memory than autocast."""
+    """torchtitan's, but FSDP wraps a shard of one device too, as later versions do: its mixed precision rounds as on
+    several and takes less time and memory than autocast, and torchtitan gives tensor and pipeline ranks no other."""
 
     def _mesh_exist(self, name: str, degree: int) -> bool:
-        return super()._mesh_exist(name, degree) or (name == "fsdp" and self.world_size == 1)
+        return super()._mesh_exist(name, degree) or (name == "fsdp" and self.dp_replicate == 1)
 
     @property
     def fsdp_enabled(self) -> bool:
-        return super().fsdp_enabled or self.world_size == 1
+        return super().fsdp_enabled or self.dp_replicate == 1
 
 
 def parallel_dims(job_config: JobConfig, n_ranks: int) -> ParallelDims:
