@@ -75,6 +75,7 @@ VALIDATION = "--validation.enable --validation"
         (f"--lighthouse.no_enable {CP2} --training.seq_len 255", ["training.seq_len = 255", "2 chunks"]),
         ("--training.seq_len 131072 --lighthouse.top_k 192", ["130944 or 131136; top_k = 128 or 256 or 2048"]),
         ("--lighthouse.dense_layers -1 2", ["lighthouse.dense_layers = [-1, 2]: [-1, 2] out", "0 to 1"]),
+        ("--parallelism.tensor_parallel_degree 4", ["tensor_parallel_degree = 4: must divide debug's 2 KV heads"]),
         ("--model.flavor 7B", ["model.flavor = '7B'", ", ".join(flavors)]),
         ("--model.converters float8", ["model.converters = ['float8']", "quantize.linear.float8"]),
         (f"--{FLOAT8}.enable_fsdp_float8_all_gather", [f"{FLOAT8}.enable_fsdp_float8_all_gather = true", "to false"]),

@@ -168,11 +168,12 @@ def _model_problems(job_config: JobConfig) -> Iterator[str]:
                 use = " or ".join(map(repr, values)) + remedy
                 yield f"parallelism.{field} = {value!r}: {reason} the output projection; use {use}"
     degree, tensor_parallel = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
-    if args and degree > 1 and parallelism.context_parallel_rotate_method == "allgather":
-        n_kv_heads = args.n_kv_heads or args.n_heads
+    n_kv_heads = (args.n_kv_heads or args.n_heads) if args else 0
+    if tensor_parallel > 0 and n_kv_heads % tensor_parallel:
+        yield f"parallelism.tensor_parallel_degree = {tensor_parallel}: must divide {flavor}'s {n_kv_heads} KV heads"
+    elif args and degree > 1 and tensor_parallel > 0 and parallelism.context_parallel_rotate_method == "allgather":
         try:
-            if 0 < tensor_parallel <= n_kv_heads:  # else torch reports it
-                check_heads(args.n_heads // tensor_parallel, n_kv_heads // tensor_parallel, degree)
+            check_heads(args.n_heads // tensor_parallel, n_kv_heads // tensor_parallel, degree)
         except ValueError as error:
             remedy = "or set parallelism.context_parallel_rotate_method to 'alltoall', torch's ring attention"
             yield f"parallelism.context_parallel_degree = {degree}: {error}; {remedy}"
