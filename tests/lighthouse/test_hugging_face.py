@@ -116,7 +116,7 @@ REFUSED = [
     ({"lighthouse": None}, {}, "config has no `lighthouse`"),
     ({"lighthouse": {"rope": "selected"}}, {}, r"lighthouse\['rope'\]: must be one of levels, .*, dense_layers"),
     ({"lighthouse": {"dense_layers": [3]}}, {}, r"has 3: must be of 0 ... 2"),
-    ({"lighthouse": {"top_k": 100}}, {}, "top_k = 100: must be a multiple"),
+    ({"lighthouse": {"dense_layers": None, "top_k": 100}}, {}, "top_k = 100: must be a multiple"),
 ]
 
 

@@ -25,7 +25,7 @@ def settings_of(config: Any) -> tuple[LighthouseConfig, list[int]]:
     settings = {name: value for name, value in given.items() if name != "dense_layers"}
     if unknown := [name for name in settings if name not in FIELDS]:
         raise ValueError(f"config.lighthouse[{unknown[0]!r}]: must be one of {', '.join(FIELDS)}, dense_layers")
-    layers, dense = range(config.num_hidden_layers), given.get("dense_layers", [])
+    layers, dense = range(config.num_hidden_layers), given.get("dense_layers") or []
     if unknown := [layer for layer in dense if layer not in layers]:
         raise ValueError(f"config.lighthouse['dense_layers'] has {unknown[0]!r}: must be of 0 ... {len(layers) - 1}")
     return LighthouseConfig(**settings), [layer for layer in layers if layer not in dense]
