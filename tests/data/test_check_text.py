@@ -3,27 +3,27 @@
 import codecs
 import gzip
 import tempfile
+from dataclasses import replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 
 import pytest
 from helpers.commands import run_command
 from helpers.damage import SHARDS, SKIPPED, N, lines_are, with_bytes, with_line, write_damaged
-from helpers.streams import loader, stopped, stream, write_c4
+from helpers.streams import JOB, loader, stopped, stream, write_c4, write_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchtitan.config.job_config import JobConfig, Training
 
 from torchtitan_ext.data import check_text, datasets
 from torchtitan_ext.data.datasets import text_files
 
-RUN = Training(seq_len=8, global_batch_size=2, steps=10)
+RUN = replace(JOB.training, seq_len=8, global_batch_size=2, steps=10)
 
 
 def check(path, workers=2):
     files = text_files(str(path))
     checked = list(check_text.check_files(files, workers, repeat("text")))
-    return checked, check_text.report(files, checked, JobConfig(training=RUN))
+    return checked, check_text.report(files, checked, replace(JOB, training=RUN))
 
 
 def test_a_healthy_copy_is_counted_and_tokens_sequences_and_passes_are_those_of_training(tmp_path):
@@ -131,3 +131,9 @@ def test_the_command_exits_by_what_it_found(tmp_path, monkeypatch, capsys):
     assert run_command(monkeypatch, "check-data", path / "en", "--workers", 1, "--training.seq_len", 16) == 1
     said = capsys.readouterr().out
     assert "damaged files: 1" in said and "sequences of 16," in said
+
+    entry = "[[training.mixture]]\nweight = 0.5\n"
+    job = write_text(tmp_path / "job.toml", f"{entry}path = '{path}/en'\n{entry}dataset = 'python_source'\n")
+    assert run_command(monkeypatch, "check-data", job) == 1
+    said = capsys.readouterr().out
+    assert "tokens: a mixture, by weight; not counted: python_source" in said and "times the data" not in said

@@ -99,6 +99,9 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
     ]
     if tokens:
         times = f"{wanted / tokens:,.2f} times the data; a BPE of 4 bytes per token {4 * wanted / tokens:,.2f} times"
+        if training.mixture:  # whose sources are read a different number of times each
+            others = [source["dataset"] for source in sources(job_config) if source["dataset"] not in OF_FILES]
+            times = f"a mixture, by weight{'; not counted: ' if others else ''}{', '.join(others)}"
         lines.append(f"{job_config.job.config_file}: {training.steps:,} such steps read {wanted:,} tokens: {times}")
     lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")
     return "\n".join(lines)
