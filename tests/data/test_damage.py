@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_read_stops_either_way(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=rf"{file}, after line 0: .*No such file"):
         list(data)
     for error in (OSError(5, "Input/output error"), ConnectionError("no route")):
-        monkeypatch.setattr(datasets, "xopen", Mock(side_effect=error))
+        monkeypatch.setattr(datasets, "open", Mock(side_effect=error), raising=False)
         with pytest.raises(ValueError, match=f"after line 0: .*{error.args[-1]}"):
             list(datasets.read_documents(str(file)))
 

@@ -140,7 +140,7 @@ def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, st
     unit = {None: "row", "txt": "piece"}.get(kind, "line")
     expected = {None: "a string", "txt": "a text"}.get(kind, "a JSON object in UTF-8 with a string")
     try:
-        with xopen(file, "rb") as raw:
+        with (xopen if is_address(file) else open)(file, "rb") as raw:
             if (packing or not kind) and not raw.read(1):
                 raise EOFError("the file has no bytes")  # gzip accepts it
             raw.seek(0)
