@@ -72,6 +72,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     model = parallelize_llama(model, parallel_dims, job_config)
     if isinstance(model.output, TiedProjection) and isinstance(model.tok_embeddings, FSDPModule):
         model.tok_embeddings.set_reshard_after_forward(False)  # the output projection takes the gathered weight
+    if parallel_dims.tp_enabled and model.tok_embeddings:  # a compiled block loses gradients of a pending collective
+        model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.clone())
     if parallel_dims.cp_enabled:
         mesh, method = parallel_dims.get_mesh("cp"), job_config.parallelism.context_parallel_rotate_method
         load_balance = job_config.parallelism.context_parallel_load_balancer is not None
