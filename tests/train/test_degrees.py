@@ -61,7 +61,7 @@ def batches(step, rank, degree, size=1):
     tokens = torch.randint(256, (SEQUENCES, SEQ_LEN), generator=g)
     counted = torch.arange(SEQ_LEN) < SEQ_LEN // torch.arange(1, SEQUENCES + 1).unsqueeze(1)
     labels = tokens.roll(-1, 1).where(counted, IGNORE_INDEX)
-    shares = (part[rank::degree].split(size) for part in (tokens, labels))
+    shares = (part[rank::degree].contiguous().split(size) for part in (tokens, labels))
     return [({"input": tokens}, labels) for tokens, labels in zip(*shares, strict=True)]
 
 
