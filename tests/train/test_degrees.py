@@ -44,7 +44,7 @@ FOUR = {  # ranks that replicate, shard and share sequences, and other settings
     "compiled rings": (1, 2, 2, f"{RING} {COMPILED}"),
     "split layers": (1, 2, 1, "--parallelism.tensor_parallel_degree 2"),
     "compiled split layers": (1, 2, 1, f"--parallelism.tensor_parallel_degree 2 {COMPILED}"),
-    "pipelined shards": (1, 2, 1, "--parallelism.pipeline_parallel_degree 2 --training.local_batch_size 2"),
+    "pipelined shards": (1, 2, 1, "--parallelism.pipeline_parallel_degree 2 --training.local_batch_size 4"),
     "tied replicas": (4, 1, 1, "--model.flavor tied"),
     "tied shards": (1, 4, 1, "--model.flavor tied --parallelism.fsdp_reshard_after_forward always"),
     "tied shards with a fused output": (2, 2, 1, "--model.flavor tied --loss.fuse_output --parallelism.fsdp_no_sync"),

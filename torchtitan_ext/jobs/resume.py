@@ -251,9 +251,10 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
     except ValueError as error:
         yield f"{field}: {error}{_recovery_hint(job_config, field, path)}"
         return
+    trained = {} if path == folder / "step-0" else objects  # of torchtitan's seed checkpoint only weights load
     if args := flavors.get(job_config.model.flavor):
         yield from _shape_problems(job_config, field, path, meta_model(args).state_dict(), metadata)
-        yield from changed_problems(job_config, field, path, recorded_job(path), trained_with(objects))
+        yield from changed_problems(job_config, field, path, recorded_job(path), trained_with(trained))
     if path == folder / "step-0":
         return  # torchtitan's seed checkpoint: weights only
     if path.parent != folder and objects.get(f"{TRAIN_STATE}.step", 0) >= (steps := job_config.training.steps):

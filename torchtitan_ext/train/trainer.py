@@ -112,7 +112,7 @@ class LighthouseTrainer(Trainer):
         loss = super().forward_backward_step(**batch)
         if self.parallel_dims.pp_enabled and is_last:  # torchtitan's pipeline does not divide the sum over tokens
             for grad in [p.grad for part in self.model_parts for p in part.parameters() if p.grad is not None]:
-                grad.div_(batch["global_valid_tokens"])
+                grad.div_(batch["global_valid_tokens"].to(grad.device))
         return loss
 
     def update_parameters(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
