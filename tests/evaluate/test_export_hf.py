@@ -76,8 +76,10 @@ def test_weights_keep_their_values_in_the_dtype_asked_for(tmp_path, monkeypatch,
     model, option = attentive(), ["--dtype", dtype] if dtype != "float32" else []  # the default
     path, limits = save_run(tmp_path, model, lighthouse=not option), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
-    code = run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        code = run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2 and f"{tmp_path}/hf/model.safetensors could not be saved: " in capsys.readouterr().err
     assert run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option) == 0
     assert (f"warning: {path} is from a first stage" in capsys.readouterr().err) == (not option)

@@ -131,7 +131,8 @@ def checkpoint_problems(job_config: JobConfig, dims: ParallelDims | None, with_s
     if not checkpoint.enable:
         if initial or checkpoint.initial_load_in_hf:
             start = f"initial_load_path = {initial!r}" if initial else "initial_load_in_hf = true"
-            yield f"checkpoint.{start}: enable = false loads nothing; set it to true, and to save nothing load_only too"
+            remedy = "set it to true, with checkpoint.load_only to save nothing"
+            yield f"checkpoint.{start}: checkpoint.enable = false loads nothing; {remedy}"
         return
     field, name = f"checkpoint.folder = {checkpoint.folder!r}", checkpoint.folder.rstrip("/")
     if name in ("", "..") or name != Path(name).name:
