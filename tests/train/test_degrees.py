@@ -83,12 +83,12 @@ def train_each_way(rank, ways, folder):
         share = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
         metrics = trainer.metrics_processor
         metrics.log_validation = lambda loss, step, to=validated: to.append(loss)
-        for size in (1, 2, 4, 8) if n_ranks == 1 else (SEQUENCES // share[1],):
-            trainer.validator.validation_dataloader = batches(0, *share, size)
-            trainer.validator.validate(trainer.model_parts, 0)
         metrics.log = lambda *values, to=logged, **_: to.append(values)
         for trainer.step in range(1, STEPS + 1):
             trainer.train_step(iter(batches(trainer.step, *share, trainer.job_config.training.local_batch_size)))
+        for size in (1, 2, 4, 8) if n_ranks == 1 else (SEQUENCES // share[1],):
+            trainer.validator.validation_dataloader = batches(0, *share, size)
+            trainer.validator.validate(trainer.model_parts, 0)
         if rank == n_ranks - 1:  # on the last stage
             torch.save((logged, validated), folder / f"{name}.pt")
         trainer.close()
