@@ -145,10 +145,13 @@ def test_a_file_that_cannot_be_read_stops_either_way(tmp_path, monkeypatch):
     file.unlink()  # or a file system that is gone: skipping would leave out what is intact
     with pytest.raises(ValueError, match=rf"{file}, after line 0: .*No such file"):
         list(data)
-    for error in (OSError(5, "Input/output error"), ConnectionError("no route")):
-        monkeypatch.setattr(datasets, "open", Mock(side_effect=error), raising=False)
+    for name, opened, error in (
+        (str(file), "open", OSError(5, "Input/output error")),
+        ("hf://datasets/me/a.jsonl", "xopen", ConnectionError("no route")),
+    ):
+        monkeypatch.setattr(datasets, opened, Mock(side_effect=error), raising=False)
         with pytest.raises(ValueError, match=f"after line 0: .*{error.args[-1]}"):
-            list(datasets.read_documents(str(file)))
+            list(datasets.read_documents(name))
 
 
 def test_a_data_set_without_an_intact_document_is_named(tmp_path):

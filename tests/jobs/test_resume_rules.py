@@ -198,6 +198,8 @@ def test_a_checkpoint_without_its_training_state_is_an_error(launch, monkeypatch
 
 
 def test_a_seed_checkpoint_is_only_weights_and_must_be_complete(job, tmp_path):
+    save(tmp_path / "run", step=0)
+    check_job(job("--optimizer.lr=0.1"))  # only weights are loaded
     path = save(tmp_path / "run", step=0, without=TRAINING_STATE)
     check_job(job())
     only_problem(job(*start_from(path), dump="new"), f"{path} holds no ")

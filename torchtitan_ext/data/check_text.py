@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torchtitan.config import JobConfig
 
-from torchtitan_ext.data.datasets import OF_FILES, pieces_of_document, read_documents, sources, text_files
+from torchtitan_ext.data.datasets import OF_FILES, is_mixture, pieces_of_document, read_documents, sources, text_files
 
 REMEDY = "restore the file or replace it, or set training.text_field to the field with the text"
 PROBLEMS_KEPT = 5  # per file: a corrupt byte can damage every later line
@@ -99,7 +99,7 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
     ]
     if tokens:
         times = f"{wanted / tokens:,.2f} times the data; a BPE of 4 bytes per token {4 * wanted / tokens:,.2f} times"
-        if training.mixture:  # whose sources are read a different number of times each
+        if is_mixture(job_config, "training"):  # each source is read another number of times
             others = [source["dataset"] for source in sources(job_config) if source["dataset"] not in OF_FILES]
             times = f"a mixture, by weight{'; not counted: ' if others else ''}{', '.join(others)}"
         lines.append(f"{job_config.job.config_file}: {training.steps:,} such steps read {wanted:,} tokens: {times}")

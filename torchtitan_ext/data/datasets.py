@@ -57,7 +57,7 @@ def text_files(dataset_path: str) -> list[str]:
     """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
     root or `en`, those of `en/c4-train`. In a folder with files named for training, those named for tests or validation
     are left out. Raises ValueError if there are none."""
-    files, what = [], "nothing is there"
+    files, what = [], f"nothing is there; {OTHER_FORMATS}"
     try:
         files = _find(dataset_path)
     except Exception as error:  # the hub and the network raise many kinds
@@ -65,9 +65,9 @@ def text_files(dataset_path: str) -> list[str]:
     dirs = {os.path.dirname(file) for file in files}  # Spark names them like files
     if known := [f for f in files if FORMAT.search(f) and os.path.basename(f) not in FILES_TO_IGNORE and f not in dirs]:
         return _without_tests(dataset_path, known) if os.path.isdir(dataset_path) else known
-    what = f"{os.path.basename(files[-1])!r} doesn't" if files else what
+    what = f"{os.path.basename(files[-1])!r} doesn't; {OTHER_FORMATS}" if files else what
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
-    raise ValueError(f"{dataset_path!r}: no file that ends in {FORMATS} ({what}; {OTHER_FORMATS}); {remedy}")
+    raise ValueError(f"{dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
 
 
 @cache  # a large tree takes seconds, and a job asks several times

@@ -87,14 +87,17 @@ def _loads_from(folder: Path, load_only: bool) -> bool:
 
 
 def excluded_states(job_config: JobConfig, dims: ParallelDims | None) -> list[str]:
-    """The states in `checkpoint.exclude_from_loading` that a launch does not load.
+    """The states that a launch does not load: those in `checkpoint.exclude_from_loading`.
 
     A run's own checkpoints are loaded whole, or a relaunch after a crash would start the data over each time. Only the
-    data position of another data-parallel degree is excluded from those too.
+    data position of another data-parallel degree is excluded from those too. Of its step-0, torchtitan's seed
+    checkpoint, only the weights are loaded.
     """
     excluded, path = job_config.checkpoint.exclude_from_loading, checkpoint_to_load(job_config)
     if path is None or path.parent != checkpoint_folder(job_config):
         return excluded
+    if path.name == "step-0":
+        return sorted(STATES)
     if dims and DATALOADER in excluded:
         with suppress(ValueError):  # checkpoint_problems reports it
             if data_parallel_degree(dims) != saved_degree(complete_metadata(path)):
@@ -252,12 +255,9 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
     except ValueError as error:
         yield f"{field}: {error}{_recovery_hint(job_config, field, path)}"
         return
-    trained = {} if path == folder / "step-0" else objects  # of torchtitan's seed checkpoint only weights load
     if args := flavors.get(job_config.model.flavor):
         yield from _shape_problems(job_config, field, path, meta_model(args).state_dict(), metadata)
-        yield from changed_problems(job_config, field, path, recorded_job(path), trained_with(trained))
-    if path == folder / "step-0":
-        return  # torchtitan's seed checkpoint: weights only
+        yield from changed_problems(job_config, field, path, recorded_job(path), trained_with(objects))
     if path.parent != folder and objects.get(f"{TRAIN_STATE}.step", 0) >= (steps := job_config.training.steps):
         yield f"training.steps = {steps}: {path} has reached that step; count from the start of the first stage"
     wanted = STATES.difference(excluded)

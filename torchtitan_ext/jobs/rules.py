@@ -83,8 +83,8 @@ def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
 
 
 class _Dims(ParallelDims):
-    """torchtitan's, but FSDP wraps a shard of one device too, as later versions do: its mixed precision rounds as on
-    several and takes less time and memory than autocast, and torchtitan gives tensor and pipeline ranks no other."""
+    """torchtitan's, but FSDP wraps a single shard too, as later versions do: its mixed precision rounds as on several
+    shards, takes less time and memory than autocast, and is the only one for tensor- and pipeline-parallel ranks."""
 
     def _mesh_exist(self, name: str, degree: int) -> bool:
         return super()._mesh_exist(name, degree) or (name == "fsdp" and self.dp_replicate == 1)

@@ -38,8 +38,9 @@ from .validator import LighthouseValidator
 class StateDictAdapter(Llama3StateDictAdapter):
     # Views of a shard that begins within a head fail, or permute wrongly.
     def _permute(self, w: torch.Tensor, *shape: int) -> torch.Tensor:
-        whole = w.redistribute(placements=[Replicate()] * w.device_mesh.ndim) if isinstance(w, DTensor) else w
-        return super()._permute(whole, *shape)
+        if isinstance(w, DTensor):
+            w = w.redistribute(placements=[Replicate()] * w.device_mesh.ndim)
+        return super()._permute(w, *shape)
 
 
 def register() -> None:
