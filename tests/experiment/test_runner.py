@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.launches import CONTEXT, ROOT
+from helpers.streams import write_text
 
 from torchtitan_ext import console, progress
 from torchtitan_ext.experiment import runner
@@ -197,12 +198,14 @@ def test_the_stages_must_fit_each_other(configs, output, tmp_path):
     """Or stage 2 would be refused only after stage 1 has trained for hours."""
     changed = "[optimizer]\nbeta2 = 0.9\n[rope]\ntheta = 9\n[lr_scheduler]\ndecay_ratio = 0.35\n"
     write_configs(tmp_path, configs, dense="[training]\nsteps = 170\n", stage2=changed)
-    with pytest.raises(ValueError) as error:
-        runner.plan(tmp_path, output, splits=[100, 110])
     words = [f"{field}: {output}/stage1/" for field in ("rope.theta = 9", "optimizer.beta2 = 0.9")] * 2
     words = [r"dense\.toml: training\.steps = 170.*160", *words, "would jump from 0.01 to 0.00893 at step 110"]
-    for word, problem in zip(words, str(error.value).splitlines(), strict=True):
-        assert re.search(word, problem) and f"{tmp_path}/stage2.toml" in problem
+    for name in ("unrelated", *(f"stage1/checkpoint/step-{split}" for split in (100, 110))):  # before and after stage 1
+        write_text(output / name / ".metadata")
+        with pytest.raises(ValueError) as error:
+            runner.plan(tmp_path, output, splits=[100, 110])
+        for word, problem in zip(words, str(error.value).splitlines(), strict=True):
+            assert re.search(word, problem) and f"{tmp_path}/stage2.toml" in problem
 
 
 @pytest.mark.slow

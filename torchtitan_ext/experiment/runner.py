@@ -114,17 +114,18 @@ def _split_problems(
         elif split % checkpoint.interval:
             interval = f"checkpoint.interval = {checkpoint.interval}"
             yield f"split {split}: {stage1.config_file} saves every {interval} steps; choose a multiple of it"
-        elif "stage2" not in only or tail.newest > split or stage1.has(split):
+        elif "stage2" not in only or tail.newest > split:
             continue
         elif "stage1" not in only:
-            yield f"{gone}: run stage1 too"
-        elif split <= stage1.newest:
+            if not stage1.has(split):
+                yield f"{gone}: run stage1 too"
+        elif split <= stage1.newest and not stage1.has(split):
             remedy = f"split later, or delete {stage1.folder} to run stage 1 again"
             yield f"{gone}, and stage 1 is past it, at step {stage1.newest}: {remedy}"
         elif {"optimizer", "lr_scheduler"}.isdisjoint(tail.config.checkpoint.exclude_from_loading):
-            source = "checkpoint.initial_load_path", stage1.checkpoint(split), launched.to_dict()
-            found = changed_problems(tail.config, *source, planned(launched, split))
-            yield from (f"{tail.config_file}: {problem}" for problem in found)  # as its launch would, after stage 1
+            field, path = "checkpoint.initial_load_path", stage1.checkpoint(split)
+            problems = changed_problems(tail.config, field, path, launched.to_dict(), planned(launched, split))
+            yield from (f"{tail.config_file}: {problem}" for problem in problems)  # as its launch would, after stage 1
     if "stage1" in only:  # whose file may name more steps
         yield from (f"{stage1.config_file} to step {stage1.steps}: {p}" for p in optimizer_problems(launched))
     n_checkpoints = (tails[-1].start - tails[0].start) // checkpoint.interval + 1
