@@ -356,11 +356,12 @@ def test_pages_show_the_numbers_that_their_records_give():
     tables = [[row for row in report.table(e) if row["status"] == "finished"] for e in experiments]
     lost = ("hours_percent", "equal_hours_difference")  # the second seed's dense run took another number of GPUs
     second = [{c: v for c, v in row.items() if c not in lost} | {"run": f"{row['run']}, seed 1"} for row in tables[1]]
-    shown = [report.markdown_rows([*tables[0], *second])]
+    recipe = [tables[-1][0] | {"run": "dense, 4,000 steps"}, *tables[-1][1:]]
+    shown = [report.markdown_rows([*recipe, *tables[0], *second])]
     for row in csv.DictReader((folder / "27m.csv").read_text().splitlines()):
         hours, dense, loss = (float(row[c] or "nan") for c in ("hours_percent", "dense", "validation_loss"))
-        cells = [row["seed"], row["run"], f"{hours:.0f}".replace("nan", "-")]
-        shown.append(f"| {' | '.join(cells)} | {dense:.4f} | {loss:.4f} | {loss - dense:+.4f} |")
+        cells = [row["seed"], row["run"], f"{hours:.0f}".replace("nan", "-"), f"{loss - dense:+.4f}"]
+        shown.append(f"| {' | '.join(cells)} |")
     niah = json.loads((results / "niah/records.json").read_text())
     trials = (
         ("nothing", 0, 0, "85M-stage2-1250"),
@@ -383,14 +384,17 @@ def test_pages_show_the_numbers_that_their_records_give():
 
     known = [value for rows in tables for row in rows for value in row.values() if isinstance(value, float)]
     known += [record["mean"] for name, record in niah.items() if name.startswith("85M")]
-    (dense, *rows), others = tables[:2]
-    for row, other in zip(tables[0], others, strict=True):
-        known.append(100 * other["device_hours"] / dense["device_hours"])
+    for row, other in zip(*tables[:2], strict=True):
+        known.append(100 * other["device_hours"] / tables[0][0]["device_hours"])
         known += [row["validation_loss"] - other["validation_loss"], 100 - 100 * row["ktok_s"] / other["ktok_s"]]
     for run in [experiments[0].dense, experiments[1].dense, *(e.stage1 for e in experiments if e.stage1)]:
         known += [run.loss[run.step == 100][0], mean_loss(run.step, run.loss, 500, 100)]
         known += [*run.validation_loss[run.validation_step == 1000], np.median(run.tokens_per_second[1:]) / 1e6]
-    known.append(100 - rows[-1]["hours_percent"])
+    known.append(100 - tables[-1][-1]["hours_percent"])
+    (tail,) = experiments[-1].tails.values()
+    spans = ((experiments[-1].dense, 4000), (experiments[-1].stage1, 2500), (tail, 4000))
+    dense, *stages = (report.hours_at(run, end) - report.hours_at(run, int(run.step[0])) for run, end in spans)
+    known.append(100 * sum(stages) / dense)  # without first steps
     text = page[page.index("**What it shows**") :] + readme[readme.index("| 85M at") : readme.index("At the speeds")]
     text += running[running.index("In our [85M") : running.index("- **`grad_norm`**")]
     for number in re.findall(r"\d+\.\d+|\d+(?= (?:to \d+ )?%)", text):
