@@ -38,7 +38,7 @@ def test_a_file_folder_glob_and_name_on_the_hub_give_the_files_in_order(tmp_path
 
 def test_a_text_comes_in_pieces_and_keeps_its_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "LONGEST_DOCUMENT", 4)
-    (tmp_path / "a::b.txt").write_bytes("\ufeffé\r\n🗼\nab".encode())
+    (tmp_path / "a::b.TXT").write_bytes("\ufeffé\r\n🗼\nab".encode())
     assert documents("text", tmp_path) == ["é\r\n🗼".encode(), b"\nab"]
 
 

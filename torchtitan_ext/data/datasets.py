@@ -43,7 +43,7 @@ PIECE = 2**17  # bytes
 LONGEST_DOCUMENT = 2**20  # characters
 # None: all files; False: without those held out for validation; True: only those
 SOURCE_PARTS = {"python_source": None, "python_source_train": False, "python_source_validation": True}
-FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$")
+FORMAT = re.compile(r"\.(?:parquet|(jsonl?|txt)(?:\.(gz|zst))?)$", re.IGNORECASE)
 # in the names of files and folders, as data sets of the hub have them
 TRAIN, TESTS = (
     re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
@@ -136,7 +136,7 @@ def read_documents(file: str, text_field: str = "text") -> Iterator[dict[str, st
     number = 0
     # Bound early: at exit a generator may be closed after the module's names are gone.
     corrupt = (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError, pa.ArrowException, UnicodeError)
-    kind, packing = FORMAT.search(file).groups()  # type: ignore[union-attr]
+    kind, packing = FORMAT.search(file.lower()).groups()  # type: ignore[union-attr]
     unit = {None: "row", "txt": "piece"}.get(kind, "line")
     expected = {None: "a string", "txt": "a text"}.get(kind, "a JSON object in UTF-8 with a string")
     try:
