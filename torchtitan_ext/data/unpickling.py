@@ -21,7 +21,7 @@ OF_METADATA: list[Any] = [
     *(filesystem._StorageInfo, torch.Size, torch.serialization._get_layout, type(Path())),
 ]
 NAMES_OF_METADATA = {
-    *((allowed.__module__, allowed.__qualname__) for allowed in OF_METADATA),
+    *((allowed.__module__.removesuffix("._local"), allowed.__qualname__) for allowed in OF_METADATA),
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
 
@@ -32,6 +32,7 @@ class _Unpickler(pickle.Unpickler):
         self.allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
+        module = module.removesuffix("._local")  # what Python 3.13 calls pathlib
         if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"it would call {module}.{name}, which is not plain data")
         return super().find_class(module, name)
