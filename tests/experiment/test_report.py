@@ -242,10 +242,10 @@ def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_p
     assert float(base[-1]) == pytest.approx(float(base[-2]) - float(default[-2]), abs=2e-4) == 0.25
 
 
-@pytest.mark.parametrize("reached", [1, 30, 79])
-def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached):
+@pytest.mark.parametrize("reached, log_freq", [(1, 1), (30, 1), (79, 1), (78, 3)])
+def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached, log_freq):
     for name in ("dense", "stage1"):
-        write_start(tmp_path / name, 0, reached, total=TOTAL)
+        write_start(tmp_path / name, 0, reached, total=TOTAL, log_freq=log_freq)
     (tmp_path / f"stage2-{TOTAL}").mkdir()
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
     assert f"dense: unfinished, at step {reached} of {TOTAL}" in text and "stage2-80: not started" in text
@@ -256,9 +256,9 @@ def test_an_unfinished_run_has_no_final_loss_yet(tmp_path, reached):
 
 def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
     write_start(tmp_path / "stage1", 0, 50)
-    write_start(tmp_path / "stage2-50", 50, 71, plain + 1, total=TOTAL)
+    write_start(tmp_path / "stage2-50", 50, 71, plain + 1)
     for name, *steps in (("a", 0, 20), ("b", 50, 80)):  # a kill lost what was logged between
-        write_start(tmp_path / "dense", *steps, each_step * np.nan, total=85, log_freq=10, name=name)
+        write_start(tmp_path / "dense", *steps, each_step * np.nan, total=80, log_freq=10, name=name)
     text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
     assert "not within 21" in text and "| nan |" in text
     assert "nothing is recorded between steps 20 to 60" in text

@@ -57,7 +57,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(self.step[-1] > self.total_steps - self.log_freqs[-1])
+        return bool(self.step[-1] >= self.total_steps)
 
     @property
     def device_hours(self) -> np.ndarray:

@@ -130,7 +130,7 @@ def table(experiment: Experiment) -> list[Row]:
     for split, tail in experiment.tails.items():
         row: Row = {"run": _label(split, tail), "status": _status(tail, split)}
         rows.append(row)
-        reached = stage1 if stage1 and split - stage1.step[-1] < stage1.log_freqs[-1] else None
+        reached = stage1 if stage1 and stage1.step[-1] >= split else None
         if reached:
             row |= _speed(reached, split)
         if tail is None:

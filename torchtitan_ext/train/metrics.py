@@ -50,7 +50,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
 
     def should_log(self, step: int) -> bool:
         # The first step of a process shows the jump after a resume or the switch to dense.
-        asked, self.must_log = self.must_log, False
+        asked, self.must_log = self.must_log or step == self.job_config.training.steps, False
         return asked or super().should_log(step)
 
     def log(self, step: int, avg_loss: float, max_loss: float, grad_norm: float, extra_metrics: Any = None) -> None:
