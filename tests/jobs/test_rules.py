@@ -102,6 +102,7 @@ VALIDATION = "--validation.enable --validation"
         *((f"--checkpoint.folder {f}", [f"checkpoint.folder = '{f}'", "dump"]) for f in ("..", "//", "/ck", "a/b")),
         ("--checkpoint.last_save_model_only", ["checkpoint.last_save_model_only = true", "set it to false"]),
         ("--lighthouse.no_enable --checkpoint.last_save_model_only --checkpoint.last_save_in_hf", ["in_hf", "export"]),
+        ("--optimizer.early_step_in_backward", ["optimizer.early_step_in_backward = true", "set it to false"]),
         ("--lr_scheduler.total_steps 100", ["lr_scheduler.total_steps = 100", "training.steps = 240"]),
     ],
 )

@@ -6,9 +6,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import JobConfig
 
 
@@ -18,6 +17,9 @@ def optimizer_problems(job_config: JobConfig) -> Iterator[str]:
     total = steps if schedule.total_steps is None else schedule.total_steps
     if total < steps:
         yield f"lr_scheduler.total_steps = {total}: ends before training.steps = {steps}; set it to {steps} or more"
+    if job_config.optimizer.early_step_in_backward:
+        loss = "training.max_norm is ignored, each microbatch is a step, and checkpoints hold one parameter's moments"
+        yield f"optimizer.early_step_in_backward = true: {loss}; set it to false"
     if not job_config.checkpoint.enable:
         return  # no run continues this one
     if 0 < total < schedule.warmup_steps:
@@ -44,7 +46,7 @@ def planned(job_config: JobConfig, step: int, lr: float | None = None) -> dict[s
     """The same for the checkpoint that a job will save at `step`; no rate for settings that torchtitan rejects."""
     rate = nan
     with suppress(Exception):
-        optimizers = build_optimizers([nn.Linear(1, 1)], job_config.optimizer, None)
+        optimizers = [torch.optim.SGD([torch.zeros(1)])]  # the schedule needs one
         schedulers = build_lr_schedulers(optimizers, job_config.lr_scheduler, job_config.training.steps)
         rate = (lr or job_config.optimizer.lr) * schedulers.schedulers[0].lr_lambdas[0](step)
     return vars(job_config.optimizer) | {"step": step, "rate": rate}

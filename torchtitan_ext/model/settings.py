@@ -76,8 +76,8 @@ class Training:
     run. A file that can't be read at all always does."""
 
     skip_nonfinite_steps: int = 0
-    """How many steps in a row may have a non-finite loss or gradient. Such a step keeps parameters and optimizer state,
-    unless optimizer.early_step_in_backward has changed them; schedule and data go on. 0 stops at the first."""
+    """How many steps in a row may have a non-finite loss or gradient. Such a step keeps parameters and optimizer state;
+    schedule and data go on. 0 stops at the first."""
 
 
 @dataclass
