@@ -17,7 +17,7 @@ REMEDIES = {
     errno.ENOENT: "give one that exists",
     errno.EISDIR: "give a file",
     errno.EEXIST: "choose another path, or move what is there",
-    errno.ENOSPC: "make room there, or choose another path",
+    errno.ENOSPC: "make room on the disk of the output, or choose another path",
 }
 
 

@@ -9,7 +9,7 @@ from torchtitan.config import JobConfig
 
 from torchtitan_ext.data.datasets import OF_FILES, is_mixture, pieces_of_document, read_documents, sources, text_files
 
-REMEDY = "restore the file or replace it, or set training.text_field to the field with the text"
+REMEDY = "restore the file, convert it to UTF-8 or replace it; if the text is in another field, set training.text_field"
 PROBLEMS_KEPT = 5  # per file: a corrupt byte can damage every later line
 
 
