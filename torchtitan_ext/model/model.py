@@ -24,11 +24,6 @@ class LighthouseSelfAttention(Attention):
 
     def __init__(self, model_args: LighthouseModelArgs):
         super().__init__(model_args)
-        if (model_args.attn_type, model_args.attn_mask_type) != ("sdpa", "causal"):
-            raise ValueError(
-                f"attn_type = {model_args.attn_type!r}, attn_mask_type = {model_args.attn_mask_type!r}: Lighthouse "
-                "attends with 'sdpa' under a 'causal' mask only; use those, or set lighthouse.enable to false"
-            )
         self.config = model_args.lighthouse
         # where ranks share each sequence, `mesh` and `load_balance` of `context_parallel_attention`
         self.context_parallel: dict[str, Any] = {}
@@ -70,6 +65,9 @@ class LighthouseTransformer(Transformer):
     """
 
     def __init__(self, model_args: LighthouseModelArgs):
+        kinds = model_args.attn_type, model_args.attn_mask_type
+        if kinds != ("sdpa", "causal"):
+            raise ValueError(f"attn_type, attn_mask_type = {kinds}: all layers attend causally; use 'sdpa', 'causal'")
         super().__init__(model_args)
         for layer in model_args.lighthouse_layers:
             self.layers[str(layer)].attention = LighthouseSelfAttention(model_args)
