@@ -49,7 +49,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             logger.info(f"Lighthouse attends to {n_rows:,} gathered rows of {seq_len:,} tokens")
 
     def should_log(self, step: int) -> bool:
-        # The first step of a process shows the jump after a resume or the switch to dense.
+        # The first step of a process shows the jump after a resume or the switch to dense, the last how a run ends.
         asked, self.must_log = self.must_log or step == self.job_config.training.steps, False
         return asked or super().should_log(step)
 

@@ -166,12 +166,12 @@ class LighthouseTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         self.microbatch, last_step = 0, not self.should_continue_training()
-        saves = last_step or self.checkpointer.due(self.step)
-        self.metrics_processor.must_log |= saves  # a resume would lose the time since the last log
+        due = self.checkpointer.due(self.step)
+        self.metrics_processor.must_log |= due  # a resume would lose the time since the last log
         super().train_step(data_iterator)
         # The device still computes this step.
         self._check_outcomes(but_last=1)
-        if saves or self.interrupted:
+        if due or last_step or self.interrupted:
             self._check_outcomes()
         if self.interrupted and not last_step:
             self.checkpointer.save_interrupted(self.step)
