@@ -2,11 +2,11 @@
 
 import json
 import os
-import pkgutil
 import signal
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 import torch.distributed.checkpoint
 import torchtitan.train  # noqa: F401  (its classes are compared too)
@@ -41,7 +41,8 @@ def changes_by(step):
     return sorted(key for key in before if before[key] != after.get(key))
 
 
-modules = [module.name for module in pkgutil.walk_packages(torchtitan_ext.__path__, "torchtitan_ext.")]
+root = Path(torchtitan_ext.__file__).parent
+modules = [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in root.rglob("*.py")]
 modules.remove("torchtitan_ext.register")
 warnings.simplefilter("ignore")
 report = {

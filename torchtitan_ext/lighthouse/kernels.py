@@ -1,6 +1,5 @@
 """Causal attention by named kernels: torch's own, or FlashAttention-4 as one operator."""
 
-import os
 from importlib import import_module
 from operator import attrgetter
 
@@ -17,7 +16,6 @@ BACKENDS = {
 }
 KERNELS = ("fa4", *BACKENDS)  # fastest first; `sdpa` always runs
 _FA4 = "flash_attn.cute.interface"
-os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # a restart does not compile its kernels again
 
 
 def unusable_reason(

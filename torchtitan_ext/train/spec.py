@@ -48,6 +48,8 @@ def register() -> None:
     restrict_unpickling()
     # Threads of the tokenizer would warn at every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # FlashAttention-4 keeps its compiled kernels on disk, for the next launch.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     DATASETS.update(OWN_DATASETS)
     # Selective checkpointing keeps torch's attention outputs; keep ours, the scores and the selection too.
     for name in ("flash_attention_4", "base_scores", *(("select",) if triton_ops else ())):
