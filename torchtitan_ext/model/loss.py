@@ -1,4 +1,4 @@
-"""Cross entropy from the last hidden states, so that the full logits of a sequence are never stored."""
+"""Cross entropy from the last hidden states, so that a GPU never stores the full logits of a sequence."""
 
 from typing import Any
 
@@ -39,32 +39,6 @@ def as_product(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, weight
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Both gradients are computed in forward, a chunk of tokens at a time, while its logits exist."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for h, grad_h, y in zip(hidden.split(_CHUNK), grad_hidden.split(_CHUNK), labels.split(_CHUNK), strict=True):
-            logits = (h @ weight.T).requires_grad_()
-            with torch.enable_grad():
-                chunk_loss = cross_entropy_loss(logits.unsqueeze(0), y.unsqueeze(0))
-            [grad] = torch.autograd.grad(chunk_loss, logits)
-            loss += chunk_loss
-            torch.mm(grad, weight, out=grad_h)
-            grad_weight += grad.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        # Not in place: the graph may be walked again.
-        return grad_hidden * grad, grad_weight * grad, None
-
-
 def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
     """Tokens per chunk of Liger-Kernel's loss, and the setting that leads to them, a chunk's logits in multiples of
     the hidden states. The tokens are a power of two: `_CHUNK`, or the nearest above that a setting leads to."""
@@ -77,8 +51,8 @@ def liger_chunk(n_tokens: int, vocab_size: int, dim: int) -> tuple[int, int]:
 def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
     """Summed cross entropy, fp32: torchtitan's `cross_entropy_loss` of the logits, without the logits.
 
-    On a CUDA device Liger-Kernel's, elsewhere a chunk of tokens at a time in torch. torch's own `linear_cross_entropy`
-    (from 2.13) returns the sum in the dtype of its input: in bf16 it is off by some tenths of a percent, more than the
+    That is Liger-Kernel's, on a CUDA device; elsewhere the logits are stored. torch's own `linear_cross_entropy` (from
+    2.13) returns the sum in the dtype of its input: in bf16 it is off by some tenths of a percent, more than the
     differences that a training curve has to show.
 
     pred: what `ProjectionForLoss` returns. labels: [B, N], int64; `IGNORE_INDEX` is left out.
@@ -90,14 +64,14 @@ def linear_cross_entropy_loss(pred: tuple[Tensor, Tensor], labels: Tensor) -> Te
         chunks = {"accum_dtype": torch.float32, "chunk_mem_const": liger_chunk(len(hidden), *weight.shape)[1]}
         options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"} | chunks
         return liger_fused_linear_cross_entropy(hidden, weight, labels, **options)
-    return _ChunkedLoss.apply(hidden, weight, labels)
+    return cross_entropy_loss((hidden @ weight.T).unsqueeze(0), labels.unsqueeze(0))
 
 
 def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs: Any) -> LossFunction:
     """torchtitan's loss, or `linear_cross_entropy_loss` if `loss.fuse_output` is true."""
     if job_config.loss.fuse_output:
         if device_type == "cuda" and not liger_fused_linear_cross_entropy:
-            logger.warning("Liger-Kernel can't be imported: the loss takes more time and memory without it")
+            logger.warning("Liger-Kernel can't be imported: the full logits are stored, as without loss.fuse_output")
         loss_fn = linear_cross_entropy_loss
     else:
         loss_fn = build_cross_entropy_loss(job_config, **kwargs)

@@ -52,7 +52,7 @@ class Rope:
 @dataclass
 class Loss:
     fuse_output: bool = False
-    """Compute the loss in chunks of tokens from the last hidden states, so that the full logits are never stored."""
+    """On a GPU, compute the loss in chunks of tokens, so that the full logits are never stored."""
 
 
 class Source(TypedDict, total=False):
