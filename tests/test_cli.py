@@ -73,6 +73,7 @@ WRONG = [
     ("niah", ["{}/empty", "--depths", "--trials", 10], ["--depths: give one value or more"]),
     ("niah", ["{}/empty"], ["{}/empty is not a complete checkpoint", "give"]),
     ("check-data", ["{}/gone"], ["check-data: '{}/gone': no file that ends in .parquet", "nothing is there", "give"]),
+    ("check-data", ["{}/file", "--training.dataset=c4"], ["--training.dataset=c4: DATA names", "a job file"]),
     ("check-data", [f"{TEXT}/stage1.toml"], ["'python_source' is not checked", "that `text` reads"]),
     ("draw_method", ["--output", "{}/file"], ["{}/file: File exists; choose another path"]),
     ("bench_attention", ["--output", "{}/empty"], ["--output {}/empty: is a folder; name"]),

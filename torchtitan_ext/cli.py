@@ -240,6 +240,8 @@ class CheckData:
         config_file = Path(self.dataset_path) if is_job else self.config_file
         job = parse_job(config_file, overrides)
         if not is_job:
+            if taken := [word for word in overrides if word.startswith(("--training.dataset", "--training.mixture"))]:
+                raise ValueError(f"{taken[0]}: DATA names what is checked; leave it out, or give a job file as DATA")
             job.training.dataset, job.training.dataset_path, job.training.mixture = "text", self.dataset_path, []
         files, text_fields = zip(*files_to_check(job), strict=True)
         if job.training.global_batch_size < 1:  # that of one process
