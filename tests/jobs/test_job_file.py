@@ -53,6 +53,8 @@ def test_the_sections_of_this_package_are_there_without_a_word(write):
         ("extends = ['a.toml']", "extends = ['a.toml']: must be the path of one job file"),
         ("steps: 3", "not TOML"),
         ("steps = 3", "{'steps'}; correct that in the file"),
+        ("[training]\ndataloader = 1", ": training.dataloader = 1: must be a table of settings"),
+        ("experimental = 1", ": experimental = 1: must be a table"),
         ("[lighthouse]\ntopk = 64", "Lighthouse'> data: {'topk'}"),
         ("[validation]\nenable = true\nsteps = 0", "validation steps"),
         ("[experimental]\ncustom_import = 'nothing'", "custom_import = 'nothing'"),

@@ -31,25 +31,28 @@ def read_toml(file: str | Path, extending: tuple[Path, ...] = ()) -> dict[str, A
         return values
     if not isinstance(parent, str):
         raise ValueError(f"{file}: extends = {parent!r}: must be the path of one job file")
-    return merged(read_toml(file.parent / parent, (*extending, file.resolve())), values)
+    return merged(read_toml(file.parent / parent, (*extending, file.resolve())), values, f"{file}: ")
 
 
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, section by section; lists are replaced."""
+def merged(base: dict[str, Any], changes: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """`base` with `changes`, section by section; lists are replaced. Raises ValueError for a section that is none."""
     both = base | changes
     for name in base.keys() & changes.keys():
-        if isinstance(base[name], dict) and isinstance(changes[name], dict):
-            both[name] = merged(base[name], changes[name])
+        if isinstance(base[name], dict):
+            if not isinstance(changes[name], dict):
+                raise ValueError(f"{where}{name} = {changes[name]!r}: must be a table of settings")
+            both[name] = merged(base[name], changes[name], f"{where}{name}.")
     return both
 
 
 def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Parse the job of a TOML file and torchtitan arguments, without checks; imports its modules. Raises ValueError."""
-    sections = merged({"job": {"custom_config_module": own.__name__}}, read_toml(config_file))
+    default = {"job": {"custom_config_module": own.__name__}, "experimental": {}}
+    sections = merged(default, read_toml(config_file), f"{config_file}: ")
     where = " ".join([str(config_file), *overrides])
     parser = ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--experimental.custom_import", "--experimental.custom-import", dest="module", nargs="?")
-    module = parser.parse_known_args(overrides)[0].module or sections.get("experimental", {}).get("custom_import")
+    module = parser.parse_known_args(overrides)[0].module or sections["experimental"].get("custom_import")
     if module:
         import_extension(module, where)  # before scorers' names are checked
     settings = f"all settings: python -m torchtitan_ext.train --job.config_file {config_file} --help"
@@ -59,7 +62,9 @@ def parse_job(config_file: str | Path, overrides: Sequence[str] = ()) -> JobConf
             warnings.filterwarnings("ignore", category=UserWarning, message="The field")
             manager = ConfigManager()
             manager._maybe_load_toml = lambda args: sections  # type: ignore[method-assign]
-            return manager.parse_args(["--job.config_file", str(config_file), *overrides])
+            job = manager.parse_args(["--job.config_file", str(config_file), *overrides])
+            merged(job.to_dict(), sections)  # the parser ignores a number in place of a section
+            return job
     except ImportError as error:
         raise ValueError(f"{where}: {error}; drop job.custom_config_module") from error
     except (AssertionError, TypeError, ValueError) as error:
