@@ -83,7 +83,7 @@ def plan(
     chosen = [run for run in (dense, stage1, *tails) if run.config_file.stem in only]
     problems = [*_split_problems(dense, stage1, tails, only), *(problem for run in chosen for problem in _changed(run))]
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))  # each once, for all splits
     return chosen
 
 
@@ -123,8 +123,8 @@ def _split_problems(
             remedy = f"split later, or delete {stage1.folder} to run stage 1 again"
             yield f"{gone}, and stage 1 is past it, at step {stage1.newest}: {remedy}"
         elif {"optimizer", "lr_scheduler"}.isdisjoint(tail.config.checkpoint.exclude_from_loading):
-            field, path = "checkpoint.initial_load_path", stage1.checkpoint(split)
-            problems = changed_problems(tail.config, field, path, launched.to_dict(), planned(launched, split))
+            field, origin = "checkpoint.initial_load_path", f"stage 1 ({stage1.config_file})"
+            problems = changed_problems(tail.config, field, origin, launched.to_dict(), planned(launched, split))
             yield from (f"{tail.config_file}: {problem}" for problem in problems)  # as its launch would, after stage 1
     if "stage1" in only:  # whose file may name more steps
         yield from (f"{stage1.config_file} to step {stage1.steps}: {p}" for p in optimizer_problems(launched))

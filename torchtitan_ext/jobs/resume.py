@@ -271,7 +271,7 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
             yield f"data-parallel degree = {degree}: {path} was saved by a degree of {before}; {remedy}"
 
 
-def changed_problems(job_config: JobConfig, field: str, path: Path, before: dict, saved: dict) -> Iterator[str]:
+def changed_problems(job_config: JobConfig, field: str, path: Path | str, before: dict, saved: dict) -> Iterator[str]:
     """Problems of continuing, from the checkpoint `path` that `field` names, a job recorded as `before` and `saved`."""
     args = flavors[job_config.model.flavor]
     default = {"rope.theta": args.rope_theta} | {f"rope.{k}": v for k, v in vars(args.rope_scaling_args).items()}

@@ -52,7 +52,7 @@ def planned(job_config: JobConfig, step: int, lr: float | None = None) -> dict[s
     return vars(job_config.optimizer) | {"step": step, "rate": rate}
 
 
-def schedule_changes(job_config: JobConfig, field: str, path: Path, saved: dict[str, Any]) -> Iterator[str]:
+def schedule_changes(job_config: JobConfig, field: str, path: Path | str, saved: dict[str, Any]) -> Iterator[str]:
     """Changes since the launch with the settings `saved` in the checkpoint `path`, which `field` names."""
     if job_config.optimizer.override_checkpoint:
         return
