@@ -146,6 +146,13 @@ def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
     assert find_candidate(tmp_path).name == f"{tmp_path.parent.name}-{tmp_path.name}-step-10"
 
 
+@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda path: next(path.glob("*.distcp")).write_bytes(bytes(10**6))])
+def test_a_checkpoint_that_is_deleted_or_damaged_while_it_is_read_is_named(tmp_path, spoil):
+    checkpoint = find_checkpoint(save_run(tmp_path, attentive()))
+    with pytest.raises(ValueError, match=f"{checkpoint.path} (is not a complete checkpoint|could not be read): "):
+        checkpoint.load_state(torch.float32, lambda n_bytes: spoil(checkpoint.path))
+
+
 def job_of(path):
     return path.parents[1] / "config.json"
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
@@ -58,14 +59,19 @@ class Checkpoint:
         return sum(t.numel() for t in meta_model(self.model_args).parameters()) * dtype.itemsize
 
     def load_state(self, dtype: torch.dtype, advance: Advance = lambda n_bytes: None) -> dict[str, torch.Tensor]:
-        """The model's state dict on the CPU; reads only weights. `advance` gets the bytes of each part."""
+        """The model's state dict on the CPU; `advance` gets the bytes of each part. ValueError if it can't be read."""
         weights = meta_model(self.model_args).state_dict()
         state = {key: torch.empty_like(weight, dtype=dtype, device="cpu") for key, weight in weights.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process is intended
             for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
                 part = {key: state[key] for key in keys}
-                dcp.load(part, checkpoint_id=self.path, no_dist=True)  # into the same tensors
+                resume.complete_metadata(self.path)  # a run may delete it meanwhile, which torch logs as tracebacks
+                try:
+                    dcp.load(part, checkpoint_id=self.path, no_dist=True)  # into the same tensors
+                except CheckpointException as error:
+                    reason = f"{self.path} could not be read: {error.failures[0][0]}"
+                    raise ValueError(f"{reason}; restore it, or give another step-N folder") from error
                 advance(sum(tensor.nbytes for tensor in part.values()))
         return state
 
