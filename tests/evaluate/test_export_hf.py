@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,12 +76,13 @@ def test_every_flavor_has_the_tensors_of_its_llama(flavor):
 def test_weights_keep_their_values_in_the_dtype_asked_for(tmp_path, monkeypatch, capsys, dtype):
     model, option = attentive(), ["--dtype", dtype] if dtype != "float32" else []  # the default
     path, limits = save_run(tmp_path, model, lighthouse=not option), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
-    try:
-        code = run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 2 and f"{tmp_path}/hf/model.safetensors could not be saved: " in capsys.readouterr().err
+    for n_bytes, file in ((100, rf"{tempfile.gettempdir()}/\w+"), (10**5, f"{tmp_path}/hf/model.safetensors")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+        try:
+            code = run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert code == 2 and re.search(f"{file} could not be saved: ", capsys.readouterr().err)
     assert run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option) == 0
     assert (f"warning: {path} is from a first stage" in capsys.readouterr().err) == (not option)
     expected = Llama3StateDictAdapter(model.model_args, None).to_hf(model.state_dict())

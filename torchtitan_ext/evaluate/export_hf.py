@@ -119,7 +119,10 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder, or delete it")
     with TemporaryDirectory() as small_files:
-        _save_small_files(checkpoint, dtype, Path(small_files))
+        try:
+            _save_small_files(checkpoint, dtype, Path(small_files))
+        except OSError as error:
+            raise OSError(f"{small_files} could not be saved: {error}; make room there, or set TMPDIR") from error
         make_folder(folder)
         state = Llama3StateDictAdapter(checkpoint.model_args, None).to_hf(checkpoint.load_state(dtype, advance))
         weights = folder / "model.safetensors"
@@ -163,7 +166,7 @@ def _save_tokenizer(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path)
         ends = [tokenizer.eos_token] * tokenizer.hf_adds_eos
         ids = [(token, tokenizer.token_to_id(token)) for token in (tokenizer.bos_token, *ends)]
         saved.post_processor = TemplateProcessing(single=[tokenizer.bos_token, "$A", *ends], special_tokens=ids)
-    saved.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_bytes(saved.to_str(pretty=True).encode())  # raises OSError, unlike save
     # This class reads tokenizer.json unchanged; the source's may not.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, value in (tokenizer.config or {}).items():
