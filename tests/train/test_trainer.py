@@ -121,20 +121,27 @@ def nothing_is_saved_from_a_bad_step_on(rank):
                 trainer.train_step(None)
                 saved += [trainer.step] * (trainer.step in (3, 6, 8))
         assert saved == [step for step in (3, 6, 8) if step < bad]
-        assert logged == [step for step in (1, 3, 6, 8) if step <= trainer.step]  # or a resume would lose their time
+        assert logged == [step for step in (1, 3, 6, 8) if step <= bad]  # or a resume would lose their time
         # read after the next step, or before a checkpoint
         assert trainer.step == (bad if bad in (3, 6, 8) else bad + 1)
 
 
 def sigterm_saves_no_step_that_is_the_last_or_bad(rank):
-    trainer = bare_trainer(step=8, sigterm_received=rank == 1)
-    trainer.job_config.training.steps = 8
-    for loss, outcome in ((2.0, nullcontext()), (math.nan, pytest.raises(RuntimeError, match="Step 7 "))):
-        values = torch.tensor(loss), torch.tensor(3.0)
-        with patch.object(Trainer, "train_step", lambda self, _, v=values: self.update_parameters(*v)), outcome:
-            trainer.train_step(None)
-        assert trainer.interrupted and not trainer.checkpointer.save_interrupted.called
-        trainer.step, trainer.checkpointer.due.return_value = 7, False
+    trainer, logged = bare_trainer(step=8, sigterm_received=rank == 1), []
+    trainer.job_config.training.steps, trainer.checkpointer.due.return_value = 8, False
+
+    def step(self, values):
+        self.update_parameters(*values)
+        logged.append(self.metrics_processor.should_log(self.step))
+
+    ends = nullcontext(), pytest.raises(SystemExit), pytest.raises(RuntimeError, match="Step 7 ")
+    for loss, end in zip((2.0, 2.0, math.nan), ends, strict=True):
+        with patch.object(Trainer, "train_step", step), end:
+            for _ in range(2):
+                trainer.train_step((torch.tensor(loss), torch.tensor(3.0)))
+        assert trainer.interrupted and trainer.checkpointer.save_interrupted.call_count == (trainer.step == 7)
+        trainer.step, trainer.interrupted = 7, False
+    assert logged == [True, True, False, True, False]  # the saved too, or a resume would lose its time
 
 
 def reduced_once(rank):

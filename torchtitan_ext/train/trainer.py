@@ -122,6 +122,9 @@ class LighthouseTrainer(Trainer):
             self.lr_schedulers.step()
         else:
             super().update_parameters(loss, grad_norm)
+        # The device still computes this step.
+        self._check_outcomes(but_last=1)
+        self.metrics_processor.must_log |= self.interrupted  # as at a due save
 
     def _share_outcome(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Share non-finite losses and norms and SIGTERM with all ranks, without waiting."""
@@ -169,8 +172,6 @@ class LighthouseTrainer(Trainer):
         due = self.checkpointer.due(self.step)
         self.metrics_processor.must_log |= due  # a resume would lose the time since the last log
         super().train_step(data_iterator)
-        # The device still computes this step.
-        self._check_outcomes(but_last=1)
         if due or last_step or self.interrupted:
             self._check_outcomes()
         if self.interrupted and not last_step:
