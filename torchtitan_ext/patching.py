@@ -64,10 +64,10 @@ def check_patched() -> None:
         raise ValueError(f"{root / 'torchtitan'} is not patched: python -m torchtitan_ext patch apply")
 
 
-def change(root: Path, patched: bool) -> bool:
-    """Patch the torchtitan/ in `root` or revert it; False if it was so already. A failing patch changes nothing."""
+def change(root: Path, patched: bool) -> None:
+    """Patch the torchtitan/ in `root` or revert it. A failing patch changes nothing. Raises ValueError."""
     if is_patched(root) == patched:
-        return False
+        return
     modes = {root / name: (root / name).stat().st_mode for name in blob_ids()}
     git = subprocess.run(
         ["git", "apply", "-p2", *([] if patched else ["--reverse"])],
@@ -82,4 +82,3 @@ def change(root: Path, patched: bool) -> bool:
         raise ValueError(f"git apply failed:\n{git.stderr.strip()}")
     for path, mode in modes.items():  # git resets modes to the umask's
         path.chmod(mode)
-    return True
