@@ -88,9 +88,9 @@ class Soak:
         write_csv(self.output / "losses.csv", ("step", "undisturbed", "killed", "times_trained"), rows)
         write_csv(self.output / "processes.csv", ("step", "rank", "resident_mib", "open_files"), self.samples)
 
-        of_ranks = np.array(self.samples).reshape(-1, RANKS, 4)[..., 2:]
-        last_third = len(of_ranks) * 2 // 3
-        memory, files = (of_ranks[last_third:].max(0) / of_ranks[:last_third].max(0)).max(0) - 1  # of the worst rank
+        usage = np.array(self.samples).reshape(-1, RANKS, 4)[..., 2:]
+        last_third = len(usage) * 2 // 3
+        memory, files = (usage[last_third:].max(0) / usage[:last_third].max(0)).max(0) - 1  # of the worst rank
         table = [
             ("steps, and a checkpoint every", f"{self.steps:,}, {INTERVAL}"),
             ("ranks", RANKS),

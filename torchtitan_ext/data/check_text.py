@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torchtitan.config import JobConfig
 
-from torchtitan_ext.data.datasets import OF_FILES, is_mixture, pieces_of_document, read_documents, sources, text_files
+from torchtitan_ext.data.datasets import FILE_BASED, is_mixture, pieces_of_document, read_documents, sources, text_files
 
 REMEDY = "restore the file, convert it to UTF-8 or replace it; if the text is in another field, set training.text_field"
 PROBLEMS_KEPT = 5  # per file: a corrupt byte can damage every later line
@@ -39,10 +39,10 @@ class Contents:
 def files_to_check(job_config: JobConfig) -> list[tuple[str, str]]:
     """The files that a job reads, each with its `text_field`. Raises ValueError if there are none."""
     parts = sources(job_config)
-    of_files = [source for source in parts if source["dataset"] in OF_FILES]
-    if not of_files:
+    file_sources = [source for source in parts if source["dataset"] in FILE_BASED]
+    if not file_sources:
         raise ValueError(f"training.dataset = {parts[0]['dataset']!r} is not checked: give files that `text` reads")
-    return [(file, source["text_field"]) for source in of_files for file in text_files(source["path"] or "")]
+    return [(file, source["text_field"]) for source in file_sources for file in text_files(source["path"] or "")]
 
 
 def check_file(file: str, text_field: str = "text") -> Contents:
@@ -100,7 +100,7 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
     if tokens:
         times = f"{wanted / tokens:,.2f} times the data; a BPE of 4 bytes per token {4 * wanted / tokens:,.2f} times"
         if is_mixture(job_config, "training"):  # each source is read another number of times
-            others = [source["dataset"] for source in sources(job_config) if source["dataset"] not in OF_FILES]
+            others = [source["dataset"] for source in sources(job_config) if source["dataset"] not in FILE_BASED]
             times = f"a mixture, by weight{'; not counted: ' if others else ''}{', '.join(others)}"
         lines.append(f"{job_config.job.config_file}: {training.steps:,} such steps read {wanted:,} tokens: {times}")
     lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")

@@ -73,8 +73,8 @@ class TextDataset(HuggingFaceTextDataset):
 
     def _count(self, sample: dict[str, Any]) -> None:
         """Count a document of a mixture's source; log the shares after 1, 2, 4, 8, … documents."""
-        of_source = self._drawn[sample["source"]]
-        of_source[:] = of_source[0] + 1, of_source[1] + len(sample["text"])
+        counts = self._drawn[sample["source"]]
+        counts[:] = counts[0] + 1, counts[1] + len(sample["text"])
         documents, characters = map(sum, zip(*self._drawn, strict=True))
         if documents.bit_count() == 1:
             shares = (

@@ -240,14 +240,14 @@ def check_data(job_config: JobConfig, section: str) -> None:
         if name not in DATASETS:
             field = "training.mixture: dataset" if mixed else f"{section}.dataset"
             raise ValueError(f"{field} = {name!r} is not a known data set: use {', '.join(sorted(DATASETS))}")
-        if name in OWN_DATASETS and not (name in OF_FILES and _is_remote(source["path"] or "")):
+        if name in OWN_DATASETS and not (name in FILE_BASED and _is_remote(source["path"] or "")):
             _load(job_config, section, source)
 
 
 def _load(job_config: JobConfig, section: str, source: dict[str, Any]) -> Dataset | IterableDataset:
     """The samples of one of a section's sources. Raises ValueError, which names the field."""
     name = source["dataset"]
-    options: dict[str, Any] = {"text_field": source["text_field"]} if name in OF_FILES else {}
+    options: dict[str, Any] = {"text_field": source["text_field"]} if name in FILE_BASED else {}
     options |= {"held_out": section == "validation"} if name == "passkey" else {}
     try:
         return DATASETS[name].loader(source["path"] or DATASETS[name].path, **options)
@@ -266,7 +266,7 @@ def load_documents(job_config: JobConfig, section: str, n_ranks: int) -> tuple:
         text_of = DATASETS[source["dataset"]].sample_processor
         if not is_mixture(job_config, section):
             return source["dataset"], samples, text_of, []
-        if source["dataset"] in OF_FILES and not job_config.training.skip_damaged_data:
+        if source["dataset"] in FILE_BASED and not job_config.training.skip_damaged_data:
             text_of(next(filter(None, samples)))  # raises for damage now, not when a rare source is first drawn
         if isinstance(samples, Dataset):
             samples = samples.to_iterable_dataset(num_shards=min(n_ranks, len(samples)))
@@ -336,8 +336,8 @@ def _text_of_piece(sample: dict[str, Any]) -> str:
 
 
 # Not by load_dataset, which drops megabytes for one corrupt line and guesses column types.
-OF_FILES = ("text", "c4_local")  # two names of one data set
-OWN_DATASETS = {name: DatasetConfig("", _file_dataset, _text) for name in OF_FILES}
+FILE_BASED = ("text", "c4_local")  # two names of one data set
+OWN_DATASETS = {name: DatasetConfig("", _file_dataset, _text) for name in FILE_BASED}
 OWN_DATASETS["passkey"] = DatasetConfig("", passkey_documents, passkey_text)
 OWN_DATASETS |= {
     name: DatasetConfig(sysconfig.get_path("stdlib"), partial(source_documents, held_out=held_out), _text_of_piece)

@@ -16,12 +16,12 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-OF_METADATA: list[Any] = [
+METADATA_CLASSES: list[Any] = [
     *(x for x in vars(metadata).values() if isinstance(x, type) and x.__module__ == metadata.__name__),
     *(filesystem._StorageInfo, torch.Size, torch.serialization._get_layout, type(Path())),
 ]
 NAMES_OF_METADATA = {
-    *((allowed.__module__.removesuffix("._local"), allowed.__qualname__) for allowed in OF_METADATA),
+    *((allowed.__module__.removesuffix("._local"), allowed.__qualname__) for allowed in METADATA_CLASSES),
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
 

@@ -170,14 +170,14 @@ def evaluate(
             trials = range(settings.trials)[start : start + settings.batch_size]
             tokens = torch.tensor([prompts(context, depth, trial, settings.seed) for trial in trials])
             try:
-                of_digits = logits(tokens)[:, prompts.answers]  # [B, 10]
+                digit_logits = logits(tokens)[:, prompts.answers]  # [B, 10]
             except torch.OutOfMemoryError as error:
                 reason = f"out of memory with --batch-size = {settings.batch_size} at context {context}"
                 raise ValueError(f"{reason}: give a smaller --batch-size, or leave it out of --contexts") from error
-            if not of_digits.isfinite().all():
+            if not digit_logits.isfinite().all():
                 reason = "its training diverged, or the checkpoint is damaged"
                 raise ValueError(f"the model's logits at context {context} are not finite: {reason}")
-            answers += "".join(map(str, of_digits.argmax(-1).tolist()))
+            answers += "".join(map(str, digit_logits.argmax(-1).tolist()))
             advance(tokens.numel())
         cells[context, depth] = Cell(context, depth, answers)
     return [cells[place] for place in product(settings.contexts, settings.depths)]

@@ -207,7 +207,7 @@ def write(folder: Path, output: Path, published: dict, others: Sequence[Path] = 
 
 
 def markdown(experiment: Experiment, published: dict) -> str:
-    """Our table and, for the published model, the published rows; both are labelled."""
+    """Our table and, for the published model, the published rows; both are labeled."""
     run, longest = experiment.runs[0], max(experiment.runs, key=lambda run: run.total_steps)
     w = window(longest.total_steps, longest.log_freq)
     status = {name: _status(*start) for name, start in experiment.starts.items()}

@@ -84,17 +84,17 @@ def part_of(kernel: Kernel, seq_len: int, vocab_size: int) -> str:
     if "nccl" in kernel.name:
         return EXCHANGE
     if "scaled_dot_product" in stack or "flash_attention_4" in stack:
-        of_all_rows = any(seq_len in query for query in kernel.shapes[:1])
-        return DENSE_ATTENTION if of_all_rows else GATHERED_ATTENTION
+        is_full_length = any(seq_len in query for query in kernel.shapes[:1])
+        return DENSE_ATTENTION if is_full_length else GATHERED_ATTENTION
     if "lighthouse::" in stack:
         return LIGHTHOUSE
-    of_loss = any(vocab_size in shape for shape in kernel.shapes)
-    of_loss = of_loss or "CrossEntropy" in stack or "cross_entropy" in kernel.name
+    is_loss = any(vocab_size in shape for shape in kernel.shapes)
+    is_loss = is_loss or "CrossEntropy" in stack or "cross_entropy" in kernel.name
     if any(op in ("aten::mm", "aten::addmm", "aten::bmm") for op in kernel.stack):
-        return OUTPUT_GEMMS if of_loss else BLOCK_GEMMS
+        return OUTPUT_GEMMS if is_loss else BLOCK_GEMMS
     if "embedding" in stack or "embedding" in kernel.name:
         return EMBEDDING
-    if of_loss:
+    if is_loss:
         return LOSS
     compiled = kernel.name.startswith("triton_") or "Compiled" in stack
     return ELEMENTWISE if compiled or "norm" in stack else OTHER

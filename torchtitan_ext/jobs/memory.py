@@ -82,9 +82,9 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
     reduced = FP32 * n_output  # the output projection's gradient, on its way to the shards (half of it where tied)
     kept, in_block = 0.0, []
     for layer in range(args.n_layers):
-        of_layer, without_checkpointing = _kept_by_layer(job_config, args, layer, f)
-        kept += row * of_layer
-        in_block.append(kept + row * (without_checkpointing - of_layer + d + 3 * f))
+        layer_keeps, without_checkpointing = _kept_by_layer(job_config, args, layer, f)
+        kept += row * layer_keeps
+        in_block.append(kept + row * (without_checkpointing - layer_keeps + d + 3 * f))
     logits = 2 * width * tokens * args.vocab_size  # with their gradient
     if job_config.loss.fuse_output:  # a chunk's, and the projection's gradient
         chunk, _ = liger_chunk(tokens, args.vocab_size, d)

@@ -15,7 +15,7 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls a
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from torchtitan_ext.console import NOT_A_PATH, is_address
-from torchtitan_ext.data.datasets import OF_FILES, check_data
+from torchtitan_ext.data.datasets import FILE_BASED, check_data
 from torchtitan_ext.data.tokenizer import load_tokenizer
 from torchtitan_ext.lighthouse.context_parallel import check_context_parallel
 from torchtitan_ext.lighthouse.ulysses import check_heads, chunk_order
@@ -77,7 +77,7 @@ def _value_problems(settings: Any, section: str = "") -> Iterator[str]:
             kind = hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
             why = f" ({error})" if isinstance(value, list) else ""
             yield f"{name} = {value!r}: must be of type {kind}{why}"
-        may_be_address = field.name == "dataset_path" and str(settings.dataset).lower() in OF_FILES
+        may_be_address = field.name == "dataset_path" and str(settings.dataset).lower() in FILE_BASED
         if isinstance(value, str) and name.endswith(("folder", "path")) and is_address(value) and not may_be_address:
             yield f"{name} = {value!r} {NOT_A_PATH}"
 

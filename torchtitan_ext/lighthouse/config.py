@@ -21,7 +21,7 @@ class LighthouseConfig:
     """Levels of the pyramid, the base included (at least 2)."""
 
     pooling_factor: int = 4
-    """Entries of one level that one entry of the next level summarises (a power of two)."""
+    """Entries of one level that one entry of the next level summarizes (a power of two)."""
 
     top_k: int = 1536
     """Winners per head and level: a multiple of `tile_winners`."""

@@ -83,8 +83,8 @@ def naive_attention(
     heads_out = []
     for b, head in product(range(batch), range(n_heads)):
         kv_head = head // group
-        of_group = q[b, :, kv_head * group : (kv_head + 1) * group].detach()
-        scores = naive_scores(of_group, k[b, :, kv_head].detach(), v[b, :, kv_head].detach(), config)
+        group_queries = q[b, :, kv_head * group : (kv_head + 1) * group].detach()
+        scores = naive_scores(group_queries, k[b, :, kv_head].detach(), v[b, :, kv_head].detach(), config)
         entries = naive_select(*scores, config)
         ends = [(index + 1) * p**level - 1 for level, index in entries]
         queries, keys = means(q[b, :, head], entries), means(k[b, :, kv_head], entries)

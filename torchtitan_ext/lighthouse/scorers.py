@@ -27,9 +27,9 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def norm_scores(of_query: Tensor, of_key: Tensor, n_kv_heads: int) -> Tensor:
+def norm_scores(query_rows: Tensor, key_rows: Tensor, n_kv_heads: int) -> Tensor:
     """Largest L2 norm of each group, fp32, of rows [B, N, H or H_kv, D]: [2, B, H_kv, N]."""
-    norms = (torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x)) for x in (of_query, of_key))
+    norms = (torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x)) for x in (query_rows, key_rows))
     return torch.stack([x.unflatten(2, (n_kv_heads, -1)).amax(-1) for x in norms]).transpose(2, 3)
 
 

@@ -1,4 +1,4 @@
-"""Score, select, gather and scatter in vectorised torch, for any device and float dtype (paper, section 3).
+"""Score, select, gather and scatter in vectorized torch, for any device and float dtype (paper, section 3).
 
 They share two arrays over the pyramid's M entries, level after level: scores [2, B, H_kv, M], query scores then key
 scores, and slots [B, H_kv, M], each entry's row in the gathered sequence or -1.
@@ -75,8 +75,8 @@ def select(scores: Tensor, config: LighthouseConfig, starts: Sequence[int] = (0,
         order.append((candidates + 1) * p**level * levels + level)
         if level == 0:
             break
-        of_tile = rows[-1].flatten(2).expand(2, -1, -1, -1)
-        q_score, k_score = scores.gather(-1, of_tile).view(2, *candidates.shape)
+        tile_rows = rows[-1].flatten(2).expand(2, -1, -1, -1)
+        q_score, k_score = scores.gather(-1, tile_rows).view(2, *candidates.shape)
         winners = _tile_winners(q_score, k_score, config.tile_winners, starts)
         winners = candidates.gather(-1, winners)
         candidates = (winners.unsqueeze(-1) * p + children).flatten(-2)

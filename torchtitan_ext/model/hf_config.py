@@ -13,8 +13,8 @@ from .args import LighthouseModelArgs, flavors
 from .model import meta_model
 
 # transformers' defaults for fields that a config.json leaves out
-OF_EVERY_FLAVOR = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-DEFAULTS: dict[str, Any] = {**OF_EVERY_FLAVOR, "tie_word_embeddings": False, "quantization_config": None}
+FIXED_FIELDS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+DEFAULTS: dict[str, Any] = {**FIXED_FIELDS, "tie_word_embeddings": False, "quantization_config": None}
 DEFAULTS |= {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 DEFAULTS |= {"num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 # names in config.json of a flavor's fields
@@ -32,7 +32,7 @@ def llama_config(args: LighthouseModelArgs) -> dict:
     rope = {"rope_type": "llama3", "factor": args.rope_scaling_args.scaling_factor}
     rope |= {name: getattr(args.rope_scaling_args, name) for name in SCALING[1:]}
     one_layer = meta_model(replace(args, n_layers=1))  # type: ignore[call-arg]  # torchtitan has no types
-    config = OF_EVERY_FLAVOR | {name: getattr(args, field) for field, name in FIELDS.items()}
+    config = FIXED_FIELDS | {name: getattr(args, field) for field, name in FIELDS.items()}
     return config | {
         "architectures": ["LlamaForCausalLM"],
         "intermediate_size": one_layer.layers["0"].feed_forward.w1.out_features,

@@ -20,8 +20,8 @@ def _continue_wandb_run(job_config: JobConfig) -> None:
     if os.environ.keys() & {"WANDB_RESUME_FROM", "WANDB_FORK_FROM"}:
         return
     os.environ.setdefault("WANDB_RESUME", "allow")
-    of_rank = f"_{torch.distributed.get_rank()}" if job_config.metrics.save_for_all_ranks else ""
-    file = Path(job_config.job.dump_folder, f"wandb_run_id{of_rank}.txt")
+    rank_suffix = f"_{torch.distributed.get_rank()}" if job_config.metrics.save_for_all_ranks else ""
+    file = Path(job_config.job.dump_folder, f"wandb_run_id{rank_suffix}.txt")
     if not (file.exists() and file.read_text().strip()):
         file.write_text(uuid4().hex + "\n")
     os.environ.setdefault("WANDB_RUN_ID", file.read_text().strip())
