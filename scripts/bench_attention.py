@@ -26,14 +26,13 @@ from torchtitan_ext import figures
 from torchtitan_ext.arguments import Positive, Positives, start
 from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.experiment import timing
+from torchtitan_ext.experiment.timing import DEVICE, DTYPE, ON_GPU
 from torchtitan_ext.lighthouse import LighthouseConfig, lighthouse_attention
 from torchtitan_ext.lighthouse import attention as layer
 from torchtitan_ext.lighthouse.kernels import KERNELS, CausalAttention, dense_attention, unusable_reason
 from torchtitan_ext.lighthouse.scorers import SCORERS
 from torchtitan_ext.progress import Display
 
-ON_GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 # Contexts of the figure, and the settings that differ there: short ones need smaller tiles, the longest a fourth
 # level. The recipe's context is timed by every scorer.
 FIGURE: list[tuple[int, dict]] = [

@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import torch
 from torchtitan.config import JobConfig
 from tyro.conf import UseAppendAction, arg
 
@@ -23,7 +22,7 @@ from torchtitan_ext.console import CommandFailed, make_folder
 from torchtitan_ext.experiment import step_profile
 from torchtitan_ext.experiment.records import LOSS, SECONDS, TOKENS_PER_SECOND, read_scalars
 from torchtitan_ext.experiment.runner import load_job
-from torchtitan_ext.experiment.timing import this_machine
+from torchtitan_ext.experiment.timing import ON_GPU, this_machine
 from torchtitan_ext.figures import markdown_table
 from torchtitan_ext.jobs.job_file import arguments_of
 from torchtitan_ext.jobs.launch import torchrun, training
@@ -32,7 +31,6 @@ from torchtitan_ext.model import flavors
 from torchtitan_ext.progress import Display
 from torchtitan_ext.train.spec import register
 
-ON_GPU = torch.cuda.is_available()
 MFU, PEAK = "mfu(%)", "memory/max_reserved(GiB)"
 PROFILED = 2  # steps
 RECIPE = (("dense", "configs/530m/dense.toml"), ("stage1", "configs/530m/stage1.toml"))

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)  # of what is timed
+
 
 def this_machine() -> dict[str, str | int | None]:
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
-    return {"device": device, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version() if on_gpu else None}
+    device = torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine()
+    return {"device": device, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version() if ON_GPU else None}
 
 
 def _record() -> Any:
     """A point in time: an event on a GPU, milliseconds on a CPU."""
-    if not torch.cuda.is_available():
+    if not ON_GPU:
         return 1e3 * time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -25,10 +27,9 @@ def _record() -> Any:
 
 
 def random_qkv(n_rows: int, heads: int, kv_heads: int, dim: int, value_dim: int = 0) -> list[Tensor]:
-    """q [1, n_rows, heads, dim], k and v [1, n_rows, kv_heads, ...] that need gradients: bf16 on a GPU, else fp32."""
+    """q [1, n_rows, heads, dim], k and v [1, n_rows, kv_heads, ...] that need gradients."""
     shapes = [(heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)]
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    return [torch.randn(1, n_rows, *shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+    return [torch.randn(1, n_rows, *shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for shape in shapes]
 
 
 def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> None:
@@ -45,7 +46,7 @@ def interleaved_times_ms(
             begin = _record()
             function()
             calls[name].append((begin, _record()))
-    if torch.cuda.is_available():
+    if ON_GPU:
         torch.cuda.synchronize()
         return {name: [begin.elapsed_time(end) for begin, end in times[warm_up:]] for name, times in calls.items()}
     return {name: [end - begin for begin, end in times[warm_up:]] for name, times in calls.items()}
@@ -57,7 +58,7 @@ def times_ms(function: Callable[[], object], repeats: int) -> list[float]:
 
 def peak_gib(function: Callable[[], object]) -> float | None:
     """Peak GiB allocated on the GPU during a second call of the function; None on a CPU."""
-    if not torch.cuda.is_available():
+    if not ON_GPU:
         return None
     function()
     torch.cuda.reset_peak_memory_stats()
@@ -78,7 +79,6 @@ def kernels_ms(function: Callable[[], object], repeats: int) -> float:
 
 def copy_gb_s() -> float:
     """GB/s, read and written, of the best of 20 large copies."""
-    device, n = ("cuda", 2**29) if torch.cuda.is_available() else ("cpu", 2**25)
-    source = torch.randn(n, device=device)
+    source = torch.randn(2**29 if ON_GPU else 2**25, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(times_ms(lambda: target.copy_(source), 20)) / 1e6
