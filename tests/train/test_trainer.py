@@ -36,8 +36,14 @@ def bare_trainer(**attributes) -> LighthouseTrainer:
     trainer.checkpointer.describe_latest.return_value = "LATEST"
     trainer.metrics_processor = object.__new__(LighthouseMetricsProcessor)
     vars(trainer.metrics_processor).update(job_config=trainer.job_config, must_log=False)
-    vars(trainer).update(attributes)
+    vars(trainer).update(logged=[], **attributes)
     return trainer
+
+
+def step(self, loss):
+    """Stands in for torchtitan's."""
+    self.update_parameters(torch.tensor(loss), torch.tensor(3.0))
+    self.logged += [self.step] * self.metrics_processor.should_log(self.step)
 
 
 @pytest.mark.slow
@@ -108,40 +114,29 @@ def nothing_is_saved_from_a_bad_step_on(rank):
         trainer = bare_trainer(step=0)
         trainer.job_config.training.steps = 8
         trainer.checkpointer.due.side_effect = lambda step: step % 3 == 0
-
-        def step(self, _, bad=bad, logged=(logged := [])):
-            loss = math.nan if rank == 1 and self.step == bad else 2.0
-            self.update_parameters(torch.tensor(loss), torch.tensor(3.0))
-            logged.extend([self.step] * self.metrics_processor.should_log(self.step))
-
         saved = []
         with patch.object(Trainer, "train_step", step), pytest.raises(RuntimeError, match=f"Step {bad} "):
             while True:
                 trainer.step += 1
-                trainer.train_step(None)
+                trainer.train_step(math.nan if rank == 1 and trainer.step == bad else 2.0)
                 saved += [trainer.step] * (trainer.step in (3, 6, 8))
         assert saved == [step for step in (3, 6, 8) if step < bad]
-        assert logged == [step for step in (1, 3, 6, 8) if step <= bad]  # or a resume would lose their time
+        assert trainer.logged == [step for step in (1, 3, 6, 8) if step <= bad]  # or a resume would lose their time
         # read after the next step, or before a checkpoint
         assert trainer.step == (bad if bad in (3, 6, 8) else bad + 1)
 
 
 def sigterm_saves_no_step_that_is_the_last_or_bad(rank):
-    trainer, logged = bare_trainer(step=8, sigterm_received=rank == 1), []
+    trainer = bare_trainer(step=8, sigterm_received=rank == 1)
     trainer.job_config.training.steps, trainer.checkpointer.due.return_value = 8, False
-
-    def step(self, values):
-        self.update_parameters(*values)
-        logged.append(self.metrics_processor.should_log(self.step))
-
     ends = nullcontext(), pytest.raises(SystemExit), pytest.raises(RuntimeError, match="Step 7 ")
     for loss, end in zip((2.0, 2.0, math.nan), ends, strict=True):
         with patch.object(Trainer, "train_step", step), end:
             for _ in range(2):
-                trainer.train_step((torch.tensor(loss), torch.tensor(3.0)))
+                trainer.train_step(loss)
         assert trainer.interrupted and trainer.checkpointer.save_interrupted.call_count == (trainer.step == 7)
         trainer.step, trainer.interrupted = 7, False
-    assert logged == [True, True, False, True, False]  # the saved too, or a resume would lose its time
+    assert trainer.logged == [8, 8, 7]  # the saved too, or a resume would lose its time
 
 
 def reduced_once(rank):
