@@ -70,6 +70,7 @@ WRONG = [
     ("table", ["{}/gone"], ["{}/gone holds no records", "torchtitan_ext splits"]),
     ("table", ["{}/empty", "--out", "x"], ["--out: no such argument", "--help"]),
     ("export", ["{}/broken", "--output", "{}/hf"], ["config.json is not the job config", "restore"]),
+    ("export", ["s3://bucket/run", "--output", "{}/hf"], ["s3:/bucket/run is not a path on this machine: mount"]),
     ("niah", ["{}/empty", "--depths", "--trials", 10], ["--depths: give one value or more"]),
     ("niah", ["{}/empty"], ["{}/empty is not a complete checkpoint", "give"]),
     ("check-data", ["{}/gone"], ["check-data: '{}/gone': no file that ends in .parquet", "nothing is there", "give"]),
