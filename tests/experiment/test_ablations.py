@@ -34,6 +34,13 @@ def test_a_cell_may_turn_switches_on_and_off(tmp_path):
     assert job.loss.fuse_output and not job.compile.enable
 
 
+def test_no_cell_hides_another_of_its_name(tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text('[[ablations]]\nrun = "a"\nsettings = {}\n' * 2)
+    with pytest.raises(ValueError, match="several cells are named a"):
+        ablations.read_grid(file)
+
+
 def test_a_cell_runs_both_stages_from_ten_sixteenths_into_a_folder_of_its_name(tmp_path):
     cells = {"a": ["--lighthouse.top_k=256"], "b": ["--lighthouse.rope=base", "--training.steps=192"]}
     runs = ablations.plan(cells, ROOT / "configs/text", tmp_path, ["--debug.seed=7"])

@@ -1,6 +1,7 @@
 """Ablation grids: each cell is a stage 1 and a stage 2 with its own settings."""
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,10 @@ from . import runner
 def read_grid(file: Path) -> dict[str, list[str]]:
     """torchtitan arguments of each cell, by name. Raises ValueError if the file is not a grid."""
     try:
-        return {cell["run"]: _arguments(cell["settings"]) for cell in tomllib.loads(file.read_text())["ablations"]}
+        cells = tomllib.loads(file.read_text())["ablations"]
+        if repeated := sorted(name for name, n in Counter(cell["run"] for cell in cells).items() if n > 1):
+            raise ValueError(f"several cells are named {', '.join(repeated)}")
+        return {cell["run"]: _arguments(cell["settings"]) for cell in cells}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "give a TOML file of [[ablations]], each with a run and its settings, like configs/published.toml"
         raise ValueError(f"--grid {file} is not a grid ({error!r}): {remedy}") from error
