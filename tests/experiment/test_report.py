@@ -264,6 +264,15 @@ def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
     assert "nothing is recorded between steps 20 to 60" in text
 
 
+def test_losses_at_other_steps_are_not_compared(tmp_path):
+    for name, *steps in (("dense", 0, 90), ("stage1", 0, 50), ("stage2-50", 50, 80)):
+        write_start(tmp_path / name, *steps)
+    text, _ = report.write(tmp_path, tmp_path, PUBLISHED)
+    assert "- stage2-50: finished, but ends at step 80, dense at 90: not compared" in text
+    [_, row] = report.table(report.read_experiment(tmp_path))
+    assert "final_loss" in row and not row.keys() & {"hours_percent", "difference", "validation_difference"}
+
+
 def test_a_validation_that_the_end_did_not_reach_is_no_final_loss(tmp_path):
     for name, freq in (("dense", 10), ("late", 5)):  # the last one logged is step 20's
         write_start(tmp_path / name, 0, 25, validation={"freq": freq})

@@ -149,7 +149,11 @@ def table(experiment: Experiment) -> list[Row]:
                     spent = [hours_at(dense, end) for end in dense.validation_step]
                     then = float(np.interp(hours, spent, dense.validation_loss))
                     row["equal_hours_difference"] = row.get("validation_loss", np.nan) - then
-            compare(row, rows[0])
+            if dense and dense.total_steps != tail.total_steps:
+                ends = f"ends at step {tail.total_steps:,}, dense at {dense.total_steps:,}"
+                row["status"] += f", but {ends}: not compared"
+            else:
+                compare(row, rows[0])
     return rows
 
 
@@ -210,7 +214,9 @@ def markdown(experiment: Experiment, published: dict) -> str:
     """Our table and, for the published model, the published rows; both are labeled."""
     run, longest = experiment.runs[0], max(experiment.runs, key=lambda run: run.total_steps)
     w = window(longest.total_steps, longest.log_freq)
+    rows = table(experiment)
     status = {name: _status(*start) for name, start in experiment.starts.items()}
+    status |= {f"stage2-{split}": row["status"] for split, row in zip(experiment.tails, rows[1:], strict=True)}
     unfinished = "".join(f"- {name}: {how}\n\n" for name, how in status.items() if how != "finished")
     dense, *splits = published["split_points"]
     theirs = [dense, *({"jump": published["jump"], "recovery": published["recovery"], **row} for row in splits)]
@@ -218,7 +224,7 @@ def markdown(experiment: Experiment, published: dict) -> str:
         compare(row, dense)
     text = f"""**Measured**: {run.setting}
 
-{markdown_rows(table(experiment))}
+{markdown_rows(rows)}
 
 Losses in nats per token, means over {w} steps; recovery counts the steps after the switch until the mean of the \
 last {w} is back at its level before. From batch to batch the loss varies by {batch_noise(run):.3f}: compare jumps \
