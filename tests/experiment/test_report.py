@@ -264,6 +264,12 @@ def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
     assert "nothing is recorded between steps 20 to 60" in text
 
 
+def test_a_stage_2_from_another_step_than_its_folder_says_is_named(tmp_path):
+    write_start(tmp_path / "stage2-50", 40, 80)
+    with pytest.raises(ValueError, match="starts from step 40, not 50: rename it to stage2-40"):
+        report.read_experiment(tmp_path)
+
+
 def test_losses_at_other_steps_are_not_compared(tmp_path):
     for name, *steps in (("dense", 0, 90), ("stage1", 0, 50), ("stage2-50", 50, 80)):
         write_start(tmp_path / name, *steps)

@@ -79,9 +79,13 @@ class Experiment:
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """The experiment in `folder`; a run without logged steps is None. Raises FileNotFoundError if all are."""
+    """The experiment in `folder`; a run without logged steps is None. Raises FileNotFoundError if all are, ValueError
+    if a stage 2 started before its split."""
     splits = [int(m[1]) for p in folder.glob("*") if (m := re.fullmatch(r"stage2-(\d+)", p.name))]
     tails = {split: read_run(folder / f"stage2-{split}") for split in sorted(splits, reverse=True)}
+    for split, tail in tails.items():
+        if tail and (start := tail.step[0] - 1) < split:
+            raise ValueError(f"{tail.folder} starts from step {start}, not {split}: rename it to stage2-{start}")
     experiment = Experiment(read_run(folder / "dense"), read_run(folder / "stage1"), tails)
     if not experiment.runs:
         expected = "TensorBoard events under dense/, stage1/ or stage2-<split>/, as torchtitan_ext splits leaves them"
