@@ -264,6 +264,12 @@ def test_what_did_not_recover_diverged_or_lost_points_says_so(tmp_path):
     assert "nothing is recorded between steps 20 to 60" in text
 
 
+def test_a_pipelines_stages_without_a_loss_do_not_count(tmp_path):
+    for name, loss in (("rank_0", plain * 0 - 2), ("rank_2", plain), ("rank_1", plain * 0 - 2)):
+        write_start(tmp_path, 0, 20, loss, name=name)
+    assert records.read_run(tmp_path).loss.tolist() == pytest.approx(plain[1:21])
+
+
 def test_a_stage_2_from_another_step_than_its_folder_says_is_named(tmp_path):
     write_start(tmp_path / "stage2-50", 40, 80)
     with pytest.raises(ValueError, match="starts from step 40, not 50: rename it to stage2-40"):

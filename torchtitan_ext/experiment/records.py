@@ -108,6 +108,8 @@ def _read_start(file: Path) -> dict[str, np.ndarray] | None:
     """The points of one process start by field of Run; None if it logged none."""
     logged = read_scalars(file)
     losses, validated = logged.get(LOSS, []), logged.get(VALIDATION_LOSS, [])
+    if losses and all(point.value < 0 for point in losses):
+        return None  # with metrics.save_for_all_ranks: a pipeline's other stages log -1
     # a kill can leave the last point incomplete
     n_logged = min(len(logged.get(tag, [])) for tag in TAGS.values())
     if n_logged == 0:
