@@ -1,7 +1,6 @@
 """Ablation grids: each cell is a stage 1 and a stage 2 with its own settings."""
 
 import tomllib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,10 @@ def read_grid(file: Path) -> dict[str, list[str]]:
     """torchtitan arguments of each cell, by name. Raises ValueError if the file is not a grid."""
     try:
         cells = tomllib.loads(file.read_text())["ablations"]
-        if repeated := sorted(name for name, n in Counter(cell["run"] for cell in cells).items() if n > 1):
-            raise ValueError(f"several cells are named {', '.join(repeated)}")
-        return {cell["run"]: _arguments(cell["settings"]) for cell in cells}
+        named = {cell["run"]: _arguments(cell["settings"]) for cell in cells}
+        if len(named) < len(cells):
+            raise ValueError(f"its {len(cells)} cells have {len(named)} names, {', '.join(named)}")
+        return named
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "give a TOML file of [[ablations]], each with a run and its settings, like configs/published.toml"
         raise ValueError(f"--grid {file} is not a grid ({error!r}): {remedy}") from error
