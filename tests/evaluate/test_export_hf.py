@@ -151,7 +151,7 @@ def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
 @pytest.mark.parametrize("spoil", [shutil.rmtree, lambda path: next(path.glob("*.distcp")).write_bytes(bytes(10**6))])
 def test_a_checkpoint_that_is_deleted_or_damaged_while_it_is_read_is_named(tmp_path, spoil):
     checkpoint = find_checkpoint(save_run(tmp_path, attentive()))
-    with pytest.raises(ValueError, match=f"{checkpoint.path} (is not a complete checkpoint|could not be read): "):
+    with pytest.raises(ValueError, match=f"{checkpoint.path} could not be read: "):
         checkpoint.load_state(torch.float32, lambda n_bytes: spoil(checkpoint.path))
 
 

@@ -62,14 +62,15 @@ class Checkpoint:
         """The model's state dict on the CPU; `advance` gets the bytes of each part. ValueError if it can't be read."""
         weights = meta_model(self.model_args).state_dict()
         state = {key: torch.empty_like(weight, dtype=dtype, device="cpu") for key, weight in weights.items()}
+        reader, metadata = dcp.FileSystemReader(self.path), resume.complete_metadata(self.path)
+        reader.read_metadata = lambda: metadata  # type: ignore[method-assign, misc]  # once, not per part
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process is intended
             for _, keys in groupby(state, lambda key: key.split(".")[:2]):  # a block at a time
                 part = {key: state[key] for key in keys}
-                resume.complete_metadata(self.path)  # a run may delete it meanwhile, which torch logs as tracebacks
                 try:
-                    dcp.load(part, checkpoint_id=self.path, no_dist=True)  # into the same tensors
-                except CheckpointException as error:
+                    dcp.load(part, storage_reader=reader, no_dist=True)  # into the same tensors
+                except CheckpointException as error:  # a run may delete it meanwhile
                     reason = f"{self.path} could not be read: {error.failures[0][0]}"
                     raise ValueError(f"{reason}; restore it, or give another step-N folder") from error
                 advance(sum(tensor.nbytes for tensor in part.values()))
