@@ -378,8 +378,8 @@ def test_pages_show_the_numbers_that_their_records_give():
     tables = [[row for row in report.table(e) if row["status"] == "finished"] for e in experiments]
     lost = ("hours_percent", "equal_hours_difference")  # the second seed's dense run took another number of GPUs
     second = [{c: v for c, v in row.items() if c not in lost} | {"run": f"{row['run']}, seed 1"} for row in tables[1]]
-    recipe = [tables[-1][0] | {"run": "dense, 4,000 steps"}, *tables[-1][1:]]
-    recipe += [row | {"run": f"{row['run']}, seed 1"} for row in tables[-2]]
+    first_seed, other_seed = ([rows[0] | {"run": "dense, 4,000 steps"}, *rows[1:]] for rows in (tables[-1], tables[-2]))
+    recipe = [*first_seed, *(row | {"run": f"{row['run']}, seed 1"} for row in other_seed)]
     shown = [report.markdown_rows([*recipe, *tables[0], *second])]
     for row in csv.DictReader((folder / "27m.csv").read_text().splitlines()):
         hours, dense, loss = (float(row[c] or "nan") for c in ("hours_percent", "dense", "validation_loss"))
