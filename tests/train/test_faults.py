@@ -3,6 +3,7 @@
 One run suffers every fault in turn; each start continues where the one before stopped.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -14,8 +15,9 @@ from itertools import product
 from types import SimpleNamespace
 
 import pytest
-from helpers.launches import SHORT, losses, train
+from helpers.launches import CONTEXT, SHORT, losses, train
 
+from torchtitan_ext.jobs.folder_lock import lock
 from torchtitan_ext.jobs.launch import torchrun, training
 from torchtitan_ext.jobs.preflight import plan_report
 from torchtitan_ext.jobs.resume import complete_steps
@@ -87,11 +89,21 @@ def test_all_starts_together_make_the_curve_of_the_undisturbed_run_bit_for_bit(r
     assert others <= ({5} if "loss" in tag else set())  # whose loss was made nan
 
 
-def test_of_two_launches_into_a_folder_one_is_refused_with_the_process_of_the_other(runs):
-    holder = (runs["whole"].dump / "run.lock").read_text()
-    assert f"on host {socket.gethostname()}, since" in holder
-    assert f"a launch that is still running writes there ({holder})" in runs["rival"].output
+def test_of_two_launches_into_a_folder_one_is_refused(runs):
+    assert "a launch that is still running writes there (" in runs["rival"].output
     assert not re.search(r"step: +1 ", runs["rival"].output)
+
+
+def test_a_refused_launch_names_the_holder_and_never_the_one_before(tmp_path):
+    path = tmp_path / "run.lock"
+    path.write_text("process 1")  # which was killed
+    with path.open("a") as file, CONTEXT.Pool(1) as rival:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # the holder's first act, before it writes
+        with pytest.raises(ValueError, match=r"writes there \(it has just started\)"):
+            rival.apply(lock, ("", path))
+        holder = f"process {os.getpid()} on host {socket.gethostname()}, since "
+        with lock("", path), pytest.raises(ValueError, match=rf"writes there \({holder}"):
+            rival.apply(lock, ("", path))
 
 
 def test_the_preflight_finds_no_fault_in_a_run_to_be_continued(runs):

@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -28,19 +29,23 @@ def lock_folders(job_config: JobConfig) -> None:
 
 def lock(field: str, path: Path) -> IO[str]:
     """Lock the file `path` until it is closed or this process ends; no child inherits the lock. Raises ValueError,
-    naming the holder and `field`, if another process holds it."""
+    naming `field` and the holder, unless that has just started, if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on host {socket.gethostname()}, since {time.ctime()}")
+        file.flush()
+        fcntl.lockf(file, fcntl.LOCK_SH)  # only now may a refused launch read the line
     except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        holder, remedy = file.read() or "it has just started", "wait until it ends, stop it, or choose another folder"
+        holder, remedy = "it has just started", "wait until it ends, stop it, or choose another folder"
+        with file, suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            file.seek(0)
+            holder = file.read()
         reason = f"{field}: a launch that is still running writes there ({holder})"
         raise ValueError(f"{reason}; {remedy}; if its host is down: rm {path}") from error
     except OSError as error:
         logger.warning(f"{path} can't be locked ({error}): launch nothing else into its folder")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on host {socket.gethostname()}, since {time.ctime()}")
-    file.flush()
     return file
