@@ -2,10 +2,13 @@
 
 import gc
 import os
+import runpy
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers.commands import SCRIPTS
 from hypothesis import settings
 
 # Before torch loads OpenMP: waiting threads must not spin where other processes need the cores.
@@ -61,6 +64,24 @@ def triton_everywhere(monkeypatch):
     from torchtitan_ext.lighthouse import attention, triton_ops
 
     monkeypatch.setattr(attention, "ops_for", lambda _: triton_ops)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls a verb or a script in this process, which ends with an exit code: what it wrote to stdout and stderr."""
+    from torchtitan_ext.__main__ import entry
+
+    def call(name, *arguments, code=0):
+        program = SCRIPTS.get(name)
+        words = [program] if program else ["torchtitan_ext", name]
+        monkeypatch.setattr(sys, "argv", list(map(str, [*words, *arguments])))
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(program), run_name="__main__") if program else entry()
+        written = capsys.readouterr()
+        assert stop.value.code == code, written
+        return written
+
+    return call
 
 
 @pytest.fixture

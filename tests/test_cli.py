@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.commands import ROOT, SCRIPTS, call, run_command
+from helpers.commands import ROOT, SCRIPTS, call
 from helpers.launches import SHORT
 from rich.console import Console
 
@@ -24,17 +24,16 @@ SHELL = [path.name for path in sorted((ROOT / "scripts").iterdir()) if path.is_f
 
 
 @pytest.mark.parametrize("name", [*VERBS, *SCRIPTS])
-def test_help_says_what_it_does_and_what_each_argument_is(monkeypatch, capsys, name):
+def test_help_says_what_it_does_and_what_each_argument_is(command, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "400")
-    assert run_command(monkeypatch, name, "--help") == 0
-    printed = capsys.readouterr()
-    assert printed.err == "" and re.search(rf"usage: python (-m torchtitan_ext |scripts/){name}", printed.out)
-    options = re.split(r"\n *(?=--)", re.sub(r"[─-╿]", "", printed.out.partition("show this help")[2]))[1:]
+    out, err = command(name, "--help")
+    assert err == "" and re.search(rf"usage: python (-m torchtitan_ext |scripts/){name}", out)
+    options = re.split(r"\n *(?=--)", re.sub(r"[─-╿]", "", out.partition("show this help")[2]))[1:]
     assert len(options) >= 1
     for option in options:
         assert re.search(r"[a-z]{2} [a-z]", option) and re.search(r"\((default|required|repeatable)", option), option
     if name == "niah":
-        assert {*map(str, (*niah.CONTEXTS, *niah.DEPTHS))} <= set(re.findall(r"\d+", printed.out))
+        assert {*map(str, (*niah.CONTEXTS, *niah.DEPTHS))} <= set(re.findall(r"\d+", out))
 
 
 @pytest.mark.parametrize("name", SHELL)
@@ -100,14 +99,13 @@ assert {name for name, *_ in WRONG} == {*VERBS, *SCRIPTS}
 @pytest.mark.parametrize(
     ("name", "arguments", "words"), WRONG, ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else str(x)
 )
-def test_what_is_wrong_is_named_with_a_remedy(monkeypatch, capsys, tmp_path, name, arguments, words):
+def test_what_is_wrong_is_named_with_a_remedy(command, monkeypatch, tmp_path, name, arguments, words):
     for folder in ("empty", "broken"):
         (tmp_path / folder).mkdir()
     (tmp_path / "file").write_text("junk")
     (tmp_path / "broken" / "config.json").write_text('{"training": ')
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert run_command(monkeypatch, name, *(str(argument).format(tmp_path) for argument in arguments)) == 2
-    said = capsys.readouterr().err
+    _, said = command(name, *(str(argument).format(tmp_path) for argument in arguments), code=2)
     program = f"python scripts/{name}.py" if name in SCRIPTS else f"python -m torchtitan_ext {name}"
     assert "Traceback" not in said and f"{program}: " in said
     for word in words:
@@ -153,16 +151,13 @@ def test_closed_output_is_answered_in_one_line():
 
 
 @pytest.mark.slow
-def test_verbs_run_a_real_experiment_and_make_its_table(monkeypatch, capsys, tmp_path):
+def test_verbs_run_a_real_experiment_and_make_its_table(command, tmp_path):
     """Two tiny runs through torchrun and the trainer."""
     overrides = [*SHORT, "--training.steps=6", "--checkpoint.interval=4", "--metrics.log_freq=2"]
     overrides += ["--splits", 4, "--only", "stage1", "stage2"]
-    splits = ["splits", "--configs", TEXT, "--output", tmp_path, *overrides]
-    for command in (splits, ["table", tmp_path]):
-        code = run_command(monkeypatch, *command)
-        printed = capsys.readouterr()
-        assert code == 0, printed
-    assert "4 + 2" in printed.out and str(tmp_path / "loss.png") in printed.out
+    command("splits", "--configs", TEXT, "--output", tmp_path, *overrides)
+    out, _ = command("table", tmp_path)
+    assert "4 + 2" in out and str(tmp_path / "loss.png") in out
     _, split = report.table(report.read_experiment(tmp_path))
     assert split["status"] == "finished" and {"device_hours", "ktok_s", "jump"} < split.keys()
     # the first step of stage 2 goes on where stage 1's checkpoint was, not where it ended

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchtitan
 import write_settings
-from helpers.commands import ROOT, run_command
+from helpers.commands import ROOT
 from helpers.streams import documents, loader, stopped, stream
 from markdown_it import MarkdownIt
 from torchtitan.hf_datasets.text_datasets import DATASETS
@@ -49,8 +49,8 @@ def test_a_field_without_a_docstring_is_named():
         [*write_settings.setting_rows("lighthouse", More)]
 
 
-def test_the_picture_of_the_method_is_drawn(tmp_path, monkeypatch):
-    assert run_command(monkeypatch, "draw_method", "--output", tmp_path) == 0
+def test_the_picture_of_the_method_is_drawn(command, tmp_path):
+    command("draw_method", "--output", tmp_path)
     assert (tmp_path / "method.png").read_bytes().startswith(b"\x89PNG")
 
 

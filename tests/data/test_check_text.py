@@ -8,7 +8,6 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 
 import pytest
-from helpers.commands import run_command
 from helpers.damage import SHARDS, SKIPPED, N, lines_are, with_bytes, with_line, write_damaged
 from helpers.streams import JOB, loader, stopped, stream, write_c4, write_text
 from hypothesis import given, settings
@@ -120,20 +119,17 @@ def test_reading_goes_on_after_a_damaged_line_and_to_the_end_of_the_damage(tmp_p
     assert f"{lines - check_text.PROBLEMS_KEPT} more problems" in report
 
 
-def test_the_command_exits_by_what_it_found(tmp_path, monkeypatch, capsys):
+def test_the_command_exits_by_what_it_found(command, tmp_path):
     path = write_c4(tmp_path / "copy", SHARDS)
-    assert run_command(monkeypatch, "check-data", path) == 0
-    said = capsys.readouterr()
-    assert "damaged files: 0" in said.out and f"{len(SHARDS) * N} documents" in said.out
-    assert f"{len(SHARDS)}/{len(SHARDS)}" in said.err
+    out, err = command("check-data", path)
+    assert "damaged files: 0" in out and f"{len(SHARDS) * N} documents" in out
+    assert f"{len(SHARDS)}/{len(SHARDS)}" in err
 
     DAMAGE["cut short"][0](Path(text_files(str(path))[2]))
-    assert run_command(monkeypatch, "check-data", path / "en", "--workers", 1, "--training.seq_len", 16) == 1
-    said = capsys.readouterr().out
-    assert "damaged files: 1" in said and "sequences of 16," in said
+    out, _ = command("check-data", path / "en", "--workers", 1, "--training.seq_len", 16, code=1)
+    assert "damaged files: 1" in out and "sequences of 16," in out
 
     entry = "[[training.mixture]]\nweight = 0.5\n"
     job = write_text(tmp_path / "job.toml", f"{entry}path = '{path}/en'\n{entry}dataset = 'python_source'\n")
-    assert run_command(monkeypatch, "check-data", job) == 1
-    said = capsys.readouterr().out
-    assert "tokens: a mixture, by weight; not counted: python_source" in said and "times the data" not in said
+    out, _ = command("check-data", job, code=1)
+    assert "tokens: a mixture, by weight; not counted: python_source" in out and "times the data" not in out

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.commands import run_command
 from helpers.damage import flip, with_bytes
 from helpers.launches import ROOT, SHORT, losses, train
 from helpers.streams import WRITE, documents, loader, stream, write_lines, write_parquet, write_sources, write_text
@@ -87,7 +86,7 @@ def test_weights_are_the_shares_of_documents_and_the_log_says_them(tmp_path, cap
 
 
 @pytest.mark.slow
-def test_a_mixture_that_is_killed_twice_trains_the_same_losses_and_is_checked_whole(tmp_path, monkeypatch, capsys):
+def test_a_mixture_that_is_killed_twice_trains_the_same_losses_and_is_checked_whole(command, tmp_path):
     for i in range(2):
         write_parquet(tmp_path / f"{i}.parquet", [f"{i} {j} " * 90 for j in range(3)])
         write_lines(tmp_path / f"{i}.jsonl.zst", [f"{i} zst {j} " * 70 for j in range(3)])
@@ -110,5 +109,4 @@ def test_a_mixture_that_is_killed_twice_trains_the_same_losses_and_is_checked_wh
         assert good == (not kill), output
     whole, killed = (losses(tmp_path / name) for name in ("whole", "killed"))
     assert len(whole) == 12 < len(killed) and set(killed) == set(whole)
-    assert run_command(monkeypatch, "check-data", job, "--training.global_batch_size", 2) == 0
-    assert "4 files, 12 documents" in capsys.readouterr().out
+    assert "4 files, 12 documents" in command("check-data", job, "--training.global_batch_size", 2).out

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.commands import run_command
 from helpers.jobs import cut_short
 from helpers.models import attentive, save_run
 from helpers.streams import LAYOUTS, TOKENIZER, write_bpe
@@ -73,18 +72,18 @@ def test_every_flavor_has_the_tensors_of_its_llama(flavor):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_keep_their_values_in_the_dtype_asked_for(tmp_path, monkeypatch, capsys, dtype):
+def test_weights_keep_their_values_in_the_dtype_asked_for(command, tmp_path, dtype):
     model, option = attentive(), ["--dtype", dtype] if dtype != "float32" else []  # the default
     path, limits = save_run(tmp_path, model, lighthouse=not option), resource.getrlimit(resource.RLIMIT_FSIZE)
     for n_bytes, file in ((100, rf"{tempfile.gettempdir()}/\w+"), (10**5, f"{tmp_path}/hf/model.safetensors")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
         try:
-            code = run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option)
+            _, err = command("export", path, "--output", tmp_path / "hf", *option, code=2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert code == 2 and re.search(f"{file} could not be saved: ", capsys.readouterr().err)
-    assert run_command(monkeypatch, "export", path, "--output", tmp_path / "hf", *option) == 0
-    assert (f"warning: {path} is from a first stage" in capsys.readouterr().err) == (not option)
+        assert re.search(f"{file} could not be saved: ", err)
+    _, err = command("export", path, "--output", tmp_path / "hf", *option)
+    assert (f"warning: {path} is from a first stage" in err) == (not option)
     expected = Llama3StateDictAdapter(model.model_args, None).to_hf(model.state_dict())
     got, dtype = load_file(tmp_path / "hf" / "model.safetensors"), getattr(torch, dtype)
     assert got.keys() == expected.keys()
@@ -126,14 +125,14 @@ def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_clas
     assert [llama.bos_token_id, llama.eos_token_id] == [name and own.token_to_id(name) for name in named]
 
 
-def test_an_environment_without_transformers_exports(tmp_path, monkeypatch, capsys):
+def test_an_environment_without_transformers_exports(command, tmp_path, monkeypatch):
     path = save_run(tmp_path, attentive())
     with monkeypatch.context() as patch:
         for name in [name for name in sys.modules if re.match(r"torchtitan_ext\.(evaluate|cli)|transformers\.", name)]:
             patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, "transformers", None)
-        assert run_command(patch, "export", path, "--output", tmp_path / "hf") == 0
-    assert re.fullmatch(r"[1-9]\d*\.\d+ [kMG]B read and written  100%, left 0:00:00\n", capsys.readouterr().err)
+        _, err = command("export", path, "--output", tmp_path / "hf")
+    assert re.fullmatch(r"[1-9]\d*\.\d+ [kMG]B read and written  100%, left 0:00:00\n", err)
     LlamaForCausalLM.from_pretrained(tmp_path / "hf")
 
 
@@ -191,14 +190,13 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_what_cannot_be_exported_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys, kind):
+def test_what_cannot_be_exported_is_refused_in_a_sentence(command, tmp_path, kind):
     spoil, place, reason, remedy = SPOILED[kind]
     spoil(save_run(tmp_path, attentive()))
     if kind == "full folder":
         (tmp_path / "hf/mine").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    assert run_command(monkeypatch, "export", tmp_path / place, "--output", tmp_path / "hf") == 2
-    message = capsys.readouterr().err
+    _, message = command("export", tmp_path / place, "--output", tmp_path / "hf", code=2)
     assert message.count("\n") == 1 and "Traceback" not in message
     assert reason.format(path=tmp_path / place) in message and remedy in message
     assert sorted(tmp_path.rglob("*")) == before  # nothing was written

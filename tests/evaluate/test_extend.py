@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import run_command
 from helpers.jobs import problems
 from helpers.launches import losses, train
 from helpers.streams import END, write_bpe, write_lines
@@ -26,7 +25,7 @@ MODEL |= {"intermediate_size": 160, "vocab_size": 1024, "tie_word_embeddings": T
 
 
 @pytest.mark.slow
-def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
+def test_a_llama_is_extended_and_comes_back(command, tmp_path, monkeypatch):
     text, given = Path(argparse.__file__).read_text(), tmp_path / "given"
     LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(given)
     write_bpe(given, {"eos_token": END}, [("Ġ", digit) for digit in "0123456789"])
@@ -46,9 +45,9 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
         assert good, output
         return tmp_path / name
 
-    def export(run):
-        assert run_command(monkeypatch, "export", run, "--output", f"{run}_hf") == 0
-        return Path(f"{run}_hf")
+    def export(trained):
+        command("export", trained, "--output", f"{trained}_hf")
+        return Path(f"{trained}_hf")
 
     # three ranks: shards of the two KV heads begin within one
     untrained = export(launch("untrained", "dense", 2, "--optimizer.lr=0", "--training.global_batch_size=3", n_ranks=3))
@@ -65,7 +64,6 @@ def test_a_llama_is_extended_and_comes_back(tmp_path, monkeypatch):
         torch.testing.assert_close(ours, llama(tokens).logits[:, -1], rtol=0, atol=1e-4)
     cells = []
     for path in (finished, f"{finished}_hf"):
-        options = ["--contexts", 256, "--depths", 50, "--output", f"{path}_niah"]
-        assert run_command(monkeypatch, "niah", path, *options) == 0
+        command("niah", path, "--contexts", 256, "--depths", 50, "--output", f"{path}_niah")
         cells.append(json.loads(Path(f"{path}_niah/niah.json").read_text())["cells"])
     assert cells[0] == cells[1]

@@ -12,7 +12,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.commands import run_command
 from helpers.models import attentive, save_run
 from helpers.streams import TOKENIZER, write_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -197,14 +196,13 @@ def test_logits_are_the_models_at_the_last_position_and_no_others_are_computed(c
         assert candidate.max_context == 600
 
 
-def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_table_records_and_heat_map(command, checkpoint, tmp_path, monkeypatch):
     folder, digits, wrong = tmp_path / "results", "0123456789" * 2, "1234567890" * 2
     right = [2, 6, 10, 14]  # of 20
     cells = [niah.Cell(*x, digits[:n] + wrong[n:]) for x, n in zip(product((37, 600), (0, 50)), right, strict=True)]
     monkeypatch.setattr(niah, "evaluate", lambda *_: cells)
     options = ["--contexts", 37, 600, "--depths", 0, 50, "--trials", 20, "--seed", 7, "--output", folder]
-    assert run_command(monkeypatch, "niah", checkpoint, *options) == 0
-    out, err = capsys.readouterr()
+    out, err = command("niah", checkpoint, *options)
     assert (folder / "table.md").read_text().strip() in out and "first stage" in err
     assert (folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
@@ -221,12 +219,10 @@ def test_the_command_writes_table_records_and_heat_map(checkpoint, tmp_path, mon
     assert rows == ["0 % | 0.10 | 0.50 | 0.30", "50 % | 0.30 | 0.70 | 0.50", "mean | 0.20 | 0.60 | 0.40"]
 
 
-def test_contexts_are_the_protocols_that_the_model_was_trained_for(tmp_path, monkeypatch, capsys):
+def test_contexts_are_the_protocols_that_the_model_was_trained_for(command, tmp_path, monkeypatch):
     path = save_run(tmp_path / "run", attentive(seq_len=5000))
     monkeypatch.setattr(niah, "CONTEXTS", (100, 200, 5001, 9000))
-    options = ["--depths", 0, "--output", tmp_path / "out"]
-    assert run_command(monkeypatch, "niah", path, *options) == 0
-    err = capsys.readouterr().err
+    _, err = command("niah", path, "--depths", 0, "--output", tmp_path / "out")
     assert "left out: contexts 5001, 9000, beyond the 5000 of training" in err
     assert json.loads((tmp_path / "out/niah.json").read_text())["contexts"] == [100, 200]
 
@@ -243,15 +239,13 @@ SPOILED = [  # given the run's checkpoint and its export
 
 
 @pytest.mark.parametrize("spoil", SPOILED)
-def test_what_cannot_be_evaluated_is_refused_in_a_sentence(checkpoint, hugging_face, monkeypatch, capsys, spoil):
+def test_what_cannot_be_evaluated_is_refused_in_a_sentence(command, checkpoint, hugging_face, spoil):
     arguments, reason = spoil(checkpoint, hugging_face)
-    assert run_command(monkeypatch, "niah", *arguments) == 2
-    message = capsys.readouterr().err
+    _, message = command("niah", *arguments, code=2)
     assert reason in message and "Traceback" not in message
 
 
-def test_without_transformers_a_hugging_face_folder_says_what_is_missing(checkpoint, hugging_face, monkeypatch, capsys):
+def test_without_transformers_a_hugging_face_folder_asks_for_it(command, checkpoint, hugging_face, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert run_command(monkeypatch, "niah", hugging_face) == 2
-    assert "transformers is not installed" in capsys.readouterr().err
+    assert "transformers is not installed" in command("niah", hugging_face, code=2).err
     assert niah.find_candidate(checkpoint).max_context == 600

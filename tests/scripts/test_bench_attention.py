@@ -5,7 +5,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers.commands import run_command
 
 from torchtitan_ext.lighthouse import LighthouseConfig
 from torchtitan_ext.lighthouse.kernels import dense_attention
@@ -15,11 +14,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SIZES = ("--top-k=32", "--tile-winners=8", "--n-heads=4", "--n-kv-heads=2", "--head-dim=8", "--repeats=1")
 
 
-def test_a_row_for_each_scorer_at_each_length(tmp_path, monkeypatch, capsys):
+def test_a_row_for_each_scorer_at_each_length(command, tmp_path):
     output = tmp_path / "bench.json"
-    assert run_command(monkeypatch, "bench_attention", *SIZES, f"--output={output}", "--seq-lens", 512, 1024) == 0
-
-    records, printed = json.loads(output.read_text()), capsys.readouterr().out
+    printed, _ = command("bench_attention", *SIZES, f"--output={output}", "--seq-lens", 512, 1024)
+    records = json.loads(output.read_text())
     rows = {(row["seq_len"], row["scorer"]): row for row in records["rows"]}
     assert list(rows) == [(seq_len, scorer) for seq_len in (512, 1024) for scorer in SCORERS]
     config = LighthouseConfig(top_k=32, tile_winners=8)
@@ -33,19 +31,18 @@ def test_a_row_for_each_scorer_at_each_length(tmp_path, monkeypatch, capsys):
     assert output.with_suffix(".png").stat().st_size > 0
 
 
-def test_a_layer_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+def test_a_layer_that_fails_leaves_the_others(command, tmp_path, monkeypatch):
     cute = SimpleNamespace(flash_attn_func=lambda q, k, v, **_: (dense_attention(q, k, v), None))
     for module, stand_in in {"flash_attn.cute": cute, "fla.ops.gla": None, "fla.ops.nsa": None}.items():
         monkeypatch.setitem(sys.modules, module, stand_in)
     monkeypatch.setattr("torchtitan_ext.lighthouse.kernels.unusable_reason", lambda *_, **__: None)
     output, kernels = tmp_path / "bench.json", ("--kernels", "cudnn", "sdpa")  # cuDNN needs a GPU
     arguments = [f"--output={output}", "--scorers=norm", *kernels, "--seq-lens", 512, 1024, "--peers"]
-    assert run_command(monkeypatch, "bench_attention", *SIZES, *arguments) == 1
-
-    records, printed = json.loads(output.read_text()), capsys.readouterr()
+    out, err = command("bench_attention", *SIZES, *arguments, code=1)
+    records = json.loads(output.read_text())
     assert [(row["seq_len"], row["kernel"]) for row in records["rows"]] == [(512, "sdpa"), (1024, "sdpa")]
     assert [peer["seq_len"] for peer in records["peers"]] == [512, 1024]  # the window
-    assert all(f"{peer['ms']:.2f}" in printed.out for peer in records["peers"])
+    assert all(f"{peer['ms']:.2f}" in out for peer in records["peers"])
     failed = [title.partition(", ")[2] for title in records["errors"]]
     assert failed == ["norm, cudnn"] * 2 + ["gated linear attention"] * 2 + ["native sparse attention"] * 2
-    assert all(error in printed.err for error in records["errors"].values())
+    assert all(error in err for error in records["errors"].values())

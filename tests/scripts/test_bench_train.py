@@ -8,7 +8,7 @@ from pathlib import Path
 
 import bench_train
 import pytest
-from helpers.commands import ROOT, call, run_command
+from helpers.commands import ROOT, call
 from helpers.streams import write_text
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.config import JobConfig
@@ -30,11 +30,10 @@ def test_every_recipe_can_be_timed_without_its_data_and_weights(recipe):
 
 
 @pytest.mark.slow
-def test_a_row_for_what_trains_and_a_report_of_what_fails(tmp_path, monkeypatch, capfd):
+def test_a_row_for_what_trains_and_a_report_of_what_fails(command, tmp_path):
     output, broken = tmp_path / "bench.json", "parallelism.data_parallel_shard_degree=3"
     runs = ["--run", "broken", CONFIG, broken, "--run", "small", CONFIG, *SMALL]
-    assert run_command(monkeypatch, "bench_train", "--steps", 4, "--window", 2, "--output", output, *runs) == 1
-    out, err = capfd.readouterr()
+    out, err = command("bench_train", "--steps", 4, "--window", 2, "--output", output, *runs, code=1)
     assert "failed: broken" in err and ": must be the number of ranks, 1; " in err  # the job's own words
     failed, row = json.loads(output.read_text())["rows"]
     assert failed["name"] == "broken" and "failed" in failed["error"]
