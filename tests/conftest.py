@@ -5,10 +5,9 @@ import os
 import runpy
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
-from helpers.commands import SCRIPTS
+from helpers.commands import ROOT, SCRIPTS
 from hypothesis import settings
 
 # Before torch loads OpenMP: waiting threads must not spin where other processes need the cores.
@@ -24,7 +23,7 @@ settings.load_profile("any-speed")
 def pytest_collection():
     """Before a test is imported, and not in a process that only starts others, as pytest-xdist's does."""
     gc.disable()  # what is imported stays
-    os.chdir(Path(__file__).parents[1])  # job files name their paths from there
+    os.chdir(ROOT)  # job files name their paths from there
     import torch
 
     if not torch.cuda.is_available():

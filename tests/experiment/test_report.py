@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.commands import ROOT
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing import event_accumulator
@@ -20,7 +21,6 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan_ext.experiment import records, report
 from torchtitan_ext.experiment.report import mean_loss, recovery, window
 
-ROOT = Path(__file__).parents[2]
 PUBLISHED = tomllib.loads((ROOT / "configs/published.toml").read_text(encoding="utf-8"))
 PUBLISHED["setting"] = "made, 16k steps"  # of the same model
 

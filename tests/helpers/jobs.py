@@ -15,7 +15,7 @@ from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.train.trainer import LighthouseTrainer
 
-ROOT = Path(__file__).parents[2]
+from .commands import ROOT
 
 
 def save(folder, step=10, degree=1, without=(), rate=None, positions=None, **changes):

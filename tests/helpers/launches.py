@@ -22,7 +22,8 @@ from torchtitan_ext.experiment.records import LOSS, read_scalars
 from torchtitan_ext.train.__main__ import main
 from torchtitan_ext.train.spec import register
 
-ROOT = Path(__file__).parents[2]
+from .commands import ROOT
+
 START = "spawn" if torch.cuda.is_available() else "forkserver"
 # what a rank would import later, or with the test's own module
 PRELOADED = ["torchtitan_ext.train.__main__", "torch._dynamo.backends.debugging", "pytest", "hypothesis", "tensorboard"]
