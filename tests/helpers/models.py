@@ -19,8 +19,6 @@ def args(**changes):
 def build(model_args, model_cls=LighthouseTransformer, device="cpu"):
     with torch.device("meta"):
         model = model_cls(model_args)
-    if device == "meta":
-        return model
     model.to_empty(device=device)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -13,12 +13,13 @@ from torchtitan_ext.jobs.job_file import read_toml
 from torchtitan_ext.lighthouse.scorers import SCORERS, Scorer
 from torchtitan_ext.model import Lighthouse, flavors
 from torchtitan_ext.model.loss import linear_cross_entropy_loss
+from torchtitan_ext.model.model import meta_model
 
 SMALL = Lighthouse(enable=True, levels=2, top_k=8, tile_winners=4)
 
 
 def test_530m_is_the_published_model_and_270m_has_a_byte_vocabulary():
-    model = build(flavors["530M"], device="meta")
+    model = meta_model(flavors["530M"])
     assert sum(p.numel() for p in model.parameters()) == 530_117_632
     assert {block.feed_forward.w1.out_features for block in model.layers.values()} == {1536}
     own = map(flavors.get, ("27M", "85M", "270M", "530M"))
@@ -44,13 +45,15 @@ def test_a_tied_weight_gets_the_gradients_of_embeddings_and_projection(fuse_outp
 
 
 def test_1b_and_3b_are_as_large_as_llama_32_and_8b_is_torchtitans():
-    sizes = [sum(p.numel() for p in build(flavors[name], device="meta").parameters()) for name in ("1B", "3B")]
+    sizes = [sum(p.numel() for p in meta_model(flavors[name]).parameters()) for name in ("1B", "3B")]
     assert sizes == [1_235_814_400, 3_212_749_824]
     rope = [(flavors[name].rope_theta, flavors[name].rope_scaling_args.scaling_factor) for name in ("1B", "3B")]
     assert rope == [(500_000, 32)] * 2
     for x in map(flavors.get, ("530M", "1B", "3B", "8B")):
         assert x.dense_layers == (0, 1, x.n_layers - 2, x.n_layers - 1)
-    models = build(flavors["8B"], device="meta"), build(llama3_args["8B"], Transformer, "meta")
+    with torch.device("meta"):
+        stock = Transformer(llama3_args["8B"])
+    models = meta_model(flavors["8B"]), stock
     ours, theirs = ({name: weight.shape for name, weight in model.state_dict().items()} for model in models)
     assert ours == theirs
 
@@ -84,7 +87,7 @@ def test_exactly_the_layers_not_listed_as_dense_use_lighthouse_and_all_learn(den
 @pytest.mark.parametrize("change", [{"attn_mask_type": "block_causal"}, {"attn_type": "flex"}])
 def test_other_masks_and_attention_types_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change.values()))):
-        build(args(**change), device="meta")
+        meta_model(args(**change))
 
 
 def test_flops_count_the_pairs_that_each_layer_and_its_scorer_attend(monkeypatch):
@@ -93,7 +96,7 @@ def test_flops_count_the_pairs_that_each_layer_and_its_scorer_attend(monkeypatch
     def keys(**section):
         """Keys a token pays for in all layers; each costs 6 * 2 * dim FLOPs."""
         model_args = args(lighthouse=dataclasses.replace(SMALL, **section))
-        model = build(model_args, device="meta")
+        model = meta_model(model_args)
         weights = 6 * sum(p.numel() for p in model.parameters() if p is not model.tok_embeddings.weight)
         return (model_args.get_nparams_and_flops(model, 64)[1] - weights) / (12 * model_args.dim)
 
