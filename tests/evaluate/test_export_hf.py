@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.jobs import cut_short
-from helpers.models import attentive, save_run
+from helpers.jobs import cut_short, save_run
+from helpers.models import attentive
 from helpers.streams import LAYOUTS, TOKENIZER, write_bpe
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -74,7 +74,8 @@ def test_every_flavor_has_the_tensors_of_its_llama(flavor):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_keep_their_values_in_the_dtype_asked_for(command, tmp_path, dtype):
     model, option = attentive(), ["--dtype", dtype] if dtype != "float32" else []  # the default
-    path, limits = save_run(tmp_path, model, lighthouse=not option), resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = save_run(tmp_path, model, stage="dense" if option else "stage1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for n_bytes, file in ((100, rf"{tempfile.gettempdir()}/\w+"), (10**5, f"{tmp_path}/hf/model.safetensors")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
         try:
@@ -159,7 +160,7 @@ def job_of(path):
 
 
 def changed_job(section, field, value, path):
-    changed = {"experimental": {}} | json.loads(job_of(path).read_text())
+    changed = json.loads(job_of(path).read_text())
     changed[section][field] = value
     job_of(path).write_text(json.dumps(changed))
 

@@ -12,7 +12,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.models import attentive, save_run
+from helpers.jobs import save_run
+from helpers.models import attentive
 from helpers.streams import TOKENIZER, write_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -167,7 +168,7 @@ def test_out_of_memory_and_logits_that_are_no_numbers_are_no_answer():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return save_run(tmp_path / "run", attentive(seq_len=600), lighthouse=True)
+    return save_run(tmp_path / "run", attentive(seq_len=600), stage="stage1")
 
 
 @pytest.fixture

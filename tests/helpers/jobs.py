@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from torchtitan_ext.jobs.job_file import parse_job
+from torchtitan_ext.jobs.recorded import write_config
 from torchtitan_ext.jobs.rules import check_job
 from torchtitan_ext.model import LighthouseTransformer, flavors
 from torchtitan_ext.train.trainer import LighthouseTrainer
@@ -18,12 +19,12 @@ from torchtitan_ext.train.trainer import LighthouseTrainer
 from .commands import ROOT
 
 
-def save(folder, step=10, degree=1, without=(), rate=None, positions=None, **changes):
-    """A checkpoint of a model like that of configs/text, with torchtitan's keys; returns its path."""
+def save(folder, step=10, degree=1, without=(), rate=None, positions=None, model=None, **changes):
+    """A checkpoint of a model, by default one like that of configs/text, with torchtitan's keys; returns its path."""
     group = {"initial_lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": True}
     rate = rate or 1e-2 * min(1, (step + 1) / 40)
     states = {
-        **LighthouseTransformer(replace(flavors["debug"], **changes)).state_dict(),
+        **(model or LighthouseTransformer(replace(flavors["debug"], **changes))).state_dict(),
         "optimizer": {
             "state.output.weight.exp_avg": torch.zeros(4, 4),
             **{f"param_groups.output.weight.{name}": value for name, value in group.items()},
@@ -34,6 +35,15 @@ def save(folder, step=10, degree=1, without=(), rate=None, positions=None, **cha
     }
     path = Path(folder) / "checkpoint" / f"step-{step}"
     dcp.save({key: value for key, value in states.items() if key not in without}, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def save_run(dump_folder, model, step=3, flavor="debug", stage="dense", rope=()):
+    """What a run leaves: its checkpoint, and its job."""
+    path, seq_len = save(dump_folder, step, model=model), model.model_args.max_seq_len
+    settings = {"job.dump_folder": dump_folder, "model.flavor": flavor, "training.seq_len": seq_len}
+    settings |= {f"rope.{name}": value for name, value in dict(rope).items()}
+    write_config(parse_job(f"configs/text/{stage}.toml", [f"--{name}={value}" for name, value in settings.items()]))
     return path
 
 

@@ -1,14 +1,10 @@
-"""Small models, and the checkpoints that their runs would save."""
+"""Small models."""
 
 import dataclasses
-import json
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from torchtitan_ext.model import LighthouseTransformer, flavors
-
-from .streams import BYTE_TOKENIZER
 
 
 def args(**changes):
@@ -36,19 +32,3 @@ def attentive(flavor="debug", seq_len=64, rope=()):
         for proj in (layer.attention.wq, layer.attention.wk):
             proj.weight *= 8  # else attention is nearly uniform
     return model
-
-
-def save_run(dump_folder, model, *, flavor="debug", step=3, lighthouse=False, rope=()):
-    """What a run leaves: its checkpoint of `step`, with more than the model in it, and its job config."""
-    path = dump_folder / "checkpoint" / f"step-{step}"
-    state = {**model.state_dict(), "optimizer": {"lr": 1.0}, "train_state": {"step": step}}
-    dcp.save(state, checkpoint_id=path, no_dist=True)
-    job = {
-        "model": {"flavor": flavor, "hf_assets_path": str(BYTE_TOKENIZER)},
-        "training": {"seq_len": model.model_args.max_seq_len},
-        "checkpoint": {"folder": "checkpoint"},
-        "lighthouse": {"enable": lighthouse},
-        "rope": dict(rope),
-    }
-    (dump_folder / "config.json").write_text(json.dumps(job))
-    return path
