@@ -9,7 +9,7 @@ from .console import run
 def entry() -> None:
     sys.path.insert(1, os.getcwd())  # as in training, for modules that a job names
 
-    def main() -> int:
+    def main() -> int | None:
         from .cli import main  # here, so that a missing package ends in one line
 
         return main(sys.argv[1:])

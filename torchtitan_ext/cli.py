@@ -262,7 +262,7 @@ VERBS = {"patch": Patch, "preflight": Preflight, "splits": Splits, "table": Tabl
 VERBS |= {"export": Export, "check-data": CheckData}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int | None:
     verbs: Any = Union[tuple(Annotated[v, subcommand(name, prefix_name=False)] for name, v in VERBS.items())]  # noqa: UP007
     chosen, overrides = parse(verbs, arguments, "python -m torchtitan_ext", return_unknown_args=True)
     if not isinstance(chosen, (Patch, Table, Preflight)):
@@ -270,7 +270,7 @@ def main(arguments: list[str]) -> int:
 
         register()
     if isinstance(chosen, (Preflight, Splits, Ablate, CheckData)):
-        return chosen.run(overrides) or 0
+        return chosen.run(overrides)
     if overrides:
         raise ValueError(f"{overrides[0]}: no such argument here; see --help")
-    return chosen.run() or 0
+    return chosen.run()
