@@ -49,14 +49,19 @@ def in_group(function: Callable[..., None], n_ranks: int, *args: object) -> None
     start_ranks(_call_in_group, n_ranks, function, *args)
 
 
-def train(n_ranks: int, arguments: list[str], *, stock: bool = False, **env: str) -> tuple[bool, str]:
-    """Train with these arguments: whether it ended well, and what all ranks wrote. stock: torchtitan's own trainer."""
+def train(
+    n_ranks: int, arguments: list[str], *, stock: bool = False, ends_well: bool | None = True, **env: str
+) -> tuple[bool, str]:
+    """Train: whether it ended well, which `ends_well` says unless None, and what all ranks wrote. stock: torchtitan's
+    own trainer."""
     with tempfile.NamedTemporaryFile("r") as log:
         try:
             start_ranks(_train_rank, n_ranks, arguments, stock, log.name, **env)
+            ended_well, output = True, log.read()
         except ProcessException as error:
-            return False, f"{log.read()}\n{error}"
-        return True, log.read()
+            ended_well, output = False, f"{log.read()}\n{error}"
+    assert ends_well in (None, ended_well), output
+    return ended_well, output
 
 
 def losses(dump: Path, tag: str = LOSS) -> list[tuple[int, float]]:

@@ -59,7 +59,7 @@ def runs(tmp_path_factory):
             code, output = run.process.returncode, log.read_text()
             ended_well = not code
         else:
-            ended_well, output = train(2, [f"--job.config_file={CONFIG}", *settings], **env)
+            ended_well, output = train(2, [f"--job.config_file={CONFIG}", *settings], ends_well=None, **env)
         run = SimpleNamespace(dump=folder / dump, ended_well=ended_well, code=code, output=output)
         run.checkpoints = run.dump / "checkpoint"
         run.first_steps = list(map(int, re.findall(r"Training starts at step (\d+)", output)))

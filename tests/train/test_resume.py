@@ -67,13 +67,12 @@ def runs(request, tmp_path_factory):
         # beside the trainer, or in it
         arguments += [f"--training.dataloader.num_workers={int(dp == 2)}"]
         arguments += [*COMMON, *job.overrides, f"--training.steps={steps}", *overrides]
-        good, output = train(dp * cp, arguments, RECORDS=str(records), **env)
-        return SimpleNamespace(dump=dump, records=records, good=good, output=output)
+        _, output = train(dp * cp, arguments, ends_well="KILL_AT_BATCH" not in env, RECORDS=str(records), **env)
+        return SimpleNamespace(dump=dump, records=records, output=output)
 
     wandb = {"WANDB_MODE": "offline"} if job is DEMO and dp * cp == 1 else {}
     recorded = ["--metrics.enable_wandb"] * bool(wandb)
     whole = launch("whole")
-    assert whole.good, whole.output
     runs, killed = {"whole": whole}, None
     if job.repeats or not moved_cp:  # on GPUs once
         killed = launch("killed", *recorded, KILL_AT_BATCH=str(job.split + 2), **wandb)
@@ -86,8 +85,6 @@ def runs(request, tmp_path_factory):
         runs["moved"] = launch("moved", start, "--checkpoint.no_initial_load_model_only", cp=moved_cp)
     if wandb:  # one process, on a CPU
         runs["longer"] = launch("longer", start, "--training.seq_len=512", stage="stage2", steps=job.split + 1)
-    for run in runs.values():
-        assert run.good, run.output
     return SimpleNamespace(job=job, dp=dp, n_ranks=dp * cp, killed=killed, wandb=wandb, **runs)
 
 
@@ -108,7 +105,7 @@ def drawn(run, rank, first, last):
 def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(runs):
     if not runs.killed:
         return
-    assert not runs.killed.good and "SIGKILL" in runs.killed.output
+    assert "SIGKILL" in runs.killed.output
     job, whole = runs.job, dict(losses(runs.whole.dump))
     assert sorted(whole) == list(range(1, job.steps + 1))
     # The kill came after a step that the checkpoint doesn't hold: that one was trained twice.

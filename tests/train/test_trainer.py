@@ -53,8 +53,7 @@ def test_stock_torchtitan_trains_a_stage_to_the_same_losses(tmp_path):
     register = [*JOB, "--experimental.custom_import=torchtitan_ext.register"]
     llama3 = [*register, "--model.name=llama3", "--model.flavor=debugmodel"]
     for dump, stock, more in (("stock", True, register), ("ours", False, []), ("llama3", True, llama3)):
-        ended_well, output = train(1, [*arguments, *more, f"--job.dump_folder={tmp_path / dump}"], stock=stock)
-        assert ended_well, output
+        train(1, [*arguments, *more, f"--job.dump_folder={tmp_path / dump}"], stock=stock)
     stock, ours = (losses(tmp_path / dump) for dump in ("stock", "ours"))
     assert stock == ours and [step for step, _ in stock] == [1, 2, 4, 5]  # the last one too
     assert not (tmp_path / "stock" / LOCK).exists() and (tmp_path / "ours" / LOCK).exists()
