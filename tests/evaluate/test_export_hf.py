@@ -39,7 +39,8 @@ def exported(request, tmp_path_factory):
         monkeypatch.setitem(flavors, "grouped", grouped)
         rope = {"theta": 5e4, "scaling_factor": 32} if request.param == "grouped" else {}
         model = attentive(request.param, seq_len=9000, rope=rope)
-        export(find_checkpoint(save_run(folder, model, flavor=request.param, rope=rope)), folder / "hf")
+        settings = [f"model.flavor={request.param}", *(f"rope.{name}={value}" for name, value in rope.items())]
+        export(find_checkpoint(save_run(folder, model, *settings)), folder / "hf")
     hf = folder / "hf"
     return SimpleNamespace(model=model, hf=hf, tokenizer=AutoTokenizer.from_pretrained(hf))
 
@@ -74,7 +75,7 @@ def test_every_flavor_has_the_tensors_of_its_llama(flavor):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_keep_their_values_in_the_dtype_asked_for(command, tmp_path, dtype):
     model, option = attentive(), ["--dtype", dtype] if dtype != "float32" else []  # the default
-    path = save_run(tmp_path, model, stage="dense" if option else "stage1")
+    path = save_run(tmp_path, model, *([] if option else ["lighthouse.enable"]))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for n_bytes, file in ((100, rf"{tempfile.gettempdir()}/\w+"), (10**5, f"{tmp_path}/hf/model.safetensors")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
@@ -109,8 +110,7 @@ def test_a_users_tokenizer_leaves_as_it_trained(tmp_path, layout, tokenizer_clas
     write_bpe(tmp_path / "tokenizer", LAYOUTS[layout] | named)
     if not tokenizer_class:
         (tmp_path / "tokenizer/chat_template.jinja").write_text("{{ messages }}")
-    path = save_run(tmp_path, attentive())
-    changed_job("model", "hf_assets_path", str(tmp_path / "tokenizer"), path)
+    path = save_run(tmp_path, attentive(), f"model.hf_assets_path={tmp_path}/tokenizer")
     export(find_checkpoint(path), tmp_path / "hf")
     exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
     own = HuggingFaceTokenizer(str(tmp_path / "tokenizer"))

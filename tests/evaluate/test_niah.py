@@ -168,7 +168,7 @@ def test_out_of_memory_and_logits_that_are_no_numbers_are_no_answer():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return save_run(tmp_path / "run", attentive(seq_len=600), stage="stage1")
+    return save_run(tmp_path / "run", attentive(seq_len=600), "lighthouse.enable")
 
 
 @pytest.fixture

@@ -38,12 +38,11 @@ def save(folder, step=10, degree=1, without=(), rate=None, positions=None, model
     return path
 
 
-def save_run(dump_folder, model, step=3, flavor="debug", stage="dense", rope=()):
-    """What a run leaves: its checkpoint, and its job."""
-    path, seq_len = save(dump_folder, step, model=model), model.model_args.max_seq_len
-    settings = {"job.dump_folder": dump_folder, "model.flavor": flavor, "training.seq_len": seq_len}
-    settings |= {f"rope.{name}": value for name, value in dict(rope).items()}
-    write_config(parse_job(f"configs/text/{stage}.toml", [f"--{name}={value}" for name, value in settings.items()]))
+def save_run(dump_folder, model, *settings, step=3):
+    """What a dense run leaves: its checkpoint, and its job with these settings."""
+    path, seq_len = save(dump_folder, step, model=model), f"training.seq_len={model.model_args.max_seq_len}"
+    job, _ = job_of("configs/text/dense.toml", f"job.dump_folder={dump_folder}", seq_len, *settings)
+    write_config(job)
     return path
 
 
