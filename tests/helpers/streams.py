@@ -64,9 +64,8 @@ def write_c4(root: Path, shards: list[list[str]]) -> Path:
 
 def write_tree(root: Path, shards: list[list[str]]) -> Path:
     for i, texts in enumerate(shards):
-        (root / f"package_{i}").mkdir(parents=True)
         for j, text in enumerate(texts):
-            (root / f"package_{i}/module_{j}.py").write_bytes(text.encode())
+            write_text(root / f"package_{i}/module_{j}.py").write_bytes(text.encode())
     return root
 
 
