@@ -15,7 +15,7 @@ import torch
 from helpers.jobs import save_run
 from helpers.models import attentive
 from helpers.streams import TOKENIZER, write_bpe
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from torchtitan_ext.data.passkey import QUESTION, needle
@@ -28,15 +28,18 @@ ALPHABET = {*string.ascii_letters, *string.digits}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["bytes", "words"])
+@pytest.fixture(scope="module", params=["bytes", "words", "space"])
 def tokenizer(request, tmp_path_factory):
-    """Of words: tokens hold several characters, a digit has the space before it, and encode() adds bos itself."""
+    """Of words: tokens hold several characters, a digit has the space before it, and encode() adds bos itself.
+    Space: these, and a space before each text, as Llama 2's adds."""
     if request.param == "bytes":
         return TOKENIZER
     folder = tmp_path_factory.mktemp("words")
     merges = *(("Ġ", digit) for digit in "0123456789"), ("a", "b"), ("i", "s"), ("4", "2")
     write_bpe(folder, {"bos_token": "<s>", "add_bos_token": True}, merges)
-    return HuggingFaceTokenizer(str(folder))
+    words = HuggingFaceTokenizer(str(folder))
+    words.tokenizer.normalizer = normalizers.Prepend(" ") if request.param == "space" else None
+    return words
 
 
 @pytest.mark.parametrize("n_filler", [0, 1, 300, 1000])

@@ -23,15 +23,16 @@ MIN_LENGTH = 2 * len(needle("0"))
 
 
 def encode(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
-    """The tokens of `text`, without the bos that some tokenizers add."""
-    return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+    """The tokens of `text` within a line, without the bos or space that some tokenizers put before a text."""
+    before, ids = (tokenizer.tokenizer.encode(t, add_special_tokens=False).ids for t in ("\n", f"\n{text}"))
+    return ids[len(before) :]
 
 
 def question_and_answers(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
     """The tokens of `QUESTION` and the token of each digit after it; the last space may belong to either. Raises
     ValueError if a digit is not one token."""
     asked = [encode(tokenizer, QUESTION + digit) for digit in DIGITS]
-    question, answers = asked[0][:-1], [tokens[-1] for tokens in asked]
+    question, answers = asked[0][:-1], [token for tokens in asked for token in tokens[-1:]]
     if any(tokens[:-1] != question for tokens in asked) or len(set(answers)) < len(DIGITS):
         raise ValueError(f"the tokenizer does not have one token per digit after {QUESTION!r}; use another")
     return question, answers
