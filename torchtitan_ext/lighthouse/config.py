@@ -27,8 +27,8 @@ class LighthouseConfig:
     """Winners per head and level: a multiple of `tile_winners`."""
 
     scorer: str = "norm"
-    """How tokens are scored: by norms of q and k (norm), or of the outputs of softmax attention within residue classes
-    of the positions (dilated) or of gated linear attention (gla)."""
+    """How tokens are scored: by norms of q and k (norm), of the outputs of softmax attention within residue classes of
+    the positions (dilated), or of the outputs of gated linear attention (gla)."""
 
     dilation: int = 4
     """Interleaved residue classes of the `dilated` scorer; must divide the sequence length."""

@@ -46,7 +46,7 @@ class Rope:
     """How many times slower the slow rotations become; 1 leaves them as they are."""
 
     original_max_position_embeddings: int | None = None
-    """Tokens per sequence before the extension. Rotations that took less than a quarter of these are never scaled."""
+    """Tokens per sequence before the extension. Rotations that take less than a quarter of them are not scaled."""
 
 
 @dataclass
@@ -65,19 +65,19 @@ class Source(TypedDict, total=False):
 @dataclass
 class Training:
     text_field: str = "text"
-    """Where files of the data sets text and c4_local hold the text: a JSON key or a column."""
+    """The JSON key or column that holds the text, in files of the data set text."""
 
     mixture: list[Source] = field(default_factory=list)
     """Data sets to mix in place of training.dataset, each a table [[training.mixture]]: dataset ("text" by default),
     path, text_field, and weight, its relative share of the documents (1 by default)."""
 
     skip_damaged_data: bool = False
-    """Skip damaged lines and files of text and c4_local; the log names and counts them. By default the first stops the
+    """Skip damaged lines and files of the data set text; the log names and counts them. By default the first stops the
     run. A file that can't be read at all always does."""
 
     skip_nonfinite_steps: int = 0
-    """How many steps in a row may have a non-finite loss or gradient. Such a step keeps parameters and optimizer state;
-    schedule and data go on. 0 stops at the first."""
+    """How many steps in a row may have a non-finite loss or gradient. Such a step changes neither parameters nor
+    optimizer state; schedule and data continue. 0 stops at the first."""
 
 
 @dataclass
