@@ -62,11 +62,13 @@ WRONG = [
     ("splits", [], ["--configs PATH", "see --help"]),
     ("splits", ["--configs", "{}/gone"], ["{}/gone/dense.toml: No such file", "give the path"]),
     ("splits", ["--configs", TEXT, "--", "--checkpoint.interval", 0], ["checkpoint.interval = 0", "must be 1 or more"]),
+    ("splits", ["--configs", TEXT, "--only"], ["--only: give one value or more"]),
     ("splits", ["--configs", TEXT, "--output", "{}/file"], ["{}/file/dense: Not a directory; choose"]),
     ("ablate", ["--cells", "none"], ["--cells none", "L3-p4-k1536-norm"]),
     ("ablate", ["--grid", "{}/file"], ["--grid {}/file is not a grid", "give a TOML file"]),
     ("table", ["{}/gone"], ["{}/gone holds no records", "torchtitan_ext splits"]),
     ("table", ["{}/empty", "--out", "x"], ["--out: no such argument", "--help"]),
+    ("export", ["{}/broken", "--output", "{}/hf"], ["config.json is not the job config", "restore"]),
     ("export", ["s3://bucket/run", "--output", "{}/hf"], ["s3:/bucket/run is not a path on this machine: mount"]),
     ("niah", ["{}/empty", "--depths", "--trials", 10], ["--depths: give one value or more"]),
     ("niah", ["{}/empty"], ["{}/empty is not a complete checkpoint", "give"]),
@@ -88,6 +90,7 @@ WRONG = [
     ("write_settings", ["--output", "{}/empty"], ["{}/empty: Is a directory; give a file"]),
     ("soak", ["--steps", 10], ["--steps 10: give 100 or more"]),
     ("soak", ["--output", "{}/empty"], ["{}/empty holds the runs", "delete it, or name"]),
+    ("soak", ["--output", "{}/file/x"], ["{}/file/x/undisturbed: Not a", "choose"]),
 ]
 assert {name for name, *_ in WRONG} == {*VERBS, *SCRIPTS}
 
@@ -97,8 +100,10 @@ assert {name for name, *_ in WRONG} == {*VERBS, *SCRIPTS}
     ("name", "arguments", "words"), WRONG, ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else str(x)
 )
 def test_what_is_wrong_is_named_with_a_remedy(command, monkeypatch, tmp_path, name, arguments, words):
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "broken"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "file").write_text("junk")
+    (tmp_path / "broken" / "config.json").write_text('{"training": ')
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     _, said = command(name, *(str(argument).format(tmp_path) for argument in arguments), code=2)
     program = f"python scripts/{name}.py" if name in SCRIPTS else f"python -m torchtitan_ext {name}"

@@ -39,7 +39,7 @@ def save(folder, step=10, degree=1, without=(), rate=None, positions=None, model
 
 
 def save_run(dump_folder, model, *settings, step=3):
-    """What a dense run leaves: its checkpoint, and its job with these settings."""
+    """What a run leaves: its checkpoint, and its job, that of a dense run with these settings."""
     path, seq_len = save(dump_folder, step, model=model), f"training.seq_len={model.model_args.max_seq_len}"
     job, _ = job_of("configs/text/dense.toml", f"job.dump_folder={dump_folder}", seq_len, *settings)
     write_config(job)

@@ -89,8 +89,11 @@ def test_all_starts_together_make_the_curve_of_the_undisturbed_run_bit_for_bit(r
     assert others <= ({5} if "loss" in tag else set())  # whose loss was made nan
 
 
-def test_of_two_launches_into_a_folder_one_is_refused(runs):
-    assert "a launch that is still running writes there (" in runs["rival"].output
+def test_of_two_launches_into_a_folder_one_is_refused_with_the_process_of_the_other(runs):
+    holder = (runs["whole"].dump / "run.lock").read_text()
+    assert f"on host {socket.gethostname()}, since" in holder
+    started = re.escape(holder), "it has just started"  # if it had not written its line yet
+    assert re.search(rf"a launch that is still running writes there \(({'|'.join(started)})\)", runs["rival"].output)
     assert not re.search(r"step: +1 ", runs["rival"].output)
 
 
