@@ -123,7 +123,7 @@ def test_the_command_exits_by_what_it_found(command, tmp_path):
     path = write_c4(tmp_path / "copy", SHARDS)
     out, err = command("check-data", path)
     assert "damaged files: 0" in out and f"{len(SHARDS) * N} documents" in out
-    assert f"{len(SHARDS)}/{len(SHARDS)}" in err
+    assert "compared with /" in out and "/configs/530m/dense.toml: 16," in out and f"{len(SHARDS)}/{len(SHARDS)}" in err
 
     DAMAGE["cut short"][0](Path(text_files(str(path))[2]))
     out, _ = command("check-data", path / "en", "--workers", 1, "--training.seq_len", 16, code=1)

@@ -85,7 +85,7 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
 
     sizes = [(c.documents, c.characters, c.utf8_bytes, c.tokens) for c in checked]
     documents, characters, utf8_bytes, tokens = map(sum, zip(*sizes, strict=True))
-    training = job_config.training
+    run, training = job_config.job.config_file, job_config.training
     seq_len, batch = training.seq_len, training.global_batch_size
     # A sequence with its labels takes seq_len + 1 tokens.
     sequences, wanted = tokens // (seq_len + 1), training.steps * batch * (seq_len + 1)
@@ -102,6 +102,6 @@ def report(files: Sequence[str], checked: list[Contents], job_config: JobConfig)
         if is_mixture(job_config, "training"):  # each source is read another number of times
             others = [source["dataset"] for source in sources(job_config) if source["dataset"] not in FILE_BASED]
             times = f"a mixture, by weight{'; not counted: ' if others else ''}{', '.join(others)}"
-        lines.append(f"{job_config.job.config_file}: {training.steps:,} such steps read {wanted:,} tokens: {times}")
+        lines.append(f"compared with {run}: {training.steps:,} such steps read {wanted:,} tokens: {times}")
     lines.append(f"damaged files: {sum(contents.n_problems > 0 for contents in checked):,}")
     return "\n".join(lines)
