@@ -98,10 +98,9 @@ class TextDataset(HuggingFaceTextDataset):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for the state of another data set, whose positions mean something else."""
         if state_dict.get("documents") != self._documents:
-            raise ValueError(
-                f"training.dataset and training.dataset_path give {self._documents}, but the checkpoint was "
-                f"saved at a position in {state_dict.get('documents')}: resume with the data that it was saved with"
-            )
+            given = "training.mixture gives a" if self._mixed else "training.dataset and training.dataset_path give"
+            saved = f"the checkpoint was saved at a position in {state_dict.get('documents')}"
+            raise ValueError(f"{given} {self._documents}, but {saved}: resume with the data that it was saved with")
         super().load_state_dict(state_dict)
         self._n_skipped = state_dict.get("n_skipped", 0)
         self._drawn = state_dict.get("drawn", [])
