@@ -178,6 +178,14 @@ def test_what_ranks_agree_on_and_what_differs():
     in_group(agree, 2)
 
 
+def test_the_thread_that_trains_runs_the_backward_pass():
+    during: list[bool] = []
+    multithreaded = torch._C._is_multithreading_enabled
+    with patch("signal.signal"), patch.object(Trainer, "train", lambda _: during.append(multithreaded())):
+        bare_trainer().train()
+    assert during == [False] and multithreaded()
+
+
 @pytest.mark.parametrize(
     ("kept", "steps", "bridges", "half_saved", "stale"),
     [

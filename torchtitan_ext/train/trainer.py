@@ -184,7 +184,9 @@ class LighthouseTrainer(Trainer):
         # Schedulers send SIGTERM before they take a machine: save, then end.
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "sigterm_received", True))
         try:
-            super().train()
+            # This thread runs the backward pass too: in turns with autograd's own, each step takes the host longer.
+            with torch.autograd.set_multithreading_enabled(False):
+                super().train()
         except SystemExit:
             self.close()
             torch.distributed.destroy_process_group()
