@@ -11,10 +11,10 @@
 set -euo pipefail
 [[ ${1:-} =~ ^(-h|--help)$ ]] && sed -n '2,/^set/s/^# //p' "$0" && exit
 fail() { echo "$1" >&2 && exit 1; }
-: "${CONFIG:?CONFIG is not set: name a job file, for example CONFIG=configs/530m/stage1.toml}"
+: "${CONFIG:?is not set: name a job file, for example CONFIG=configs/530m/stage1.toml}"
 [[ -f $CONFIG ]] || fail "CONFIG = $CONFIG: there is no such file in $PWD; give the path of a job file from there"
 [[ ${NNODES:-1} == 1 ]] ||
-    : "${RDZV_ENDPOINT:?RDZV_ENDPOINT is not set: NNODES = $NNODES nodes meet at the host:port of one of them}"
+    : "${RDZV_ENDPOINT:?is not set: NNODES = $NNODES nodes meet at the host:port of one of them}"
 command -v torchrun > /dev/null ||
     fail "torchrun is not on the PATH: activate the environment first (after make setup: source .venv/bin/activate)"
 # Growing segments of GPU memory leave no gaps too small for the activations of a long sequence.

@@ -63,7 +63,7 @@ def test_a_compiled_block_keeps_what_the_estimate_counts(triton_everywhere, poli
     hidden = torch.randn(1, 64, args.dim, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(hidden, model.freqs_cis, None, None)
-    counted = peak_memory(job, args, parallel_dims(job, 1))["kept by the blocks"]
+    counted = peak_memory(job, args, parallel_dims(job, 1))["saved activations"]
     assert counted * GIB == sum(storage.nbytes() for storage in kept.values())
 
 

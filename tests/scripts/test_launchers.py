@@ -120,9 +120,9 @@ def test_one_node_needs_no_meeting_point(launches, restarts):
 
 
 MISSING = [
-    ("train.sh", {"CONFIG": ""}, "CONFIG is not set"),
+    ("train.sh", {"CONFIG": ""}, "CONFIG: is not set"),
     ("train.sh", {"CONFIG": "configs/none.toml"}, "CONFIG = configs/none.toml: there is no"),
-    ("train.sh", {"NNODES": "2"}, "RDZV_ENDPOINT is not set: NNODES = 2"),
+    ("train.sh", {"NNODES": "2"}, "RDZV_ENDPOINT: is not set: NNODES = 2"),
     ("train.slurm", {"CONFIG": "configs/none.toml"}, "configs/none.toml: there is no"),
     ("train.slurm", {"SLURM_GPUS_ON_NODE": ""}, "no GPUs were allocated"),
 ]

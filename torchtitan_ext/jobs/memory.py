@@ -93,8 +93,8 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
     n_bytes = {
         "weights, gradients, moments": weights,
         "gathered weights": gathered,
-        "kept by the blocks": kept,
-        "at work": max(in_loss, max(in_block) + reduced) - kept + table,
+        "saved activations": kept,
+        "temporary": max(in_loss, max(in_block) + reduced) - kept + table,
     }
     return {name: n / GIB for name, n in n_bytes.items()}
 
