@@ -66,6 +66,7 @@ def test_a_good_run_is_reported_with_what_it_takes(check):
         f"at most {job.checkpoint.keep_latest_k + 1} more checkpoints of {12 * n_params / 1e9:.2f} GB",
     ):
         assert fact in report
+    assert "10,000 to 16,000, " in check(data, file=file.replace("stage1", "stage2"))[1]  # of a stage 1 to be trained
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Preflight: estimate a run's time, disk and memory, and report what would fail."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from copy import deepcopy
@@ -47,7 +48,10 @@ class Plan:
         args.update_from_config(job)
         counts = args.get_nparams_and_flops(meta_model(args), job.training.seq_len)
         dims = parallel_dims(job, n_gpus)
-        return cls(job, dims, args, *counts, resume.saved_state(job, dims, TRAIN_STATE).get("step", 0))
+        start, step = resume.checkpoint_to_load(job), resume.saved_state(job, dims, TRAIN_STATE).get("step", 0)
+        if start and not start.exists() and re.fullmatch(r"step-\d+", start.name):  # where stage 1 will end
+            step = int(start.name.removeprefix("step-"))
+        return cls(job, dims, args, *counts, step)
 
 
 def plan_report(
