@@ -1,31 +1,26 @@
 """A run's log says what to do when the disk is full; the requested metrics are recorded."""
 
 import os
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import wandb
-from torchtitan.components.metrics import LoggerContainer, MetricsProcessor, TensorBoardLogger
-from torchtitan.config import JobConfig
-from torchtitan.config.job_config import Job
+from torchtitan.components.metrics import MetricsProcessor
 
 from torchtitan_ext.jobs.rules import parallel_dims
 from torchtitan_ext.train.metrics import LighthouseMetricsProcessor
 
 
-def test_a_full_disk_is_named_by_the_log_too(tmp_path, monkeypatch):
-    processor = object.__new__(LighthouseMetricsProcessor)
-    processor.job_config = JobConfig(job=Job(dump_folder=str(tmp_path)))
-    processor.parallel_dims, processor.constants = SimpleNamespace(cp=1), {}
-    processor.logger = LoggerContainer()
-    processor.logger.add_logger(TensorBoardLogger(str(tmp_path)))
+def test_a_full_disk_is_named_by_the_log_too(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    config = job()
+    processor = LighthouseMetricsProcessor(config, parallel_dims(config, 1), None)
     monkeypatch.setattr(MetricsProcessor, "log", lambda self, step, loss, *_: self.logger.log({"loss": loss}, step))
     processor.log(1, 1.0, 1.0, 1.0)
-    [events] = tmp_path.glob("*tfevents*")
+    [events] = tmp_path.glob("run/tb/*/*tfevents*")
     events.unlink()
     events.symlink_to("/dev/full")
-    with pytest.raises(RuntimeError, match=rf"step 2 could not .*{tmp_path}: .*No space left"):
+    with pytest.raises(RuntimeError, match=rf"step 2 could not .*{tmp_path}/run: .*No space left"):
         processor.log(2, 1.0, 1.0, 1.0)
 
 
