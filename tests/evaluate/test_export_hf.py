@@ -4,19 +4,18 @@ import argparse
 import json
 import re
 import resource
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.jobs import cut_short, save_run
 from helpers.models import attentive
-from helpers.streams import LAYOUTS, TOKENIZER, write_bpe
+from helpers.streams import LAYOUTS, TOKENIZER, write_bpe, write_text
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -148,54 +147,54 @@ def test_a_dump_folder_stands_for_its_newest_complete_step(tmp_path):
     assert find_candidate(tmp_path).name == f"{tmp_path.parent.name}-{tmp_path.name}-step-10"
 
 
-@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda path: next(path.glob("*.distcp")).write_bytes(bytes(10**6))])
+@pytest.mark.parametrize("spoil", [rmtree, lambda path: next(path.glob("*.distcp")).write_bytes(bytes(10**6))])
 def test_a_checkpoint_that_is_deleted_or_damaged_while_it_is_read_is_named(tmp_path, spoil):
     checkpoint = find_checkpoint(save_run(tmp_path, attentive()))
     with pytest.raises(ValueError, match=f"{checkpoint.path} could not be read: "):
         checkpoint.load_state(torch.float32, lambda n_bytes: spoil(checkpoint.path))
 
 
-def job_of(path):
-    return path.parents[1] / "config.json"
+def changed(setting, value):
+    """Changes a setting of the job that is recorded in a run's folder."""
+
+    def change(run):
+        section, field = setting.split(".")
+        job = json.loads((run / "config.json").read_text())
+        job[section][field] = value
+        (run / "config.json").write_text(json.dumps(job))
+
+    return change
 
 
-def changed_job(section, field, value, path):
-    changed = json.loads(job_of(path).read_text())
-    changed[section][field] = value
-    job_of(path).write_text(json.dumps(changed))
-
-
-def another_tokenizer(path):
+def another_tokenizer(run):
     """torchtitan doesn't read this field, transformers does."""
-    write_bpe(path.parents[1] / "own", {"eos_token": "</s>", "additional_special_tokens": ["was"]})
-    changed_job("model", "hf_assets_path", str(path.parents[1] / "own"), path)
+    write_bpe(run / "own", {"eos_token": "</s>", "additional_special_tokens": ["was"]})
+    changed("model.hf_assets_path", str(run / "own"))(run)
 
 
-job = partial(partial, changed_job)
 STEP, INCOMPLETE = "checkpoint/step-3", "{path} is not a complete checkpoint"
-# what is done to a run's step-3, what of the run is exported, and the reason and the remedy given
+# what is done to a run's folder, what of the run is exported, and the reason and the remedy given
 SPOILED = {
-    "no checkpoint": (lambda path: shutil.rmtree(path.parent), ".", "no complete checkpoint", "checkpoint.interval"),
-    "not there": (lambda path: None, "checkpoint/step-4", INCOMPLETE, "or its run's folder"),
-    "no metadata": (lambda path: (path / ".metadata").unlink(), STEP, INCOMPLETE, "or its run's folder"),
-    "cut short": (cut_short, STEP, INCOMPLETE, "restore it"),
-    "no job": (lambda path: job_of(path).unlink(), STEP, "config.json: No such file", "give one that exists"),
-    "another config": (lambda path: job_of(path).write_text("{}"), ".", "not the job config", "restore"),
-    "unknown flavor": (job("model", "flavor", "7B"), ".", "model.flavor = '7B'", ", ".join(flavors)),
-    "wrong flavor": (job("model", "flavor", "270M"), ".", "no model of flavor '270M'", "correct model.flavor"),
-    "no tokenizer": (job("model", "hf_assets_path", "gone"), ".", "hf_assets_path = 'gone'", "correct the path"),
-    "no extension": (job("experimental", "custom_import", "gone"), ".", "custom_import = 'gone' in ", "call from the"),
+    "no checkpoint": (lambda run: rmtree(run / "checkpoint"), ".", "no complete checkpoint", "checkpoint.interval"),
+    "not there": (lambda run: None, "checkpoint/step-4", INCOMPLETE, "or its run's folder"),
+    "no metadata": (lambda run: (run / STEP / ".metadata").unlink(), STEP, INCOMPLETE, "or its run's folder"),
+    "cut short": (lambda run: cut_short(run / STEP), STEP, INCOMPLETE, "restore it"),
+    "no job": (lambda run: (run / "config.json").unlink(), STEP, "config.json: No such file", "give one that exists"),
+    "another config": (lambda run: (run / "config.json").write_text("{}"), ".", "not the job config", "restore"),
+    "unknown flavor": (changed("model.flavor", "7B"), ".", "model.flavor = '7B'", ", ".join(flavors)),
+    "wrong flavor": (changed("model.flavor", "270M"), ".", "no model of flavor '270M'", "correct model.flavor"),
+    "no tokenizer": (changed("model.hf_assets_path", "gone"), ".", "hf_assets_path = 'gone'", "correct the path"),
+    "no extension": (changed("experimental.custom_import", "gone"), ".", "custom_import = 'gone' in ", "call from the"),
     "another tokenizer": (another_tokenizer, ".", 'transformers would encode "In 2023 it was', "compare the tokens"),
-    "full folder": (lambda path: None, ".", "exists and is not empty", "name another folder"),
+    "full folder": (lambda run: write_text(run / "hf/mine"), ".", "exists and is not empty", "name another folder"),
 }
 
 
 @pytest.mark.parametrize("kind", SPOILED)
 def test_what_cannot_be_exported_is_refused_in_a_sentence(command, tmp_path, kind):
     spoil, place, reason, remedy = SPOILED[kind]
-    spoil(save_run(tmp_path, attentive()))
-    if kind == "full folder":
-        (tmp_path / "hf/mine").mkdir(parents=True)
+    save_run(tmp_path, attentive())
+    spoil(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     _, message = command("export", tmp_path / place, "--output", tmp_path / "hf", code=2)
     assert message.count("\n") == 1 and "Traceback" not in message
