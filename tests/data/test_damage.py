@@ -1,8 +1,8 @@
 """Damaged data: skipped on request, exactly, across resumes; huge documents take bounded memory."""
 
 import gzip
+import json
 import logging
-import multiprocessing
 import pickle
 import re
 import resource
@@ -13,9 +13,9 @@ from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
-from helpers.damage import SHARDS, SKIPPED, lines_are, with_line, write_damaged
+from helpers.damage import SKIPPED, N, lines_are, with_line, write_damaged
 from helpers.launches import start_ranks
-from helpers.streams import EOS, TOKENIZER, documents, loader, stopped, stream, write_c4
+from helpers.streams import EOS, TOKENIZER, documents, loader, stopped, stream, write_c4, write_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +23,7 @@ from torchtitan_ext.data import datasets
 from torchtitan_ext.data.check_text import check_file
 from torchtitan_ext.data.dataloader import build_dataloader
 from torchtitan_ext.data.datasets import text_files
-from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.train.spec import register
-
-TEXTS = SHARDS[1]
 
 
 def n_skipped(data):
@@ -73,28 +70,28 @@ def test_a_run_that_damage_stopped_goes_on_past_it(workers, tmp_path):
     assert got and got + stream(resumed) == whole
 
 
-def test_a_source_of_a_mixture_that_begins_with_damage_stops_the_launch(tmp_path):
-    job, names = parse_job("configs/text/stage1.toml"), ("text", "body")
-    for name in names:
-        (tmp_path / f"{name}.jsonl").write_text(f'\n{{"{name}": "a document"}}\n')  # after a blank line
-    files = [(tmp_path / f"{name}.jsonl", weight) for name, weight in zip(names, (1, 1e-9), strict=True)]
-    job.training.mixture = [{"path": str(file), "weight": weight, "dataset": "text"} for file, weight in files]
+def test_a_source_of_a_mixture_that_begins_with_damage_stops_the_launch(job, tmp_path):
+    config, sources = job(), []
+    for field, weight in (("text", 1), ("body", 1e-9)):
+        file = write_text(tmp_path / f"{field}.jsonl", f'\n{{"{field}": "a document"}}\n')  # after a blank line
+        sources.append({"path": str(file), "weight": weight, "dataset": "text"})
+    config.training.mixture = sources
     with pytest.raises(ValueError, match=r"body\.jsonl, line 2.*name that in training\.text_field"):
-        build_dataloader(1, 0, TOKENIZER, job)
+        build_dataloader(1, 0, TOKENIZER, config)
 
 
-def test_validation_data_is_never_skipped(tmp_path):
+def test_validation_data_is_never_skipped(job, tmp_path):
     path, _ = write_damaged(tmp_path, [None, "no JSON"])
     source = "--validation.dataset=c4_local", f"--validation.dataset_path={path}", "--training.skip_damaged_data"
-    job = parse_job("configs/text/dense.toml", source)
+    config = job(*source, stage="dense")
     with pytest.raises(ValueError, match="validation data must be repaired"):
-        list(build_dataloader(1, 0, TOKENIZER, job, infinite=False, section="validation"))
+        list(build_dataloader(1, 0, TOKENIZER, config, infinite=False, section="validation"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [b"no JSON", b""])
 def test_a_line_that_is_repaired_moves_no_other(line, tmp_path):
-    path = write_c4(tmp_path, [TEXTS, TEXTS])
+    path, _ = write_damaged(tmp_path, [None, None])
     file = Path(text_files(str(path))[0])
     with_line(line, 1)(file)
     damaged = gzip.decompress(file.read_bytes())
@@ -133,7 +130,7 @@ def test_each_damaged_file_is_named_once_with_the_number(workers, tmp_path, capf
         capfd.readouterr()
         list(islice(data, 2 * epoch))
     lines = [line for line in capfd.readouterr().err.splitlines() if ": skipped," in line]
-    in_file_2 = f"{files[2]}, after line {len(TEXTS)}"
+    in_file_2 = f"{files[2]}, after line {N}"
     assert [line.split(": ")[0] for line in lines] == [f"{files[0]}, line 3", in_file_2]
     assert [line.split("number ")[1].split()[0] for line in lines] == ["1", "9"]
 
@@ -183,18 +180,19 @@ def test_a_long_document_comes_in_pieces(lengths, longest, stop):
         assert stopped(lambda: loader("c4_local", path, 3), stop, 9)[0] == whole
 
 
-def draw(rank, path, results):
+def draw(rank, folder):
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     register()
-    data = loader("c4_local", path, 98304, infinite=False)
+    data = loader("c4_local", folder, 98304, infinite=False)
     before, start = peak(), time.perf_counter()
     for _ in islice(data, 15):
         pass
     seconds, start = time.perf_counter() - start, time.perf_counter()
     state = data.state_dict()["dp_rank_0"]
-    results.put((seconds, peak() - before, len(state), time.perf_counter() - start))
+    measured = seconds, peak() - before, len(state), time.perf_counter() - start
+    (folder / "measured").write_text(json.dumps(measured))
 
 
 @pytest.mark.slow
@@ -203,9 +201,8 @@ def test_a_document_of_200_MB_takes_little_memory_and_little_of_a_checkpoint(tmp
     (tmp_path / "en").mkdir()
     with gzip.open(tmp_path / "en/c4-train.00000-of-00001.json.gz", "wb", 1) as lines:
         lines.write(b'{"text": "' + b"ten bytes " * (huge // 10) + b'"}\n')
-    with multiprocessing.Manager() as manager:
-        start_ranks(draw, 1, str(tmp_path), results := manager.Queue())
-        seconds, memory, state, pause = results.get()
+    start_ranks(draw, 1, tmp_path)
+    seconds, memory, state, pause = json.loads((tmp_path / "measured").read_text())
     assert memory < 6 * huge  # some 200 times it where all of it is encoded at once
     assert state < 4 * datasets.LONGEST_DOCUMENT and pause < 1
     assert seconds < 60
