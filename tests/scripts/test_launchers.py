@@ -53,15 +53,14 @@ class Launches:
         self.calls, self.bin = folder / "calls", folder / "bin"
         self.calls.mkdir()
         for name, script in STAND_INS.items():
-            self.command(self.bin / name, script)
+            self.command(name, script)
         self.env = {"PATH": f"{self.bin}:/usr/bin:/bin", "CALLS": str(self.calls)}
         # as of an allocation of two nodes with four GPUs each
         self.slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "node[8-9]", "HOSTS": "node8 node9"}
         self.slurm |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "CONFIG": CONFIG}
 
-    @staticmethod
-    def command(path, script):
-        write_text(path, f"#!/usr/bin/env bash\n{script}").chmod(0o755)
+    def command(self, name, script):
+        write_text(self.bin / name, f"#!/usr/bin/env bash\n{script}").chmod(0o755)
 
     def start(self, script, *overrides, **env):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -71,7 +70,7 @@ class Launches:
     def run(self, script, *overrides, **env):
         process = self.start(script, *overrides, **env)
         output, _ = process.communicate(timeout=120)
-        return process.returncode, output
+        return process, output
 
     def torchruns(self):
         """What torchrun was asked, as it reads it itself: one of them a node."""
@@ -90,8 +89,8 @@ OVERRIDES = ["--job.description", "two words; $HOME * 'quoted'", "--training.ste
 def test_every_node_of_a_slurm_job_gets_the_same_command_and_two_jobs_meet_apart(launches):
     ports = set()
     for job in ("7654321", "7654322"):
-        code, output = launches.run("train.slurm", *OVERRIDES, **launches.slurm | {"SLURM_JOB_ID": job})
-        assert code == 0, output
+        process, output = launches.run("train.slurm", *OVERRIDES, **launches.slurm | {"SLURM_JOB_ID": job})
+        assert process.returncode == 0, output
         first, second = (run for run in launches.torchruns() if run.rdzv_id == job)
         assert vars(first) == vars(second)
         assert (first.nnodes, first.nproc_per_node, first.rdzv_backend) == ("2", "4", "c10d")
@@ -105,8 +104,7 @@ def test_every_node_of_a_slurm_job_gets_the_same_command_and_two_jobs_meet_apart
 
 @pytest.mark.parametrize("restarts", ["0", "3"])
 def test_one_node_needs_no_meeting_point(launches, restarts):
-    process = launches.start("train.sh", *OVERRIDES, CONFIG=CONFIG, NGPU="2", PET_MAX_RESTARTS=restarts)
-    output, _ = process.communicate(timeout=30)
+    process, output = launches.run("train.sh", *OVERRIDES, CONFIG=CONFIG, NGPU="2", PET_MAX_RESTARTS=restarts)
     assert process.returncode == 0, output
     # torchrun takes the script's place: what ends the one ends the other
     assert (launches.calls / f"torchrun-{process.pid}").exists()
@@ -130,8 +128,8 @@ MISSING = [
 
 @pytest.mark.parametrize(("script", "env", "message"), MISSING)
 def test_what_is_missing_is_named_before_anything_starts(launches, script, env, message):
-    code, output = launches.run(script, **launches.slurm | env)
-    assert code != 0 and message in output and not launches.torchruns()
+    process, output = launches.run(script, **launches.slurm | env)
+    assert process.returncode != 0 and message in output and not launches.torchruns()
 
 
 def test_a_cancelled_job_is_not_queued_again(launches):
@@ -152,9 +150,7 @@ def test_a_cancelled_job_is_not_queued_again(launches):
 @pytest.mark.slow
 def test_two_nodes_meet_train_and_save_at_the_time_limit_and_the_run_continues(launches, tmp_path):
     """Through the real torchrun and trainer, both nodes on the CPU of this machine."""
-    launches.command(
-        launches.bin / "torchrun", f'touch "$CALLS/torchrun-$$"; exec "{sys.executable}" -m torch.distributed.run "$@"'
-    )
+    launches.command("torchrun", f'touch "$CALLS/torchrun-$$"; exec "{sys.executable}" -m torch.distributed.run "$@"')
     # the port comes from the job: two runs of this test must not meet
     job = launches.slurm | {"HOSTS": "localhost localhost", "SLURM_JOB_ID": str(os.getpid())}
     job |= {"NGPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
