@@ -90,11 +90,9 @@ def test_a_mixture_that_is_killed_twice_trains_the_same_losses_and_is_checked_wh
     for i in range(2):
         write_parquet(tmp_path / f"{i}.parquet", [f"{i} {j} " * 90 for j in range(3)])
         write_lines(tmp_path / f"{i}.jsonl.zst", [f"{i} zst {j} " * 70 for j in range(3)])
-    entries = "".join(
-        f"[[training.mixture]]\npath = '{tmp_path}/*.{suffix}'\nweight = {weight}\n"
-        for suffix, weight in (("parquet", 0.7), ("jsonl.zst", 0.3))
-    )
-    job = write_text(tmp_path / "job.toml", f"extends = '{ROOT}/configs/text/stage1.toml'\n{entries}")
+    mixture = f"[[training.mixture]]\npath = '{tmp_path}/*.parquet'\nweight = 0.7\n"
+    mixture += f"[[training.mixture]]\npath = '{tmp_path}/*.jsonl.zst'\nweight = 0.3\n"
+    job = write_text(tmp_path / "job.toml", f"extends = '{ROOT}/configs/text/stage1.toml'\n{mixture}")
     arguments = [f"--job.config_file={job}", *SHORT, "--checkpoint.interval=3", "--training.steps=12"]
     arguments += ["--training.dataloader.num_workers=1", "--experimental.custom_import=helpers.recording_import"]
 

@@ -17,8 +17,7 @@ from torchtitan_ext.data import tokenizer
 from torchtitan_ext.data.dataloader import build_dataloader
 from torchtitan_ext.data.datasets import check_data
 
-BYTE_TOKENIZER = Path(tokenizer.__file__).parent / "byte_tokenizer"
-TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER))
+TOKENIZER = HuggingFaceTokenizer(str(Path(tokenizer.__file__).parent / "byte_tokenizer"))
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 JOB = ConfigManager().parse_args(["--job.custom_config_module=torchtitan_ext.model.settings"])
 END = "<|endoftext|>"

@@ -321,8 +321,7 @@ def test_no_launch_writes_over_a_checkpoint(job, tmp_path, setting):
     paths = [save(tmp_path / "run", step=step) for step in (12, 16, 20, 24)]
     folder, written = paths[0].parent, paths if "load" not in setting else paths[2:]
     words = setting.replace("=", " = "), *(path.name for path in written), "to go on from step-24, drop that"
-    problem = only_problem(job(f"--checkpoint.{setting}"), *words)
-    put_aside(problem)
+    put_aside(only_problem(job(f"--checkpoint.{setting}"), *words))
     assert not any(path.exists() for path in written)
     check_job(job())
     assert checkpoint_to_load(job()) == (folder / "step-16" if "load" in setting else None)
