@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from torchtitan_ext.evaluate.niah import find_candidate
-from torchtitan_ext.jobs.job_file import parse_job
 from torchtitan_ext.model import flavors
 
 CONFIGS = "configs/llama3.2-1b-128k"
@@ -25,14 +24,14 @@ MODEL |= {"intermediate_size": 160, "vocab_size": 1024, "tie_word_embeddings": T
 
 
 @pytest.mark.slow
-def test_a_llama_is_extended_and_comes_back(command, tmp_path, monkeypatch):
+def test_a_llama_is_extended_and_comes_back(command, job, tmp_path, monkeypatch):
     text, given = Path(argparse.__file__).read_text(), tmp_path / "given"
     LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(given)
     write_bpe(given, {"eos_token": END}, [("Ġ", digit) for digit in "0123456789"])
     write_lines(tmp_path / "text.jsonl.zst", [text[i : i + 2000] for i in range(0, len(text), 2000)])
 
     common = [*SMALL, f"--model.hf_assets_path={given}", f"--training.dataset_path={tmp_path}/text.jsonl.zst"]
-    [problem] = problems(parse_job(f"{CONFIGS}/stage1.toml", common))
+    [problem] = problems(job(*common, file=f"{CONFIGS}/stage1.toml"))
     flavor = problem[problem.index("flavors['mine']") :]
     (tmp_path / "my_flavor.py").write_text(f"from torchtitan_ext.model import *\n{flavor}\n")
     monkeypatch.syspath_prepend(tmp_path)
