@@ -12,6 +12,7 @@ import sys
 import pytest
 from helpers.commands import ROOT, SCRIPTS, call
 from helpers.launches import SHORT
+from helpers.streams import write_text
 from rich.console import Console
 
 from torchtitan_ext import console, progress
@@ -100,10 +101,9 @@ assert {name for name, *_ in WRONG} == {*VERBS, *SCRIPTS}
     ("name", "arguments", "words"), WRONG, ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else str(x)
 )
 def test_what_is_wrong_is_named_with_a_remedy(command, monkeypatch, tmp_path, name, arguments, words):
-    for folder in ("empty", "broken"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "file").write_text("junk")
-    (tmp_path / "broken" / "config.json").write_text('{"training": ')
+    (tmp_path / "empty").mkdir()
+    write_text(tmp_path / "file", "junk")
+    write_text(tmp_path / "broken/config.json", '{"training": ')
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     _, said = command(name, *(str(argument).format(tmp_path) for argument in arguments), code=2)
     program = f"python scripts/{name}.py" if name in SCRIPTS else f"python -m torchtitan_ext {name}"
@@ -198,11 +198,9 @@ def test_a_python_that_is_not_supported_is_named_before_anything_is_made(tmp_pat
     if version:
         minor = version.split(".")[1]
         # answers --version itself, and -c as this Python would with another version
-        python.write_text(
-            f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\n'
-            f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, {minor}); $2"\n'
-        )
-        python.chmod(0o755)
+        script = f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\n'
+        script += f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, {minor}); $2"\n'
+        write_text(python, script).chmod(0o755)
     done = call("make", "setup", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     for word in (f"PYTHON = {python}", version or "not found", "3.11 to 3.13", "PYTHON=python3.13"):

@@ -20,7 +20,6 @@ CONFIG = "configs/text/stage1.toml"
 STAND_INS = {
     # a node is a process, and a node that fails fails the step
     "srun": """
-        echo $$ > "$CALLS/srun-pid"
         while [[ $1 == --* ]]; do shift; done
         for ((node = 0; node < SLURM_NNODES; node++)); do "$@" & nodes+=($!); done
         for node in "${nodes[@]}"; do wait "$node" || failed=1; done
