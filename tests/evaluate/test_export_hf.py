@@ -155,8 +155,6 @@ def test_a_checkpoint_that_is_deleted_or_damaged_while_it_is_read_is_named(tmp_p
 
 
 def changed(setting, value):
-    """Changes a setting of the job that is recorded in a run's folder."""
-
     def change(run):
         section, field = setting.split(".")
         job = json.loads((run / "config.json").read_text())
@@ -173,7 +171,7 @@ def another_tokenizer(run):
 
 
 STEP, INCOMPLETE = "checkpoint/step-3", "{path} is not a complete checkpoint"
-# what is done to a run's folder, what of the run is exported, and the reason and the remedy given
+# what is done to a run's folder or to a setting of its job, what of it is exported, the reason and the remedy given
 SPOILED = {
     "no checkpoint": (lambda run: rmtree(run / "checkpoint"), ".", "no complete checkpoint", "checkpoint.interval"),
     "not there": (lambda run: None, "checkpoint/step-4", INCOMPLETE, "or its run's folder"),

@@ -25,10 +25,8 @@ from torchtitan_ext.jobs.resume import complete_steps
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # of the launches that the first test waits for
 CONFIG = "configs/text/stage1.toml"
 STEPS = 10  # and a checkpoint every two
-SETTINGS = (
-    *(*SHORT, "--checkpoint.interval=2", "--checkpoint.keep_latest_k=2", "--metrics.log_freq=1"),
-    *("--training.dataset=python_source", "--training.dataloader.num_workers=1", f"--training.steps={STEPS}"),
-)
+SETTINGS = [*SHORT, "--checkpoint.interval=2", "--checkpoint.keep_latest_k=2", "--metrics.log_freq=1"]
+SETTINGS += ["--training.dataset=python_source", "--training.dataloader.num_workers=1", f"--training.steps={STEPS}"]
 # of each start in this order: the rank, the step, and how many steps in a row may not be finite; as one may not, ranks
 # learn of SIGTERM one step later, where a checkpoint is due
 STARTS = {
@@ -126,11 +124,8 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(runs):
 def test_a_full_disk_is_named_with_checkpoint_rank_and_remedy(runs):
     run = runs["full-disk"]
     assert run.complete == [2]
-    message = (
-        rf"{run.checkpoints}/step-4 could not be saved: .*File too large.* \(rank 1\)\. Training stops "
-        rf"after step 4; the newest checkpoint is {run.checkpoints}/step-2\. Make space"
-    )
-    assert re.search(message, run.output)
+    failure = rf"{run.checkpoints}/step-4 could not be saved: .*File too large.* \(rank 1\)\. Training stops after "
+    assert re.search(rf"{failure}step 4; the newest checkpoint is {run.checkpoints}/step-2\. Make space", run.output)
 
 
 def test_a_step_that_is_not_finite_is_passed_over_as_often_as_allowed_then_training_stops(runs):
