@@ -118,20 +118,24 @@ def test_the_hours_are_right_where_a_later_start_logs_more_often(tmp_path):
 
 
 @pytest.fixture(params=[1, 10], scope="module")
-def made(request, tmp_path_factory):
-    log_freq, folder = request.param, tmp_path_factory.mktemp("made")
+def log_freq(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def made(log_freq, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
     runs = [("dense", 0, TOTAL, 1.0), ("stage1", 0, max(SPLITS), 0.5)]
     for name, start, end, seconds in [*runs, *((f"stage2-{split}", split, TOTAL, 1.0) for split in SPLITS)]:
         loss = plain + (np.where(each_step <= start + log_freq, 1.0, -0.5) if start else 0)
         write_start(folder / name, start, end, loss, seconds=seconds, log_freq=log_freq)
-    return folder, log_freq
+    return folder
 
 
-def test_the_table_of_a_made_experiment(made):
-    folder, log_freq = made
-    experiment, w = report.read_experiment(folder), window(TOTAL, log_freq)
+def test_the_table_of_a_made_experiment(made, log_freq):
+    experiment, w = report.read_experiment(made), window(TOTAL, log_freq)
     dense, *rows = report.table(experiment)
-    assert [row["run"] for row in rows] == [f"{s} + {TOTAL - s}" for s in sorted(SPLITS)[::-1]]
+    assert [row["run"] for row in rows] == [f"{s} + {TOTAL - s}" for s in SPLITS[::-1]]
     assert all(row["status"] == "finished" for row in [dense, *rows])
     later = replace(experiment, stage1=replace(experiment.stage1, seconds=9 * experiment.stage1.seconds))
     assert not any("equal_hours_difference" in row for row in report.table(later))  # dense ends before
@@ -139,7 +143,7 @@ def test_the_table_of_a_made_experiment(made):
     assert dense["device_hours"] == pytest.approx(2 * TOTAL / 3600)
     last = logged_steps(TOTAL - w, TOTAL, log_freq)
     assert dense["final_loss"] == pytest.approx(curve(last).mean())
-    for row, split in zip(rows, sorted(SPLITS)[::-1], strict=True):
+    for row, split in zip(rows, SPLITS[::-1], strict=True):
         assert row["device_hours"] == pytest.approx(2 * (0.5 * split + TOTAL - split) / 3600)
         assert [row["difference"], row["validation_difference"]] == pytest.approx([-0.5, -0.5])
         assert row["validation_loss"] == pytest.approx(curve(TOTAL) - 0.5 + 1)
@@ -157,8 +161,8 @@ def test_the_table_of_a_made_experiment(made):
 
 
 def test_files_written(made, tmp_path):
-    text, (markdown, table, curves, plot) = report.write(made[0], tmp_path / "out", PUBLISHED)
-    experiment = report.read_experiment(made[0])
+    text, (markdown, table, curves, plot) = report.write(made, tmp_path / "out", PUBLISHED)
+    experiment = report.read_experiment(made)
     rows = report.table(experiment)
     assert markdown.read_text() == text
     assert [row["run"] for row in csv.DictReader(table.read_text().splitlines())] == [row["run"] for row in rows]
@@ -175,7 +179,7 @@ def test_files_written(made, tmp_path):
 
 
 def test_every_jump_lies_whole_in_both_panels(made):
-    experiment = report.read_experiment(made[0])
+    experiment = report.read_experiment(made)
     figure = report.draw(experiment)
     figure.draw_without_rendering()
     assert len(figure.axes) == 2
@@ -193,11 +197,10 @@ def test_every_jump_lies_whole_in_both_panels(made):
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [k for k in product([True, False], repeat=3) if any(k)], ids=lambda k: f"{k}")
 def test_an_incomplete_experiment_has_a_table_that_says_so(made, tmp_path, kept):
-    folder, _ = made
     names = ["dense", "stage1", "stage2-50"]
     for name, keep in zip(names, kept, strict=True):
         if keep:
-            shutil.copytree(folder / name, tmp_path / name)
+            shutil.copytree(made / name, tmp_path / name)
         else:
             (tmp_path / name).mkdir()  # planned, not started
     (tmp_path / "stage2-60-old").mkdir()  # no run of it
@@ -217,26 +220,24 @@ def compared(folder, output, other) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in (first, second)]
 
 
-def test_seeds_are_compared_run_by_run(made, tmp_path):
-    folder, log_freq = made
+def test_seeds_are_compared_run_by_run(made, log_freq, tmp_path):
     write_start(tmp_path / "dense", 0, TOTAL, plain + 0.125, log_freq=log_freq, debug={"seed": 2})
-    first, other = compared(folder, tmp_path / "out", tmp_path)
+    first, other = compared(made, tmp_path / "out", tmp_path)
     loss = curve(TOTAL) + 1
     assert first[:2] + first[-2:] == ["the first", "dense", f"{loss:.4f}", "+0.0000"]
     assert other[:2] + other[-2:] == ["debug.seed = 2", "dense", f"{loss + 0.125:.4f}", "+0.1250"]
     with pytest.raises(ValueError, match="has the first's settings and seed"):
-        report.write(folder, tmp_path / "out", PUBLISHED, [folder])
+        report.write(made, tmp_path / "out", PUBLISHED, [made])
 
 
 @pytest.mark.parametrize("setting", ["lighthouse.rope = base", "parallelism.context_parallel_degree = 2"])
-def test_other_settings_stand_beside_the_default_by_what_they_change(made, tmp_path, setting):
-    folder, log_freq = made
+def test_other_settings_stand_beside_the_default_by_what_they_change(made, log_freq, tmp_path, setting):
     section, field, value = re.split(r"\W+", setting)
     for name, *steps in (("stage1", 0, 50), ("stage2-50", 50, TOTAL)):
         settings = {"log_freq": log_freq, section: {field: value}}
         write_start(tmp_path / "base" / name, *steps, plain - 0.25, **settings)
     # stage2-60 of the default has nothing to stand beside
-    default, base = compared(folder, tmp_path / "out", tmp_path / "base")
+    default, base = compared(made, tmp_path / "out", tmp_path / "base")
     assert [default[:2], base[:2]] == [["the first", "50 + 30"], [setting, "50 + 30"]]
     assert float(default[-1]) == 0
     assert float(base[-1]) == pytest.approx(float(base[-2]) - float(default[-2]), abs=2e-4) == 0.25
@@ -311,7 +312,6 @@ def test_records_that_lack_something_name_it(tmp_path):
         records.read_run(tmp_path / "b")
 
 
-@pytest.mark.parametrize("log_freq", [1, 10])
 @pytest.mark.parametrize("kills", [[(37, 30)], [(31, 30), (59, 50)], [(45, 20), (29, 0), (70, 60)]])
 def test_a_run_killed_and_resumed_reads_as_one_in_one_go(tmp_path, kills, log_freq):
     """kills: (last step done, step of the checkpoint that the next start resumes)."""
