@@ -22,7 +22,7 @@ from torchtitan_ext.jobs.rules import parallel_dims
 from torchtitan_ext.model.model import meta_model
 
 TEXT = "configs/text/stage1.toml"
-LARGE = ("configs/530m/stage1.toml", "--training.dataset=python_source")
+LARGE, SOURCE = "configs/530m/stage1.toml", "--training.dataset=python_source"
 VERSION = importlib.metadata.version
 pytestmark = pytest.mark.filterwarnings("ignore")
 JOBS = sorted(path for path in ROOT.glob("configs/*/*.toml") if path.stem in ("stage1", "stage2"))  # dense is as stage2
@@ -48,9 +48,8 @@ def check(tmp_path, capsys):
 
 
 def test_a_good_run_is_reported_with_what_it_takes(check):
-    file, data = LARGE
-    problems, report = check(data, "--nproc=8", "--gpu-memory=100", "--tok-s=1000", file=file)
-    job, args = job_of(file)
+    problems, report = check(SOURCE, "--nproc=8", "--gpu-memory=100", "--tok-s=1000", file=LARGE)
+    job, args = job_of(LARGE)
     n_params = sum(p.numel() for p in meta_model(args).parameters())
     training = job.training
     tokens = training.steps * training.global_batch_size * training.seq_len
@@ -66,7 +65,7 @@ def test_a_good_run_is_reported_with_what_it_takes(check):
         f"at most {job.checkpoint.keep_latest_k + 1} more checkpoints of {12 * n_params / 1e9:.2f} GB",
     ):
         assert fact in report
-    assert "10,000 to 16,000, " in check(data, file=file.replace("stage1", "stage2"))[1]  # of a stage 1 to be trained
+    assert "10,000 to 16,000, " in check(SOURCE, file="configs/530m/stage2.toml")[1]  # of a stage 1 to be trained
 
 
 @pytest.mark.slow
@@ -263,7 +262,7 @@ def test_checkpoints_to_come_are_those_that_training_will_hold(tmp_path, keep, t
     ],
 )
 def test_too_little_memory_is_a_problem_with_a_remedy_that_fits(check, config, gpu_memory, words, remedy):
-    file, arguments = f"configs/{config}/stage1.toml", (LARGE[1], f"--gpu-memory={gpu_memory}")
+    file, arguments = f"configs/{config}/stage1.toml", (SOURCE, f"--gpu-memory={gpu_memory}")
     only(check(*arguments, file=file)[0], "': about", f"of {gpu_memory:.1f} GiB", *words)
     if remedy:
         n_gpus = ["--nproc=2"] if "parallelism" in remedy[0] else []
@@ -271,6 +270,6 @@ def test_too_little_memory_is_a_problem_with_a_remedy_that_fits(check, config, g
 
 
 def test_memory_that_may_be_too_little_is_no_problem_but_said(check):
-    problems, report = check(LARGE[1], "--nproc=8", "--gpu-memory=70", file=LARGE[0])
+    problems, report = check(SOURCE, "--nproc=8", "--gpu-memory=70", file=LARGE)
     assert not problems and "; tight: 'selective' would take" in report
-    assert "tight" not in check(LARGE[1], "--nproc=8", "--gpu-memory=80", file=LARGE[0])[1]
+    assert "tight" not in check(SOURCE, "--nproc=8", "--gpu-memory=80", file=LARGE)[1]
