@@ -11,7 +11,6 @@ import pytest
 from helpers.commands import ROOT, call
 from helpers.streams import write_text
 from torch.utils.tensorboard import SummaryWriter
-from torchtitan.config import JobConfig
 
 from torchtitan_ext.arguments import parse
 from torchtitan_ext.experiment import records
@@ -45,14 +44,14 @@ def test_a_row_for_what_trains_and_a_report_of_what_fails(command, tmp_path):
     assert "Mixed precision training is handled by fully_shard" in log  # on one device too
 
 
-def test_warm_up_is_not_timed(tmp_path):
-    write_config(load_job(Path(ROOT, CONFIG), [f"--job.dump_folder={tmp_path}"]))
+def test_warm_up_is_not_timed(job, tmp_path):
+    write_config(config := job(dump="."))
     with SummaryWriter(tmp_path) as writer:
         for step, seconds in [(1, 100), (4, 50), (8, 2), (12, 4), (16, 3)]:
             values = {records.LOSS: 10 - step / 10, records.SECONDS: seconds, bench_train.PEAK: step}
             values |= {records.TOKENS_PER_SECOND: 1000 / seconds, bench_train.MFU: 10 / seconds}
             [writer.add_scalar(tag, value, step) for tag, value in values.items()]
-    measured = partial(bench_train.measured, tmp_path, JobConfig())
+    measured = partial(bench_train.measured, tmp_path, config)
     row = measured(4, False)
     assert row["step_s"] == 3 and row["tok_s_gpu"] == pytest.approx(1000 / 3)
     assert row["peak_gib"] == 16 and (row["loss_first"], row["loss_last"]) == pytest.approx((9.9, 8.4))
