@@ -226,6 +226,9 @@ def test_seeds_are_compared_run_by_run(made, log_freq, tmp_path):
     loss = curve(TOTAL) + 1
     assert first[:2] + first[-2:] == ["the first", "dense", f"{loss:.4f}", "+0.0000"]
     assert other[:2] + other[-2:] == ["debug.seed = 2", "dense", f"{loss + 0.125:.4f}", "+0.1250"]
+    changed = {"debug": {"seed": 2}, "validation": {"freq": 7}}
+    write_start(tmp_path / "dense", 0, TOTAL, plain + 0.25, log_freq=log_freq, **changed)
+    assert compared(made, tmp_path / "out", tmp_path)[1][-2:] == ["-", "+0.2500"]  # not validated at its end
     with pytest.raises(ValueError, match="has the first's settings and seed"):
         report.write(made, tmp_path / "out", PUBLISHED, [made])
 

@@ -254,10 +254,12 @@ def comparison(experiments: Sequence[Experiment]) -> str:
         if number and not changed:
             raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first's settings and seed")
         for key, row in rows.items():
-            ours, usually = (r.get("validation_loss", r.get("final_loss")) for r in (row, tables[0].get(key, {})))
+            first = tables[0].get(key, {})
+            both = row.keys() & first.keys()
+            loss = "validation_loss" if "validation_loss" in both else "final_loss"
             others = tables[1:] if number == 0 else [rows]
             if any(len(other.get(key, {})) > 2 for other in others):  # more than a name and "not started"
-                difference = "-" if ours is None or usually is None else f"{ours - usually:+.4f}"
+                difference = f"{row[loss] - first[loss]:+.4f}" if loss in both else "-"
                 body.append([changed or "the first", *(cell(row, name) for name in names), difference])
     head = ["settings", *(COLUMNS[name][0] for name in names), "difference"]
     return f"\n**Other seeds and settings**\n\n{figures.markdown_table(head, body, 'll' + 'r' * 7)}\n"
