@@ -47,12 +47,16 @@ def cell(row: Row, column: str) -> str:
     return value if isinstance(value, str) else format(value, COLUMNS[column][1])
 
 
+def loss_differences(row: Row, other: Row) -> Row:
+    """Of the losses that both rows have, the first row's minus the other's."""
+    names = {"validation_loss": "validation_difference", "final_loss": "difference"}
+    return {names[loss]: row[loss] - other[loss] for loss in names if loss in row and loss in other}
+
+
 def compare(row: Row, dense: Row) -> None:
     if "device_hours" in row and "device_hours" in dense:
         row["hours_percent"] = 100 * row["device_hours"] / dense["device_hours"]
-    for loss, difference in (("final_loss", "difference"), ("validation_loss", "validation_difference")):
-        if loss in row and loss in dense:
-            row[difference] = row[loss] - dense[loss]
+    row |= loss_differences(row, dense)
 
 
 def markdown_rows(rows: Sequence[Row]) -> str:
@@ -254,13 +258,12 @@ def comparison(experiments: Sequence[Experiment]) -> str:
         if number and not changed:
             raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first's settings and seed")
         for key, row in rows.items():
-            first = tables[0].get(key, {})
-            both = row.keys() & first.keys()
-            loss = "validation_loss" if "validation_loss" in both else "final_loss"
+            differences = loss_differences(row, tables[0].get(key, {}))
+            shown = "validation_difference" if "validation_difference" in differences else "difference"
             others = tables[1:] if number == 0 else [rows]
             if any(len(other.get(key, {})) > 2 for other in others):  # more than a name and "not started"
-                difference = f"{row[loss] - first[loss]:+.4f}" if loss in both else "-"
-                body.append([changed or "the first", *(cell(row, name) for name in names), difference])
+                cells = (cell(row, name) for name in names)
+                body.append([changed or "the first", *cells, cell(differences, shown)])
     head = ["settings", *(COLUMNS[name][0] for name in names), "difference"]
     return f"\n**Other seeds and settings**\n\n{figures.markdown_table(head, body, 'll' + 'r' * 7)}\n"
 
