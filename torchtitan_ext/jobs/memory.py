@@ -102,21 +102,21 @@ def peak_memory(job_config: JobConfig, args: LighthouseModelArgs, dims: Parallel
 def _kept_by_layer(job_config: JobConfig, args: LighthouseModelArgs, layer: int, f: int) -> tuple[float, float]:
     """Elements per token that a block keeps, and that it would keep without checkpointing."""
     d, kv = args.dim, args.dim // args.n_heads * (args.n_kv_heads or args.n_heads)
-    checkpointing = job_config.activation_checkpoint
-    mode, option = checkpointing.mode, checkpointing.selective_ac_option
-    seq_len, r, scattered = job_config.training.seq_len, 1.0, 0
-    if layer in args.lighthouse_layers:
-        r, scattered = args.lighthouse.gathered_len(seq_len) / seq_len, d
-    elif job_config.parallelism.context_parallel_degree > 1:
-        scattered = d  # attention's output after the exchange
-    everything = 4 * d + r * (2 * d + 2 * kv) + scattered + 3 * f
-    if mode == "selective" and option == "op":
-        # torchtitan keeps every other product in this order, except named shapes; w2's is not needed
-        products = {"attention.wq": (d, d), "attention.wk": (d, kv), "attention.wv": (d, kv), "attention.wo": (d, d)}
-        products |= {"feed_forward.w1": (d, f), "feed_forward.w3": (d, f)}
-        recomputed_fqns = checkpointing.per_op_sac_force_recompute_mm_shapes_by_fqns
-        recomputed = {shape for name, shape in products.items() if any(part in name for part in recomputed_fqns)}
-        return (1 + r) * d + sum([shape[1] for shape in products.values() if shape not in recomputed][::2]), everything
-    # every `option`-th block is recomputed
-    recomputes = mode == "full" or (mode == "selective" and (not int(option) or (layer + 1) % int(option) == 0))
-    return d if recomputes else everything, everything
+    seq_len, is_lighthouse = job_config.training.seq_len, layer in args.lighthouse_layers
+    r = args.lighthouse.gathered_len(seq_len) / seq_len if is_lighthouse else 1.0
+    scattered_or_exchanged = d if is_lighthouse or job_config.parallelism.context_parallel_degree > 1 else 0
+    everything = 4 * d + r * (2 * d + 2 * kv) + scattered_or_exchanged + 3 * f
+    mode, option = job_config.activation_checkpoint.mode, job_config.activation_checkpoint.selective_ac_option
+    if mode == "none":
+        return everything, everything
+    if mode == "full":
+        return d, everything
+    if option != "op":  # of every `option`-th block, only the input is kept; 0 means 1
+        return d if (layer + 1) % (int(option) or 1) == 0 else everything, everything
+    # the products' widths, in order (all map from d: a width stands for a shape); w2's output is not needed
+    widths = {"attention.wq": d, "attention.wk": kv, "attention.wv": kv, "attention.wo": d}
+    widths |= {"feed_forward.w1": f, "feed_forward.w3": f}
+    recomputed_fqns = job_config.activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns
+    recomputed = {width for fqn, width in widths.items() if any(part in fqn for part in recomputed_fqns)}
+    kept = [width for width in widths.values() if width not in recomputed][::2]  # torchtitan keeps every other one
+    return (1 + r) * d + sum(kept), everything  # with the block's input and attention's output
