@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -168,35 +168,35 @@ def _start_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterato
         yield from _state_problems(job_config, dims, field, start)
 
 
-def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterator[str]:
+def _resume_problems(job_config: JobConfig, dims: ParallelDims | None) -> Iterable[str]:
     """Problems of a run with a folder of checkpoints: torchtitan loads from it and ignores initial_load_path."""
-    initial, folder = job_config.checkpoint.initial_load_path, checkpoint_folder(job_config)
-    total, load_step = job_config.training.steps, job_config.checkpoint.load_step
-    ignored, steps = f"checkpoint.initial_load_path = {initial!r} would be ignored, because", complete_steps(folder)
-    if not steps and (initial or job_config.checkpoint.initial_load_in_hf):
-        ignored = ignored if initial else "checkpoint.initial_load_in_hf = true would be ignored, because"
-        yield f"{ignored} the run's own folder {folder} exists, without a complete checkpoint: delete {folder}"
-        return
+    checkpoint, folder = job_config.checkpoint, checkpoint_folder(job_config)
+    initial, steps = checkpoint.initial_load_path, complete_steps(folder)
+    if not steps and (initial or checkpoint.initial_load_in_hf):
+        setting = f"initial_load_path = {initial!r}" if initial else "initial_load_in_hf = true"
+        reason = f"the run's own folder {folder} exists, without a complete checkpoint"
+        return [f"checkpoint.{setting} would be ignored, because {reason}: delete {folder}"]
     record = Path(job_config.job.dump_folder, CONFIG_FILE)
     try:
         recorded = read_config(record, "checkpoint.initial_load_path")["checkpoint"] if record.exists() else {}
     except ValueError as error:  # it is damaged
-        yield str(error)
-        return
-    path, start = checkpoint_to_load(job_config), recorded.get("initial_load_path")
-    step = int(path.name.removeprefix("step-")) if path else -1
+        return [str(error)]
+    start = recorded.get("initial_load_path")
     if steps and not _same_checkpoint(start, initial):
+        reason = f"{folder} holds a run that started from {start or 'scratch'}"
         gone = "" if not start or os.path.exists(start) else " (deleted since, but not read again)"
-        remedy = f"to continue that one, {f'set it to {start}{gone}' if start else 'drop the path'}"
-        remedy += f"; to start over, choose another job.dump_folder or delete {folder}"
-        yield f"{ignored} {folder} holds a run that started from {start or 'scratch'}: {remedy}"
-    elif step in (-1, *steps) and (rewritten := _rewrite_problem(job_config, step)):
-        yield rewritten
-    elif step in steps and step > total:
-        yield f"training.steps = {total}: {folder} is past it, at step {step}; raise it, or change job.dump_folder"
-    elif path:
-        field = "job.dump_folder" if load_step == -1 else f"checkpoint.load_step = {load_step}"
-        yield from _state_problems(job_config, dims, field, path)
+        change = f"set it to {start}{gone}" if start else "drop the path"
+        remedy = f"to continue that one, {change}; to start over, choose another job.dump_folder or delete {folder}"
+        return [f"checkpoint.initial_load_path = {initial!r} would be ignored, because {reason}: {remedy}"]
+    # The start agrees; now the checkpoint itself. _state_problems reports one that isn't complete.
+    path = checkpoint_to_load(job_config)
+    step = int(path.name.removeprefix("step-")) if path else -1
+    if step in (-1, *steps) and (rewritten := _rewrite_problem(job_config, step)):
+        return [rewritten]
+    if step in steps and step > (total := job_config.training.steps):
+        return [f"training.steps = {total}: {folder} is past it, at step {step}; raise it, or change job.dump_folder"]
+    field = "job.dump_folder" if checkpoint.load_step == -1 else f"checkpoint.load_step = {checkpoint.load_step}"
+    return _state_problems(job_config, dims, field, path) if path else []
 
 
 def _same_checkpoint(recorded: str | None, now: str | None) -> bool:
