@@ -248,23 +248,23 @@ with that.
 def comparison(experiments: Sequence[Experiment]) -> str:
     """The runs that experiments share, each with its loss's difference from the first experiment's. Raises ValueError
     for an experiment of the same seed and settings as the first."""
-    names = ("run", "ktok_s", "device_hours", "jump", "recovery", "final_loss", "validation_loss")
-    sections, configs = (*LEARNED_WITH, "parallelism"), [experiment.runs[-1].config for experiment in experiments]
-    settings = [{(s, name): x for s in sections for name, x in config.get(s, {}).items()} for config in configs]
-    tables = [dict(zip(("dense", *e.tails), table(e), strict=True)) for e in experiments]
-    body = []
-    for number, (rows, own) in enumerate(zip(tables, settings, strict=True)):
-        changed = ", ".join(f"{'.'.join(name)} = {x}" for name, x in own.items() if x != settings[0].get(name))
-        if number and not changed:
-            raise ValueError(f"--others: {experiments[number].runs[-1].folder} has the first's settings and seed")
-        for key, row in rows.items():
-            differences = loss_differences(row, tables[0].get(key, {}))
-            shown = "validation_difference" if "validation_difference" in differences else "difference"
-            others = tables[1:] if number == 0 else [rows]
-            if any(len(other.get(key, {})) > 2 for other in others):  # more than a name and "not started"
-                cells = (cell(row, name) for name in names)
-                body.append([changed or "the first", *cells, cell(differences, shown)])
-    head = ["settings", *(COLUMNS[name][0] for name in names), "difference"]
+    columns = ("run", "ktok_s", "device_hours", "jump", "recovery", "final_loss", "validation_loss")
+    sections = (*LEARNED_WITH, "parallelism")
+    settings = [{f"{s}.{k}": x for s in sections for k, x in e.runs[-1].config.get(s, {}).items()} for e in experiments]
+    first, *others = (dict(zip(("dense", *e.tails), table(e), strict=True)) for e in experiments)  # rows by run
+    of_others, body = [], []
+    for experiment, own, rows in zip(experiments[1:], settings[1:], others, strict=True):
+        changed = ", ".join(f"{name} = {x}" for name, x in own.items() if x != settings[0].get(name))
+        if not changed:
+            raise ValueError(f"--others: {experiment.runs[-1].folder} has the first's settings and seed")
+        of_others += [(changed, run, row) for run, row in rows.items() if len(row) > 2]  # more than name and status
+    shared = {run for _, run, _ in of_others}
+    of_first = [("the first", run, row) for run, row in first.items() if run in shared]
+    for label, run, row in of_first + of_others:
+        differences = loss_differences(row, first.get(run, {}))
+        shown = "validation_difference" if "validation_difference" in differences else "difference"
+        body.append([label, *(cell(row, column) for column in columns), cell(differences, shown)])
+    head = ["settings", *(COLUMNS[column][0] for column in columns), "difference"]
     return f"\n**Other seeds and settings**\n\n{figures.markdown_table(head, body, 'll' + 'r' * 7)}\n"
 
 
