@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from queue import Queue
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from torchtitan_ext.jobs.recorded import write_config
 from torchtitan_ext.jobs.resume import checkpoint_to_load, complete_metadata, excluded_states
 from torchtitan_ext.jobs.rules import check_job, parallel_dims
 from torchtitan_ext.model import LighthouseTransformer, flavors
-from torchtitan_ext.model.hf_config import _computed, llama_config
+from torchtitan_ext.model.hf_config import computed, llama_config
 from torchtitan_ext.train.checkpointer import LighthouseCheckpointManager
 from torchtitan_ext.train.trainer import LighthouseTrainer
 
@@ -55,13 +56,16 @@ def test_tokens_are_counted_on_with_another_data_parallel_degree(job, tmp_path):
     assert trainer.ntokens_seen == 8 * 4 / 2
 
 
-def test_another_rope_than_the_checkpoints_is_an_error(launch):
+def test_another_rope_or_flavor_than_the_checkpoints_is_an_error(launch, monkeypatch):
     path, job = launch()
     trained = job("--rope.theta=5e5", "--rope.scaling_factor=8")  # 8 is the flavor's own
     trained.job.dump_folder = str(path.parents[1])
     write_config(trained)
     only_problem(job(), "rope.theta = 10000", f"{path} has 500000", "export")
     check_job(job("--rope.theta=5e5"))
+    monkeypatch.setitem(flavors, "eight", replace(flavors["debug"], n_heads=8))  # same shapes
+    words = "model.flavor = 'eight'", f"{path} is of 'debug'", "num_attention_heads is 2 there and 8 here"
+    only_problem(job("--rope.theta=5e5", "--model.flavor=eight"), *words)
 
 
 def test_a_dropped_optimizer_or_step_is_an_error(job, tmp_path):
@@ -434,6 +438,6 @@ def test_hugging_faces_config_must_be_of_the_flavor(job, tmp_path, monkeypatch, 
             monkeypatch.setitem(flavors, "mine", None)
             exec(problem[problem.index("flavors['mine']") :], vars(model))
             only_problem(job(*start), "set it to 'mine'")
-    assert _computed({}) == _computed(LlamaConfig().to_dict())  # what a config leaves out
+    assert computed({}) == computed(LlamaConfig().to_dict())  # what a config leaves out
     if changes.keys() <= {"rope_theta", "rope_scaling"}:  # on purpose
         check_job(job(*start, "--rope.theta=5e5", "--rope.scaling_factor=4"))

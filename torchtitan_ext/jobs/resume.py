@@ -22,7 +22,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 
 from torchtitan_ext.data.unpickling import load_object, load_plain
 from torchtitan_ext.model import flavors
-from torchtitan_ext.model.hf_config import config_problems
+from torchtitan_ext.model.hf_config import computed, config_problems, difference, llama_config
 from torchtitan_ext.model.model import meta_model
 
 from .recorded import CONFIG_FILE, LEARNED_WITH, read_config
@@ -273,7 +273,9 @@ def _state_problems(job_config: JobConfig, dims: ParallelDims | None, field: str
 
 def changed_problems(job_config: JobConfig, field: str, path: Path | str, before: dict, saved: dict) -> Iterator[str]:
     """Problems of continuing, from the checkpoint `path` that `field` names, a job recorded as `before` and `saved`."""
-    args = flavors[job_config.model.flavor]
+    args, trained = flavors[job_config.model.flavor], before.get("model", {}).get("flavor")
+    if trained in flavors and (other := difference(computed(llama_config(flavors[trained])), args)):
+        yield f"model.flavor = {job_config.model.flavor!r}: {path} is of {trained!r} ({other}); set it to that"
     default = {"rope.theta": args.rope_theta} | {f"rope.{k}": v for k, v in vars(args.rope_scaling_args).items()}
     for name, values in changes_since(before, job_config).items():
         old, now = (default.get(name) if value is None else value for value in values)

@@ -1,7 +1,7 @@
 """Describe a model as transformers' config.json does, for the export and for a training that starts from one."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,23 +51,23 @@ def config_problems(job_config: JobConfig, field: str, folder: Path) -> Iterator
     given = [name for name, value in vars(job_config.rope).items() if value is not None]
     chosen = {"rope_theta" if name == "theta" else "rope_scaling" for name in given}
     try:
-        there = _computed(json.loads(file.read_text()))
-        if other := _difference(there, flavors[flavor], chosen):
+        there = computed(json.loads(file.read_text()))
+        if other := difference(there, flavors[flavor], chosen):
             leads_to = f"{file}, which {field} leads to, is of a model that computes something else ({other})"
             yield f"model.flavor = {flavor!r}: {leads_to}; {_remedy(there, chosen)}"
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         yield f"{field}: {file} can't be read ({error}); fetch it again, or delete it"
 
 
-def _difference(there: dict[str, Any], args: LighthouseModelArgs, chosen: set[str]) -> str:
-    here = _computed(llama_config(args))
+def difference(there: dict[str, Any], args: LighthouseModelArgs, chosen: Collection[str] = ()) -> str:
+    here = computed(llama_config(args))
     changed = [name for name, value in there.items() if value != here[name] and name not in chosen]
     return "; ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in changed)
 
 
 def _remedy(there: dict[str, Any], chosen: set[str]) -> str:
     """How to train the model of a config.json: by a flavor that has its numbers, or by a new one."""
-    if suited := [repr(name) for name, args in flavors.items() if not _difference(there, args, chosen)]:
+    if suited := [repr(name) for name, args in flavors.items() if not difference(there, args, chosen)]:
         return f"set it to {' or '.join(suited)}"
     values = {name: there[theirs] for name, theirs in FIELDS.items()}
     dim, width, rope = there["hidden_size"], there["intermediate_size"], there["rope_scaling"] or {}
@@ -75,13 +75,13 @@ def _remedy(there: dict[str, Any], chosen: set[str]) -> str:
     values |= {"ffn_dim_multiplier": -(-1e6 * width // (8 * dim // 3)) / 1e6, "multiple_of": width & -width}
     scaling = [rope[name] for name in SCALING] if rope.get("rope_type") == "llama3" else [1.0]
     values["rope_scaling_args"] = RoPEScalingArgs(*scaling)
-    if impossible := _difference(there, LighthouseModelArgs(**values), chosen):
+    if impossible := difference(there, LighthouseModelArgs(**values), chosen):
         return f"no flavor can match it ({impossible}): give weights of another model"
     numbers = ", ".join(f"{name}={value!r}" for name, value in values.items())
     return f"docs/extend.md says where to add its flavor: flavors['mine'] = LighthouseModelArgs({numbers})"
 
 
-def _computed(config: dict[str, Any]) -> dict[str, Any]:
+def computed(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config.json that change the computation, RoPE in either spelling: see `llama_config`."""
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     given = {name: value for name, value in (config | rope).items() if value is not None}
