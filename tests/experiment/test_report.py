@@ -229,6 +229,8 @@ def test_seeds_are_compared_run_by_run(made, log_freq, tmp_path):
     changed = {"debug": {"seed": 2}, "validation": {"freq": 7}}
     write_start(tmp_path / "dense", 0, TOTAL, plain + 0.25, log_freq=log_freq, **changed)
     assert compared(made, tmp_path / "out", tmp_path)[1][-2:] == ["-", "+0.2500"]  # not validated at its end
+    write_start(tmp_path / "longer" / "dense", 0, TOTAL + 10, plain, log_freq=log_freq)
+    assert compared(made, tmp_path / "out", tmp_path / "longer")[1][-1] == "-"  # ends at another step
     with pytest.raises(ValueError, match="has the first's settings and seed"):
         report.write(made, tmp_path / "out", PUBLISHED, [made])
 

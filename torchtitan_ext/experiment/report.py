@@ -48,9 +48,10 @@ def cell(row: Row, column: str) -> str:
 
 
 def loss_differences(row: Row, other: Row) -> Row:
-    """Of the losses that both rows have, the first row's minus the other's."""
+    """Of the losses that both rows have at the same step, the first row's minus the other's."""
     names = {"validation_loss": "validation_difference", "final_loss": "difference"}
-    return {names[loss]: row[loss] - other[loss] for loss in names if loss in row and loss in other}
+    both = names.keys() & row.keys() & other.keys() if row.get("end") == other.get("end") else set()
+    return {names[loss]: row[loss] - other[loss] for loss in both}
 
 
 def compare(row: Row, dense: Row) -> None:
@@ -175,7 +176,7 @@ def _final_losses(run: Run) -> Row:
     freq = run.config.get("validation", {}).get("freq", 1)
     due = run.total_steps - run.total_steps % freq
     last = run.validation_loss[run.validation_step == due]  # the run may have ended before it
-    return {"final_loss": final} | ({"validation_loss": float(last[0])} if last.size else {})
+    return {"final_loss": final, "end": run.total_steps} | ({"validation_loss": float(last[0])} if last.size else {})
 
 
 def _status(run: Run | None, start: int = 0) -> str:
