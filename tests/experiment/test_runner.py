@@ -218,6 +218,7 @@ def test_settings_changed_since_a_run_are_not_mixed_with_it(plan, output):
     (output / "dense" / "config.json").write_text(json.dumps(run.config.to_dict()))
     longer = ["--optimizer.lr=0.5", "--training.steps=320", "--checkpoint.interval=20"]
     longer += ["--training.skip_nonfinite_steps=1", "--training.skip_damaged_data"]  # as errors recommend
+    longer += ["--optimizer.override_checkpoint"]
     assert plan(output, only=["dense"], overrides=longer)
     with pytest.raises(ValueError, match=r"dense was run with optimizer\.lr = 0\.5.* 0\.25 now"):
         plan(output, only=["dense"], overrides=["--optimizer.lr=0.25"])
