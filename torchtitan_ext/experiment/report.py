@@ -50,7 +50,7 @@ def cell(row: Row, column: str) -> str:
 def loss_differences(row: Row, other: Row) -> Row:
     """Of the losses that both rows have at the same step, the first row's minus the other's."""
     names = {"validation_loss": "validation_difference", "final_loss": "difference"}
-    both = names.keys() & row.keys() & other.keys() if row.get("end") == other.get("end") else set()
+    both = [loss for loss in names if loss in row and loss in other and row.get("end") == other.get("end")]
     return {names[loss]: row[loss] - other[loss] for loss in both}
 
 

@@ -22,7 +22,7 @@ from torchtitan_ext.progress import Display
 from .records import LOG
 
 STAGES = ("dense", "stage1", "stage2")
-# within a run; errors recommend the last three
+# within a run; errors recommend all but the first
 MAY_CHANGE = {"training.steps", "training.skip_nonfinite_steps", "training.skip_damaged_data"}
 MAY_CHANGE |= {"optimizer.override_checkpoint"}
 RECORDED = ("--metrics.enable_tensorboard", "--checkpoint.enable")  # for the table, and for the next run
