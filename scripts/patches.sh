@@ -24,6 +24,9 @@ if [[ ! -d $checkout ]]; then
     echo "$checkout has a commit for each patch: change them there, then call this again"
     exit
 fi
-rm -f "$folder"/*.patch
+new=$(mktemp -d)
 git -C "$checkout" format-patch --quiet --no-numbered --zero-commit --no-signature --full-index \
-    --output-directory "$folder" released
+    --output-directory "$new" released
+mkdir -p "$folder"
+rm -f "$folder"/*.patch    # now that the new ones are complete
+mv "$new"/*.patch "$folder"

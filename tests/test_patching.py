@@ -102,10 +102,10 @@ def test_round_trip_gives_the_same_bytes_and_modes(tree, patch):
 def test_git_am_does_the_same_and_gives_the_series_back(checkout, tmp_path):
     git(checkout, "am", *patching.series())
     assert patching.is_patched(checkout)
-    subprocess.run([ROOT / "scripts" / "patches.sh", checkout, tmp_path], check=True)
-    written = {path.name: path.read_text() for path in tmp_path.glob("*.patch")}
-    assert written == {path.name: path.read_text() for path in patching.series()}
-    for text in written.values():  # and each says why it is there
+    for source, code in ((checkout, 0), (ROOT, 128)):  # without the tag `released`: what is there stays
+        assert subprocess.run([ROOT / "scripts" / "patches.sh", source, "new"], cwd=tmp_path).returncode == code
+    assert {p.name: p.read_text() for p in tmp_path.glob("new/*")} == {p.name: p.read_text() for p in patching.series()}
+    for text in map(Path.read_text, patching.series()):  # each says why it is there
         subject, _, reason = text.partition("Subject: [PATCH] ")[2].partition("\n\n")
         assert 10 < len(subject) <= 72 and len(reason.partition("\n---\n")[0].split()) > 20
 
