@@ -60,7 +60,7 @@ docs: setup  ## docs/settings.md and the picture of docs/method.md, regenerated 
 	$(BIN)/python scripts/draw_method.py
 
 patches: setup  ## the first time build/torchtitan, a checkout with a commit per patch; then patches/ from its commits
-	PYTHON=$(abspath $(BIN)/python) scripts/patches.sh
+	PYTHON=$(BIN)/python scripts/patches.sh
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
