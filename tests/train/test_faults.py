@@ -96,11 +96,11 @@ def test_of_two_launches_into_a_folder_one_is_refused_with_the_process_of_the_ot
 
 
 def test_a_refused_launch_names_the_holder_and_never_the_one_before(tmp_path):
-    path = tmp_path / "run.lock"
+    path = tmp_path / "a run.lock"
     path.write_text("process 1")  # which was killed
     with path.open("a") as file, CONTEXT.Pool(1) as rival:
         fcntl.lockf(file, fcntl.LOCK_EX)  # the holder's first act, before it writes
-        with pytest.raises(ValueError, match=r"writes there \(it has just started\)"):
+        with pytest.raises(ValueError, match=rf"writes there \(it has just started\).*: rm '{path}'"):
             rival.apply(lock, ("", path))
         holder = f"process {os.getpid()} on host {socket.gethostname()}, since "
         with lock("", path), pytest.raises(ValueError, match=rf"writes there \({holder}"):

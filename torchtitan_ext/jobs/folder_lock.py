@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shlex
 import socket
 import time
 from contextlib import suppress
@@ -42,10 +43,9 @@ def lock(field: str, path: Path) -> IO[str]:
         holder, remedy = "it has just started", "wait until it ends, stop it, or choose another folder"
         with file, suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            file.seek(0)
-            holder = file.read()
+            holder = path.read_text()
         reason = f"{field}: a launch that is still running writes there ({holder})"
-        raise ValueError(f"{reason}; {remedy}; if its host is down: rm {path}") from error
+        raise ValueError(f"{reason}; {remedy}; if its host is down: rm {shlex.quote(str(path))}") from error
     except OSError as error:
         logger.warning(f"{path} can't be locked ({error}): launch nothing else into its folder")
     return file
