@@ -31,6 +31,7 @@ def validators(rank):
         numbers = [None] * n_ranks  # of batches and of labels that count
         dist.all_gather_object(numbers, (len(drawn), sum(int((labels != -100).sum()) for _, labels in drawn)))
         assert numbers[0][0] == numbers[1][0] and numbers[0][1] != numbers[1][1]
+        assert {len(labels) for _, labels in drawn} == {size}  # a pipeline splits each batch into as many parts
         counted.add((numbers[0][1], numbers[1][1]))
     assert len(counted) == 1
     longer = "--training.seq_len=1048576", "--validation.seq_len=1048576"

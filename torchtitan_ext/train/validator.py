@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.nn.functional import pad
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
@@ -33,8 +33,9 @@ class LighthouseValidator(Validator):
         self.__dict__.update(kwargs)
         # copies: a worker's batches would each hold a file open
         self.validation_dataloader = batches = [
-            tree_map_only(torch.Tensor, torch.clone, batch)
-            for batch in islice(loader, None if to_the_end else validation.steps)
+            ({"input": pad(inputs["input"], rest)}, pad(labels, rest, value=IGNORE_INDEX))
+            for inputs, labels in islice(loader, None if to_the_end else validation.steps)
+            for rest in [(0, 0, 0, validation.local_batch_size - len(labels))]  # a pipeline needs full batches
         ]
         if not batches:
             reason = f"a data-parallel rank gets not one sequence of {validation.seq_len} tokens"
