@@ -179,13 +179,16 @@ def test_an_epoch_of_all_ranks_is_every_document_once_and_needs_no_network_or_ca
         (["en/Training/a.txt", "en/dev/a.txt", "notes.txt"], ["en/Training/a.txt", "notes.txt"]),
         (["train/test_1.txt", "trainer.txt", "latest.txt"], ["latest.txt", "train/test_1.txt", "trainer.txt"]),
         (["test.txt", "eval.txt"], ["eval.txt", "test.txt"]),
+        (["c4-train.0.json.gz", "c4-validation.0.json.gz", "wiki.txt"], ["c4-train.0.json.gz", "wiki.txt"]),
+        (["en/c4-train.0.json.gz", "wiki.txt"], ["en/c4-train.0.json.gz"]),
     ],
 )
-def test_a_folder_with_files_for_training_is_read_without_those_for_tests(names, read, tmp_path):
+def test_a_folder_with_files_for_training_is_read_without_those_for_tests(names, read, tmp_path, caplog):
     for name in names:
         streams.write_text(tmp_path / "test" / name, "text")  # the folder's own name doesn't count
     (tmp_path / "test/loop").symlink_to(tmp_path / "test")  # files below two links are read once
     assert datasets.text_files(str(tmp_path / "test")) == [str(tmp_path / "test" / name) for name in read]
+    assert ("not read" in caplog.text) == (read != sorted(names))  # nothing is left out in silence
 
 
 def test_python_source_order_depends_on_the_tree_alone_and_takes_any_file_name(tmp_path):
@@ -271,15 +274,16 @@ def test_python_source_is_the_standard_library_by_default_and_holds_some_files_o
         ("text", "training.old", ["validation.dataset_path: '{}/training.old': no file", "give a file"]),
         ("python_source", "missing", ["validation.dataset_path: '{}/missing' is not a folder"]),
         ("python_source", "empty", ["validation.dataset_path: '{}/empty' has no text file", ".py"]),
-        ("python_source", "other", ["no text file", "2 other files", ".csv", "docs/data.md"]),
+        ("python_source", "other", ["no text file", "3 other files", ".csv", "docs/data.md"]),
         ("python_source_validation", "empty", ["held out for validation", "more files", ".py"]),
         ("text", "other", ["no file that ends in .parquet", "' doesn't", "docs/data.md"]),
+        ("text", "empty", ["no file that ends in .parquet", "(nothing is there; docs/data.md"]),
         ("text", "other/data/1.arrow", ["no file that ends in .parquet", "docs/data.md"]),
     ],
 )
 def test_a_wrong_data_set_is_named_with_field_value_and_remedy(dataset, path, words, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name in ("data/1.arrow", ".gitattributes", "a.csv"):
+    for name in ("data/1.arrow", "data/state.json", ".gitattributes", "a.csv"):
         streams.write_text(tmp_path / "other" / name, name)
     with pytest.raises(ValueError) as error:
         streams.check_dataset(dataset, path and str(tmp_path / path))

@@ -176,7 +176,6 @@ def build_dataloader(
         named = settings_of(job_config, section)
         raise ValueError(f"{named}: no document for data-parallel rank {rank}, give {wanted}") from error
     options = asdict(data.dataloader) | {"worker_init_fn": _end_with_the_trainer}
-    if section == "training" and not options["prefetch_factor"]:
-        # one step's batches
+    if section == "training" and not options["prefetch_factor"]:  # one step's batches
         options["prefetch_factor"] = max(2, training.global_batch_size // (training.local_batch_size * n_ranks))
     return TextDataloader(dataset, dp_rank=rank, dp_world_size=n_ranks, batch_size=data.local_batch_size, **options)

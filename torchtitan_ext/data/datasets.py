@@ -49,22 +49,22 @@ TRAIN, TESTS = (
     re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
     for words in ("train|training", "test|testing|val|valid|validation|dev|eval|evaluation")
 )
+IGNORED = {*FILES_TO_IGNORE, "state.json"}  # which save_to_disk writes beside Arrow files
 OTHER_FORMATS = "docs/data.md says how to train on other formats"
 FORMATS = ".parquet, .jsonl, .json or .txt, the last three also with .gz or .zst"
 
 
 def text_files(dataset_path: str) -> list[str]:
-    """The files of a path, folder, glob or data set of the hub (its split `train`); of a copy of allenai/c4, given its
-    root or `en`, those of `en/c4-train`. In a folder with files named for training, those named for tests or validation
-    are left out. Raises ValueError if there are none."""
+    """The files of a path, folder, glob or data set of the hub (its split `train`); of a folder, those that
+    `_for_training` chooses. Raises ValueError if there are none."""
     files, what = [], f"nothing is there; {OTHER_FORMATS}"
     try:
         files = _find(dataset_path)
     except Exception as error:  # the hub and the network raise many kinds
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     dirs = {os.path.dirname(file) for file in files}  # Spark names them like files
-    if known := [f for f in files if FORMAT.search(f) and os.path.basename(f) not in FILES_TO_IGNORE and f not in dirs]:
-        return _without_tests(dataset_path, known) if os.path.isdir(dataset_path) else known
+    if known := [f for f in files if FORMAT.search(f) and os.path.basename(f) not in IGNORED and f not in dirs]:
+        return _for_training(dataset_path, known) if os.path.isdir(dataset_path) else known
     what = f"{os.path.basename(files[-1])!r} doesn't; {OTHER_FORMATS}" if files else what
     remedy = "give a file, a folder, a glob or the name of a data set of the Hugging Face hub"
     raise ValueError(f"{dataset_path!r}: no file that ends in {FORMATS} ({what}); {remedy}")
@@ -78,20 +78,20 @@ def _find(dataset_path: str) -> list[str]:
     if _is_remote(dataset_path):
         return load_dataset_builder(dataset_path).config.data_files["train"]
     root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
-    ends = ["/en/c4-train.*.json.gz", "/c4-train.*.json.gz", "/**"] if os.path.isdir(dataset_path) else [""]
-    paths = next(filter(None, (glob.glob(root + end, recursive=True) for end in ends)), [])
+    paths = [p for p in glob.glob(root + "/**" * os.path.isdir(dataset_path), recursive=True) if os.path.basename(p)]
     folder_of, longest_first = cache(os.path.realpath), sorted(paths, key=lambda path: (len(path), path), reverse=True)
     return sorted({(folder_of(os.path.dirname(p)), os.path.basename(p)): p for p in longest_first}.values())
 
 
-def _without_tests(folder: str, files: list[str]) -> list[str]:
-    """A folder's files; without those named for tests or validation, if there are some named for training."""
+def _for_training(folder: str, files: list[str]) -> list[str]:
+    """A folder's files, if some are named for training without those named for tests; of a copy of C4 `en/c4-train`."""
     train = {file for file in files if TRAIN.search(file, len(folder))}
     tests = {file for file in files if train and TESTS.search(file, len(folder))} - train
-    if tests:
-        left_out = f"{len(tests):,} files named for tests or validation are not read, {min(tests)} first"
-        warn_once(logger, f"{folder!r}: {left_out}; a glob reads them: {os.path.join(folder, '**')}")
-    return [file for file in files if file not in tests]
+    c4 = {file for file in train if re.match("/*en/c4-train[.]", file[len(folder) :])}
+    if left_out := set(files) - c4 if c4 else tests:
+        what = f"{len(left_out):,} files named for tests or beside en/c4-train are not read, {min(left_out)} first"
+        warn_once(logger, f"{folder!r}: {what}; a glob reads them: {os.path.join(folder, '**')}")
+    return [file for file in files if file not in left_out]
 
 
 def _is_remote(path: str) -> bool:
