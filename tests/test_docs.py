@@ -195,6 +195,8 @@ def test_the_data_set_that_is_shown_is_read_whole_shared_out_and_resumed(tmp_pat
     expected = stream(islice(loader(name, tmp_path, 3), 39))
     assert [[text.decode() for text in rank] for rank in ranks] == [texts[0::2], texts[1::2]]
     assert drawn == expected
+    (tmp_path / "1.csv").write_text(f"text\n{'long ' * 10**5}")  # csv's own limit is 131,072 characters
+    assert max(len(row["text"]) for row in DATASETS[name].loader(tmp_path)) == 5 * 10**5
 
 
 def test_the_settings_to_choose_from_are_the_published_grid():
