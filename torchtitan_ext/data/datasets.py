@@ -78,7 +78,7 @@ def _find(dataset_path: str) -> list[str]:
     if _is_remote(dataset_path):
         return load_dataset_builder(dataset_path).config.data_files["train"]
     root = glob.escape(dataset_path) if os.path.exists(dataset_path) else dataset_path
-    paths = [p for p in glob.glob(root + "/**" * os.path.isdir(dataset_path), recursive=True) if os.path.basename(p)]
+    paths = glob.glob(f"{root}/**/*" if os.path.isdir(dataset_path) else root, recursive=True)
     folder_of, longest_first = cache(os.path.realpath), sorted(paths, key=lambda path: (len(path), path), reverse=True)
     return sorted({(folder_of(os.path.dirname(p)), os.path.basename(p)): p for p in longest_first}.values())
 
