@@ -84,7 +84,7 @@ def _find(dataset_path: str) -> list[str]:
 
 
 def _for_training(folder: str, files: list[str]) -> list[str]:
-    """A folder's files, if some are named for training without those named for tests; of a copy of C4 `en/c4-train`."""
+    """Of a copy of C4 the files `en/c4-train`; of a folder with files for training all but those for tests."""
     train = {file for file in files if TRAIN.search(file, len(folder))}
     tests = {file for file in files if train and TESTS.search(file, len(folder))} - train
     c4 = {file for file in train if re.match("/*en/c4-train[.]", file[len(folder) :])}
