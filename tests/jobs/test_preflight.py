@@ -203,7 +203,7 @@ def test_the_first_documents_are_read(check, tmp_path):
     arguments = ["--training.dataset=c4_local", f"--training.dataset_path={file.parent}"]
     file.write_bytes(gzip.compress(b'{"text": "' + b"word " * 500 + b'"}\n'))
     with patch("glob.glob", side_effect=glob.glob) as looked:
-        assert not check(*arguments)[0] and looked.call_count == 2  # in en/, then here, once
+        assert not check(*arguments)[0] and looked.call_count == 1  # a large tree takes seconds
     file.write_bytes(gzip.compress(b"no JSON\n"))
     only(check(*arguments)[0], file, "line 1")
 
