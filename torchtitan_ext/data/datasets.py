@@ -88,8 +88,9 @@ def _for_training(folder: str, files: list[str]) -> list[str]:
     train = {file for file in files if TRAIN.search(file, len(folder))}
     tests = {file for file in files if train and TESTS.search(file, len(folder))} - train
     c4 = {file for file in train if re.match("/*en/c4-train[.]", file[len(folder) :])}
-    if left_out := set(files) - c4 if c4 else tests:
-        what = f"{len(left_out):,} files named for tests or beside en/c4-train are not read, {min(left_out)} first"
+    left_out, which = (set(files) - c4, "beside en/c4-train") if c4 else (tests, "named for tests or validation")
+    if left_out:
+        what = f"{len(left_out):,} files {which} are not read, {min(left_out)} first"
         warn_once(logger, f"{folder!r}: {what}; a glob reads them: {os.path.join(folder, '**')}")
     return [file for file in files if file not in left_out]
 
