@@ -43,7 +43,8 @@ def lock(field: str, path: Path) -> IO[str]:
         holder, remedy = "it has just started", "wait until it ends, stop it, or choose another folder"
         with file, suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            holder = path.read_text()
+            file.seek(0)
+            holder = file.read()
         reason = f"{field}: a launch that is still running writes there ({holder})"
         raise ValueError(f"{reason}; {remedy}; if its host is down: rm {shlex.quote(str(path))}") from error
     except OSError as error:
