@@ -30,3 +30,4 @@ git -C "$checkout" format-patch --quiet --no-numbered --zero-commit --no-signatu
 mkdir -p "$folder"
 rm -f "$folder"/*.patch    # now that the new ones are complete
 mv "$new"/*.patch "$folder"
+rmdir "$new"
